@@ -1,0 +1,847 @@
+"""LLaMA in one file: the plain model first, then the same mathematics faster.
+
+Part I is complete and readable alone.
+    errors, devices, files        what all scripts share
+    LlamaConfig                   config.json of a Hugging Face folder
+    rms_norm, apply_rope          the operations, one equation each
+    tree_plan, attention          one mask rule for packing, shared prefixes and forks
+    token_logprobs                log-probabilities without ever holding all logits
+    Llama                         the module, weights in and out
+    draw_token, generate_plain    a sampler without a cache, the twin of the engine
+Part II holds fast twins; each names the plain function that it must equal.
+    generate, generate_iter       paged key/value cache that shares prompts among samples
+
+Shape letters, the same everywhere: T tokens of a stream, N scored tokens, D width, H query heads,
+G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded.
+"""
+import contextlib
+import hashlib
+import heapq
+import json
+import math
+import os
+from collections import deque
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------ errors, devices, files
+
+
+class InputError(SystemExit):
+    """An error that a user can cause and mend: a script ends with this one line on stderr."""
+
+
+def pick_device(name=None):
+    """The torch.device to run on: `name` if given, else CUDA, else Apple's MPS, else the CPU."""
+    if name is None:
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(device, name=None):
+    """The dtype of products: `name` if given, else bfloat16 where the hardware multiplies it."""
+    if name is not None:
+        return getattr(torch, name)
+    if device.type == "cuda":  # is_bf16_supported() also says True where bf16 is only emulated
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and native() else torch.float32
+
+
+def write_whole(path, write):
+    """Call `write(temporary path)`, then rename: `path` is either absent, old, or complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}; nothing was changed") from None
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path):
+    """Parse a JSON file; InputError names the file and the place of a mistake."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
+# ------------------------------------------------------------------ configuration
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a LLaMA config.json that shape the computation, under Hugging Face's names."""
+    vocab_size: int                     # V
+    hidden_size: int                    # D
+    intermediate_size: int              # F
+    num_hidden_layers: int
+    num_attention_heads: int            # H
+    num_key_value_heads: int            # G, divides H
+    head_dim: int = None                # E
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None           # None, or the Llama 3.1 / 3.2 fields
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    torch_dtype: str = "float32"        # how save_pretrained stores the weights
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, path):
+        """Read config.json in either spelling (`rope_scaling`, or `rope_parameters` since 2025)."""
+        raw = read_json(path)
+        if raw.get("model_type") != "llama":
+            raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, only 'llama' is known")
+        for name in ("attention_bias", "mlp_bias"):
+            if raw.get(name):
+                raise InputError(f"{path}: {name} is set; LLaMA models have no biases")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise InputError(f"{path}: rope scaling {kind!r} is unknown, only 'llama3' is")
+        raw["rope_scaling"] = rope if kind == "llama3" else None
+        raw["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "float32"
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]}") from None
+
+    def to_json(self):
+        """The dict to store as config.json, loadable by transformers and vLLM."""
+        scaling = self.rope_scaling and {"rope_type": "llama3", **self.rope_scaling}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, **vars(self), "rope_scaling": scaling}
+
+
+# ------------------------------------------------------------------ the plain operations
+
+
+def full_precision(x):
+    """x in float32, or in float64 if it has that already: for sums, exponentials and norms."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x, weight, eps):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
+
+    x (..., D), weight (D,) -> (..., D); the mean is taken in at least float32."""
+    wide = full_precision(x)
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * unit.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
+
+    Waves longer than original/low are slowed down by `factor`, those shorter than original/high are
+    kept, and between the two the change is linear in original/wavelength."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    frequency = config.rope_theta ** (-i / config.head_dim)
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)      # 1: a short wave, 0: a long one
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+
+
+def rope_tables(config, position, dtype):
+    """cos and sin (T, 1, E/2) of position (T,) x frequency (E/2,), for apply_rope."""
+    exact = position.cpu() if position.device.type == "mps" else position      # MPS has no float64
+    angle = exact.double()[:, None, None] * rope_frequencies(config).to(exact.device)
+    return angle.cos().to(position.device, dtype), angle.sin().to(position.device, dtype)
+
+
+def apply_rope(x, cos, sin):
+    """Turn each pair (x_i, x_{i+E/2}) by its position's angle   (Su et al. 2021, Eq. 34)
+
+    x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E). Hugging Face weights pair the two *halves* of
+    a head; Meta's original weights pair neighbours instead, and are not what these files hold."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# ------------------------------------------------------------------ the prefix tree
+
+
+@dataclass
+class TreePlan:
+    """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
+    end: torch.Tensor           # (T,) where the subtree of each token's segment ends
+    position: torch.Tensor      # (T,) how many keys a row sees, less one
+    segments: list              # (start, stop, [(a, b), ...] the runs of keys its rows see)
+    masks: dict = field(default_factory=dict)
+
+
+def tree_plan(end):
+    """Read a forest, written depth first, from `end`: query i sees key j iff j <= i < end[j].
+
+    end (T,) int64, with i < end[i] <= T and subtrees nested; ValueError otherwise. Example, an
+    instruction I, a prompt p q, and two answers:   I p q a b x y
+                                           end      7 7 7 5 5 7 7
+                                           position 0 1 2 3 4 3 4"""
+    T, ends = len(end), end.tolist()
+    row = torch.arange(T, device=end.device)
+    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]    # keys whose subtree is over at row i
+    segments, path = [], []                                        # path: runs from the root to here
+    starts = [i for i in range(T) if i == 0 or ends[i] != ends[i - 1]]
+    for start, stop in zip(starts, starts[1:] + [T]):
+        while path and ends[path[-1][0]] <= start:
+            path.pop()
+        if not stop <= ends[start] <= (ends[path[-1][0]] if path else T):
+            raise ValueError(f"end[{start}] = {ends[start]} does not nest")
+        path.append((start, stop))
+        segments.append((start, stop, join_runs(path)))
+    return TreePlan(end, row - closed, segments)
+
+
+def join_runs(runs):
+    """[(0, 3), (3, 5), (9, 11)] -> [(0, 5), (9, 11)]: neighbouring runs become one."""
+    joined = []
+    for a, b in runs:
+        if joined and joined[-1][1] == a:
+            a = joined.pop()[0]
+        joined.append((a, b))
+    return joined
+
+
+def attention_by_mask(q, k, v, plan):
+    """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
+
+    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once; its (T, T) mask is only for
+    reading and for tests."""
+    i = torch.arange(len(q), device=q.device)
+    sees = (i[None] <= i[:, None]) & (i[:, None] < plan.end.to(q.device)[None])
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))                       # (H or G, T, E)
+    return F.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True).transpose(0, 1)
+
+
+def attention(q, k, v, plan):
+    """attention_by_mask one segment at a time, so that nothing hidden is computed.
+
+    q may hold only the last rows of the stream (a prompt after a cached instruction)."""
+    first, out = len(k) - len(q), []
+    for start, stop, runs in plan.segments:
+        start = max(start, first)
+        n, m = stop - start, sum(b - a for a, b in runs)                   # n rows see m keys
+        if n <= 0:
+            continue
+        if (n, m) not in plan.masks and n < m:                             # causal from the right
+            plan.masks[n, m] = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        part = [q[start - first:stop - first], *(torch.cat([x[a:b] for a, b in runs]) for x in (k, v))]
+        part = [x.transpose(0, 1)[None] for x in part]                     # (1, H or G, n or m, E)
+        seen = F.scaled_dot_product_attention(*part, plan.masks.get((n, m)), is_causal=n == m,
+                                              enable_gqa=True)
+        out.append(seen[0].transpose(0, 1))
+    return torch.cat(out)                                                  # (T, H, E)
+
+
+# ------------------------------------------------------------------ log-probabilities
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
+
+    Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
+    LOGITS = 2 ** 26                                                       # per chunk: 256 MiB in fp32
+
+    @staticmethod
+    def chunks(hidden, head):
+        return range(0, len(hidden), max(1, TokenLogprobs.LOGITS // len(head)))
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
+        picked, total = [], []
+        for i in steps:
+            logits = full_precision(hidden[i:i + steps.step] @ weight.T)   # (chunk, V)
+            total.append(logits.logsumexp(-1))
+            picked.append(logits.gather(-1, targets[i:i + steps.step, None])[:, 0])
+        total = torch.cat(total) if total else full_precision(hidden.new_zeros(0))
+        ctx.save_for_backward(hidden, head, targets, total)
+        return (torch.cat(picked) if picked else total) - total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head, targets, total = ctx.saved_tensors
+        weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for i in steps:
+            some = slice(i, i + steps.step)
+            g = grad[some, None]
+            dz = (full_precision(hidden[some] @ weight.T) - total[some, None]).exp_().mul_(-g)
+            dz.scatter_add_(-1, targets[some, None], g)                    # (chunk, V)
+            dz = dz.to(hidden.dtype)
+            d_hidden[some] = dz @ weight
+            d_head += dz.T @ hidden[some]                                  # summed as precisely as head
+        return d_hidden, d_head, None
+
+
+def token_logprobs(hidden, head, targets):
+    """log p(target | prefix) in nats: hidden (N, D), head (V, D), targets (N,) -> (N,) float32."""
+    return TokenLogprobs.apply(hidden, head, targets)
+
+
+# ------------------------------------------------------------------ the model
+
+
+class Linear(nn.Linear):
+    """y = x W', without a bias; the weight is cast to x's dtype for the product."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.E = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.E)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E)
+        self.o_proj = Linear(c.num_attention_heads * self.E, c.hidden_size)
+
+    def forward(self, x, cos, sin, attend):
+        q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.E)), cos, sin)   # (T, H, E)
+        k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.E)), cos, sin)   # (T, G, E)
+        v = self.v_proj(x).unflatten(-1, (-1, self.E))                         # (T, G, E)
+        return self.o_proj(attend(q, k, v).flatten(1))                         # (T, D)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))   (SwiGLU, Shazeer 2020, Eq. 6)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Only `attend` mixes tokens: that is what makes
+    a shared prefix exact."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """LLaMA under Hugging Face's weight names; see forward for what it computes."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.hidden_size, c.vocab_size)
+        self.compute_dtype = None       # None: that of the weights; training sets bfloat16 beside fp32
+        self.recompute = False          # True: keep only the input of each layer for the backward pass
+
+    @property
+    def head(self):
+        """The output matrix (V, D): the embedding itself where the two are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model["embed_tokens"].weight if tied else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.head.device
+
+    def hidden(self, tokens, position, attends):
+        """Final hidden states (T, D) of tokens (T,) at position (T,); attends: one function a layer
+        that takes q (T, H, E), k and v (T, G, E) and returns what the rows see, (T, H, E)."""
+        x = self.model["embed_tokens"](tokens)
+        x = x.to(self.compute_dtype or x.dtype)                                # (T, D)
+        cos, sin = rope_tables(self.config, position, x.dtype)
+        for layer, attend in zip(self.model["layers"], attends):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend)
+        return self.model["norm"](x)
+
+    def forward(self, tokens, end, rows=None, targets=None):
+        """Run a stream that holds a forest (see tree_plan): tokens (T,), end (T,) -> hidden (T, D).
+
+        With rows (N,) and targets (N,): log p(targets[n] | all that rows[n] sees), (N,) in nats."""
+        plan = tree_plan(end)
+        attend = partial(attention, plan=plan)
+        x = self.hidden(tokens, plan.position.to(tokens.device), [attend] * len(self.model["layers"]))
+        return x if rows is None else token_logprobs(x[rows], self.head, targets)
+
+    @classmethod
+    def random(cls, config, seed=0):
+        """A model with fresh weights: normal with deviation 0.02, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        model = cls(config)
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder, device=None, dtype=None):
+        """Load a Hugging Face folder, strictly by name, one tensor at a time.
+
+        dtype is both storage and products (default: pick_dtype). InputError names the file and the
+        tensor that is missing, unexpected, cut short or of another shape."""
+        device, folder = pick_device(device), Path(folder)
+        dtype = dtype or pick_dtype(device)
+        config = LlamaConfig.from_json(folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        wanted, found = model.state_dict(), {}
+        for path in weight_files(folder):
+            for name, tensor in read_tensors(path):
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue                                                   # a copy that some files carry
+                if name not in wanted:
+                    raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
+                if tensor.shape != wanted[name].shape:
+                    raise InputError(f"{path}: tensor {name} has shape {list(tensor.shape)}, config.json "
+                                     f"says {list(wanted[name].shape)}")
+                found[name] = tensor.to(device, dtype)
+        missing = sorted(wanted.keys() - found.keys())
+        if missing:
+            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        model.load_state_dict(found, assign=True)
+        return model
+
+    def save_pretrained(self, folder, state=None, shard_bytes=5 * 10 ** 9):
+        """Write config.json and safetensors that transformers and vLLM load, in config's dtype.
+
+        state: the weights to write where `self` holds only a part of them (see train_sft.save)."""
+        dtype, shards, size = getattr(torch, self.config.torch_dtype), [{}], 0
+        for name, tensor in (state or self.state_dict()).items():
+            tensor = tensor.detach().to("cpu", dtype).contiguous()
+            if size and size + tensor.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        n, folder = len(shards), Path(folder)
+        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
+                 for i in range(n)]
+        for file, shard in zip(names, shards):
+            write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
+        if n > 1:
+            where = {name: file for file, shard in zip(names, shards) for name in shard}
+            total = sum(t.nbytes for shard in shards for t in shard.values())
+            write_json(folder / "model.safetensors.index.json",
+                       {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / "config.json", self.config.to_json())
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: one file, or the shards its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / "model.safetensors"]
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or cut short ({error}); fetch or write it again") from None
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def row_key(seed, prompt, sample):
+    """A number of 32 bits for one sampled answer: a hash of (seed, prompt ids, sample number)."""
+    text = f"{seed} {sample} {' '.join(map(str, prompt))}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+
+
+def uniform(key, position, draw):
+    """Numbers in (0, 1) that depend on nothing but key (B,), position (B,) and the draw's number.
+
+    A 32-bit integer mixer in int64 arithmetic: the same bits on every device, in any batch."""
+    x = key + position * 0x9E3779B9 + draw * 0x85EBCA6B
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * multiplier
+    x = x & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    return (x.to(torch.float32 if x.device.type == "mps" else torch.float64) + 0.5) / 2 ** 32
+
+
+def draw_token(logits, key, position, temperature, top_p):
+    """One token a row from the nucleus: the likeliest tokens that together reach top_p
+    (Holtzman et al. 2020), without sorting; temperature 0 is argmax.
+
+    logits (B, V), key (B,), position (B,) -> (B,). Draw from the full softmax by inverting its sum
+    at one uniform number; accept if the mass of strictly likelier tokens is below top_p; else draw
+    again. An accepted token is in the nucleus and has its right relative probability there."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (full_precision(logits) / temperature).softmax(-1)
+    B, V = p.shape
+    blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
+    sums = blocks.sum(-1).cumsum(-1)                                       # (B, blocks)
+    token, left, draw = torch.empty_like(key), torch.arange(B, device=p.device), 0
+    while len(left):
+        u = uniform(key[left], position[left], draw).to(p.dtype)[:, None] * sums[left, -1:]
+        block = torch.searchsorted(sums[left], u, right=True).clamp(max=sums.shape[1] - 1)
+        rest = u - torch.where(block > 0, sums[left].gather(1, (block - 1).clamp(min=0)), 0)
+        inside = blocks[left, block[:, 0]].cumsum(-1)
+        offset = torch.searchsorted(inside, rest, right=True).clamp(max=255)
+        pick = (block * 256 + offset).clamp(max=V - 1)[:, 0]
+        mine = p[left, pick][:, None]
+        likelier = p[left] if len(left) < B else p
+        likelier = torch.where(likelier > mine, likelier, 0).sum(-1)
+        ok = (likelier < top_p) & (mine[:, 0] > 0)                         # rounding can hit a zero
+        token[left[ok]], left, draw = pick[ok], left[~ok], draw + 1
+    return token
+
+
+@torch.inference_mode()
+def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(),
+                   seed=0):
+    """`generate` without a cache, one token of one sample at a time: slow, and what it must equal."""
+    answers = [[[] for _ in range(k)] for _ in prompts]
+    for prompt, samples in zip(prompts, answers):
+        for sample, answer in enumerate(samples):
+            key = torch.tensor([row_key(seed, prompt, sample)], device=model.device)
+            while len(answer) < max_new_tokens and not (answer and answer[-1] in stop):
+                tokens = torch.tensor(prompt + answer, device=model.device)
+                last = model(tokens, torch.full((len(tokens),), len(tokens)))[-1:]
+                logits, position = last @ model.head.to(last.dtype).T, key * 0 + len(tokens)
+                answer.append(draw_token(logits, key, position, temperature, top_p).item())
+    return answers
+
+
+# ================================================================== part II: the same, faster
+
+# ------------------------------------------------------------------ generation
+#
+# The cache is a pool of pages of 64 keys. A page belongs either to a prompt, and is then read by all
+# k samples of that prompt, or to one sample. The instruction is read by every row and lies apart.
+# Attention visits each page once, for all its readers together, and adds up per row.
+
+
+@dataclass
+class Job:
+    """A prompt and those of its samples that are decoded together."""
+    number: int                                 # which prompt
+    prompt: list                                # its ids
+    samples: list                               # sample numbers; each becomes a row
+    rows: dict = field(default_factory=dict)    # row -> sample number, while it is decoded
+    pages: list = field(default_factory=list)   # where the prompt's keys lie
+
+
+class Engine:
+    """Decodes many rows at once over a paged cache; the state of a row is a few numbers in tensors."""
+    PAGE = 64           # keys a page
+    POLL = 4            # steps between two looks at which rows are done
+    PREFILL = 4096      # prompt tokens in one pass
+
+    def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, stop, temperature,
+                 top_p, seed):
+        c, self.device = model.config, model.device
+        self.model, self.max_new, self.temperature, self.top_p, self.seed = (
+            model, max_new_tokens, temperature, top_p, seed)
+        self.G, self.E, self.R = c.num_key_value_heads, c.head_dim, (
+            c.num_attention_heads // c.num_key_value_heads)     # R query heads share a key
+        self.width, self.nobody = width, max_rows               # readers a page; the row that is none
+        zeros = partial(torch.zeros, dtype=torch.long, device=self.device)
+        dtype = model.compute_dtype or model.head.dtype
+        self.k = torch.zeros(c.num_hidden_layers, pages, self.G, self.PAGE, self.E, dtype=dtype,
+                             device=self.device)
+        self.v = torch.zeros_like(self.k)
+        self.readers = zeros(pages, width) + self.nobody        # rows that read a page
+        self.filled = zeros(pages)                              # keys in a page
+        self.table = zeros(max_rows, self.pages_for(max_new_tokens + self.POLL))   # pages of an answer
+        self.token, self.position, self.count, self.key = (zeros(max_rows) for _ in range(4))
+        self.history = zeros(max_rows, max_new_tokens + self.POLL)
+        self.stop = torch.tensor(list(stop), dtype=torch.long, device=self.device)
+        self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
+        self.owned, self.jobs = {}, []                          # live row -> its pages; jobs under way
+        self.start, self.instruction = len(instruction), self.read_instruction(instruction)
+
+    def pages_for(self, tokens):
+        return -(-tokens // self.PAGE)
+
+    def ints(self, values):
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    # ---- rows and pages, on the host
+
+    def take_pages(self, n, readers):
+        """Claim the n lowest free pages for these rows; low numbers keep the visited range short."""
+        pages = [heapq.heappop(self.free_pages) for _ in range(n)]
+        self.readers[pages] = self.ints(readers + [self.nobody] * (self.width - len(readers)))
+        self.filled[pages] = 0
+        return pages
+
+    def free(self, rows):
+        """Give back these rows, their pages, and the pages of prompts that nobody reads any more."""
+        pages = [page for row in rows for page in self.owned.pop(row)]
+        self.readers[torch.isin(self.readers, self.ints(rows))] = self.nobody
+        self.free_rows += rows
+        for job in self.jobs:
+            job.rows = {row: sample for row, sample in job.rows.items() if row in self.owned}
+            pages += [] if job.rows else job.pages
+        self.jobs = [job for job in self.jobs if job.rows]
+        for page in pages:
+            heapq.heappush(self.free_pages, page)
+
+    def fits(self, job):
+        """Is there room to start this job: its rows, its prompt, and a first page for every answer?"""
+        need = self.pages_for(len(job.prompt) - self.start) + len(job.samples)
+        return len(self.free_rows) >= len(job.samples) and len(self.free_pages) >= need
+
+    def start_some(self, waiting):
+        """Move jobs from the queue into the cache, as many as fit, and draw their first tokens."""
+        while waiting and self.fits(waiting[0]):
+            jobs, tokens = [], 0
+            while waiting and self.fits(waiting[0]) and tokens < self.PREFILL:
+                job = waiting.popleft()
+                n = len(job.prompt) - self.start
+                job.rows = {self.free_rows.pop(): sample for sample in job.samples}
+                job.pages = self.take_pages(self.pages_for(n), list(job.rows))
+                self.owned.update({row: self.take_pages(1, [row]) for row in job.rows})
+                jobs.append(job)
+                tokens += n
+            self.jobs += jobs
+            self.prefill(jobs)
+
+    def reserve(self):
+        """Give every row pages for its next POLL tokens; [] or, where none are left, a job to put back.
+
+        Putting back the youngest job lets the oldest always finish; as random numbers belong to the
+        row, a job that starts again draws the same answer again."""
+        rows = list(self.owned)
+        for row, count in zip(rows, self.count[rows].tolist()):
+            missing = self.pages_for(count + self.POLL) - len(self.owned[row])
+            if missing > len(self.free_pages):
+                youngest = self.jobs[-1]
+                self.free(list(youngest.rows))
+                return [youngest]
+            self.owned[row] += self.take_pages(missing, [row])
+            self.table[row, :len(self.owned[row])] = self.ints(self.owned[row])
+        return []
+
+    def finish(self):
+        """Take out the rows that are done; return [(prompt number, sample number, ids)]."""
+        rows = list(self.owned)
+        history, count = self.history[rows], self.count[rows]
+        stopped = torch.isin(history, self.stop)
+        stopped &= torch.arange(stopped.shape[1], device=self.device) < count[:, None]
+        length = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, self.max_new)
+        done = {row: n for row, n, c in zip(rows, length.tolist(), count.tolist()) if c >= n}
+        answers = [(job.number, sample, self.history[row, :done[row]].tolist())
+                   for job in self.jobs for row, sample in job.rows.items() if row in done]
+        self.free(list(done))
+        return answers
+
+    # ---- the model, on the device
+
+    def read_instruction(self, ids):
+        """Keys and values (layers, 2, I, G, E) of the prefix that all prompts share."""
+        if not ids:
+            return self.k.new_zeros(len(self.k), 2, 0, self.G, self.E)
+        plan, kept = tree_plan(torch.full((len(ids),), len(ids))), []
+
+        def attend(q, k, v):
+            kept.append(torch.stack([k, v]))
+            return attention(q, k, v, plan)
+
+        self.model.hidden(self.ints(ids), plan.position.to(self.device), [attend] * len(self.k))
+        return torch.stack(kept)
+
+    def prefill(self, jobs):
+        """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""
+        P, I, tokens, end, slots, last = self.PAGE, self.start, [], [], [], []
+        for job in jobs:
+            rest = job.prompt[I:]
+            tokens += rest
+            end += [I + len(tokens)] * len(rest)
+            slots += [(job.pages[i // P], i % P) for i in range(len(rest))]
+            last += [len(tokens) - 1] * len(job.rows)
+            self.filled[job.pages] = self.ints([min(P, len(rest) - i) for i in range(0, len(rest), P)])
+        plan = tree_plan(torch.tensor([I + len(tokens)] * I + end))
+        page, offset = self.ints(slots).T
+
+        def attend(q, k, v, n):
+            self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
+            before_k, before_v = self.instruction[n]
+            return attention(q, torch.cat([before_k, k]), torch.cat([before_v, v]), plan)
+
+        position = plan.position[I:].to(self.device)
+        hidden = self.model.hidden(self.ints(tokens), position,
+                                   [partial(attend, n=n) for n in range(len(self.k))])
+        rows = self.ints([row for job in jobs for row in job.rows])
+        self.key[rows] = self.ints([row_key(self.seed, job.prompt, sample)
+                                    for job in jobs for sample in job.rows.values()])
+        self.position[rows], self.count[rows] = position[last], 0
+        self.append(rows, hidden[last])
+
+    def append(self, rows, hidden):
+        """Draw the next token of each row from its last hidden state (B, D) and write it down."""
+        logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
+        self.position[rows] += 1
+        token = draw_token(logits, self.key[rows], self.position[rows], self.temperature, self.top_p)
+        self.token[rows] = self.history[rows, self.count[rows]] = token
+        self.count[rows] += 1
+
+    def decode(self):
+        """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
+        rows = self.ints(list(self.owned))
+        used = 1 + max(page for pages in [*self.owned.values(), *(job.pages for job in self.jobs)]
+                       for page in pages)
+        for _ in range(self.POLL):
+            own = self.count[rows] - 1                      # the last drawn token is fed, its key stored
+            page, offset = self.table[rows, own // self.PAGE], own % self.PAGE
+            self.filled[page] = offset + 1
+            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:used, None]
+            attends = [partial(self.attend, n=n, rows=rows, place=(page, offset), unread=unread)
+                       for n in range(len(self.k))]
+            self.append(rows, self.model.hidden(self.token[rows], self.position[rows], attends))
+
+    def attend(self, q, k, v, n, rows, place, unread):
+        """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages."""
+        page, offset = place
+        self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
+        used, S, (G, R, E, w) = len(unread), self.nobody + 1, (self.G, self.R, self.E, self.width)
+        q = q.new_zeros(S, G, R, E).index_copy_(0, rows, q.unflatten(1, (G, R)) * E ** -0.5)
+        keys, values, readers = self.k[n, :used], self.v[n, :used], self.readers[:used]
+        reader = readers.flatten()                                                 # (pages w,)
+        per_page = lambda x: x[readers].transpose(1, 2).flatten(2, 3)              # (S, G, R, ..) -> (pages, G, w R, ..)
+        per_reader = lambda x: x.unflatten(2, (w, R)).transpose(1, 2).flatten(0, 1)   # -> (pages w, G, R, ..)
+        per_head = lambda x: x.transpose(0, 1).flatten(1, 2)                       # (S, G, R, ..) -> (G, S R, ..)
+        per_row = lambda x: x.unflatten(1, (S, R)).transpose(0, 1).contiguous()    # -> (S, G, R, ..)
+        # scores of every page for its readers, and of the instruction for everybody
+        before_k, before_v = (x.transpose(0, 1) for x in self.instruction[n])      # (G, I, E)
+        scores = full_precision(per_page(q) @ keys.transpose(-1, -2))              # (pages, G, w R, 64)
+        scores.masked_fill_(unread[:, None, None], -math.inf)
+        before = full_precision(per_head(q) @ before_k.transpose(-1, -2))          # (G, S R, I)
+        # softmax over all that a row sees: one maximum and one sum a row, over its pages
+        top = scores.new_full((S, G, R), torch.finfo(scores.dtype).min)
+        if self.start:
+            top = per_row(before.amax(-1))
+        top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), per_reader(scores.amax(-1)), "amax")
+        scores.sub_(per_page(top)[..., None]).exp_()
+        before.sub_(per_head(top)[..., None]).exp_()
+        total = per_row(before.sum(-1)).index_add_(0, reader, per_reader(scores.sum(-1)))
+        out = per_row(full_precision(before.to(q.dtype) @ before_v))
+        out.index_add_(0, reader, full_precision(per_reader(scores.to(q.dtype) @ values)))
+        return (out / total[..., None])[rows].to(q.dtype).flatten(1, 2)            # (B, H, E)
+
+
+def common_prefix(sequences):
+    """How many first items all sequences share, leaving at least one item of each."""
+    first, last = min(sequences), max(sequences)       # in dictionary order, these two differ earliest
+    same = 0
+    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
+        same += 1
+    return same
+
+
+@torch.inference_mode()
+def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(), seed=0,
+                  kv_tokens=None, max_rows=None, share=True):
+    """Yield (prompt number, k lists of new ids) as prompts finish; equals generate_plain.
+
+    prompts: lists of ids. A list that ends in a `stop` id is complete, else it was cut off at
+    max_new_tokens. kv_tokens: keys held at once (default: what 2 GiB hold on a CPU, 70% of what is
+    free on a GPU); jobs that do not fit wait. share=False keeps a copy of the prompt for every sample.
+    InputError if kv_tokens cannot hold one job."""
+    if not prompts:
+        return
+    c, device = model.config, model.device
+    start = common_prefix(prompts) if share else 0
+    jobs = [Job(i, prompt, samples) for i, prompt in enumerate(prompts)
+            for samples in ([list(range(k))] if share else [[s] for s in range(k)])]
+    if kv_tokens is None:
+        item = (model.compute_dtype or model.head.dtype).itemsize
+        free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
+        kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
+    max_rows = max_rows or (1024 if device.type == "cuda" else 128)
+    pages_for = lambda n: -(-n // Engine.PAGE)
+    most = lambda job: (pages_for(len(job.prompt) - start)
+                        + len(job.samples) * pages_for(max_new_tokens + Engine.POLL))
+    pages, largest = (kv_tokens - start) // Engine.PAGE, max(jobs, key=most)
+    if pages < most(largest):
+        raise InputError(f"--kv-tokens {kv_tokens}: prompt {largest.number} and its samples may need "
+                         f"{start + most(largest) * Engine.PAGE}; raise it or lower --max-new-tokens")
+    engine = Engine(model, prompts[0][:start], len(jobs[0].samples), max(max_rows, len(jobs[0].samples)),
+                    min(pages, sum(map(most, jobs))), max_new_tokens, stop, temperature, top_p, seed)
+    waiting, answers = deque(jobs), [{} for _ in prompts]
+    while waiting or engine.jobs:
+        engine.start_some(waiting)
+        waiting.extendleft(engine.reserve())
+        engine.decode()
+        for number, sample, ids in engine.finish():
+            answers[number][sample] = ids
+            if len(answers[number]) == k:
+                yield number, [answers[number][s] for s in range(k)]
+
+
+def generate(model, prompts, k=1, **options):
+    """For each prompt k lists of new ids; see generate_iter for the options."""
+    answers = dict(generate_iter(model, prompts, k, **options))
+    return [answers[i] for i in range(len(prompts))]
