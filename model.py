@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -58,6 +59,29 @@ def pick_dtype(device, name=None):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and native() else torch.float32
+
+
+def join_ranks(name=None):
+    """(device, rank, ranks) of this process: alone, or one of those that torchrun started."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return pick_device(name), 0, 1
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), ranks
+
+
+def all_sum(value, device):
+    """The sum of a number over all ranks, as a float; with one rank the number itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return float(value)
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
 
 
 def write_whole(path, write):
@@ -198,7 +222,8 @@ class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
-    segments: list              # (start, stop, [(a, b), ...] the runs of keys its rows see)
+    lengths: list               # of the segments, which lie one after another
+    paths: list                 # for each segment the segments that its rows see, the last being itself
     masks: dict = field(default_factory=dict)
 
 
@@ -210,28 +235,19 @@ def tree_plan(end):
                                            end      7 7 7 5 5 7 7
                                            position 0 1 2 3 4 3 4"""
     T, ends = len(end), end.tolist()
-    row = torch.arange(T, device=end.device)
     closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]    # keys whose subtree is over at row i
-    segments, path = [], []                                        # path: runs from the root to here
+    position = torch.arange(T, device=end.device) - closed
     starts = [i for i in range(T) if i == 0 or ends[i] != ends[i - 1]]
-    for start, stop in zip(starts, starts[1:] + [T]):
-        while path and ends[path[-1][0]] <= start:
+    path, paths = [], []                                           # path: segments from the root to here
+    for n, start in enumerate(starts):
+        while path and ends[starts[path[-1]]] <= start:
             path.pop()
-        if not stop <= ends[start] <= (ends[path[-1][0]] if path else T):
+        if not start < ends[start] <= (ends[starts[path[-1]]] if path else T):
             raise ValueError(f"end[{start}] = {ends[start]} does not nest")
-        path.append((start, stop))
-        segments.append((start, stop, join_runs(path)))
-    return TreePlan(end, row - closed, segments)
-
-
-def join_runs(runs):
-    """[(0, 3), (3, 5), (9, 11)] -> [(0, 5), (9, 11)]: neighbouring runs become one."""
-    joined = []
-    for a, b in runs:
-        if joined and joined[-1][1] == a:
-            a = joined.pop()[0]
-        joined.append((a, b))
-    return joined
+        path.append(n)
+        paths.append(list(path))
+    lengths = [stop - start for start, stop in zip(starts, starts[1:] + [T])]
+    return TreePlan(end, position, lengths, paths)
 
 
 def attention_by_mask(q, k, v, plan):
@@ -249,19 +265,22 @@ def attention(q, k, v, plan):
     """attention_by_mask one segment at a time, so that nothing hidden is computed.
 
     q may hold only the last rows of the stream (a prompt after a cached instruction)."""
-    first, out = len(k) - len(q), []
-    for start, stop, runs in plan.segments:
-        start = max(start, first)
-        n, m = stop - start, sum(b - a for a, b in runs)                   # n rows see m keys
-        if n <= 0:
+    skip, counts, out = len(k) - len(q), [], []
+    for n in plan.lengths:                                                 # rows of each segment in q
+        counts.append(max(0, n - skip))
+        skip -= n - counts[-1]
+    queries, keys, values = q.split(counts), k.split(plan.lengths), v.split(plan.lengths)
+    for path in plan.paths:
+        n, m = counts[path[-1]], sum(plan.lengths[s] for s in path)        # n rows see m keys
+        if n == 0:
             continue
-        if (n, m) not in plan.masks and n < m:                             # causal from the right
-            plan.masks[n, m] = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        part = [q[start - first:stop - first], *(torch.cat([x[a:b] for a, b in runs]) for x in (k, v))]
-        part = [x.transpose(0, 1)[None] for x in part]                     # (1, H or G, n or m, E)
-        seen = F.scaled_dot_product_attention(*part, plan.masks.get((n, m)), is_causal=n == m,
-                                              enable_gqa=True)
-        out.append(seen[0].transpose(0, 1))
+        if (n, m) not in plan.masks:                                       # causal from the right
+            plan.masks[n, m] = None if n == m else torch.ones(
+                n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        rows = queries[path[-1]], *(torch.cat([x[s] for s in path]) for x in (keys, values))
+        rows = (x.transpose(0, 1)[None] for x in rows)                     # (1, H or G, n or m, E)
+        out.append(F.scaled_dot_product_attention(*rows, plan.masks[n, m], is_causal=n == m,
+                                                  enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)                                                  # (T, H, E)
 
 
@@ -462,11 +481,11 @@ class Llama(nn.Module):
         model.load_state_dict(found, assign=True)
         return model
 
-    def save_pretrained(self, folder, state=None, shard_bytes=5 * 10 ** 9):
-        """Write config.json and safetensors that transformers and vLLM load, in config's dtype.
+    def save_pretrained(self, folder, dtype=None, state=None, shard_bytes=5 * 10 ** 9):
+        """Write config.json and safetensors that transformers and vLLM load; dtype: default config's.
 
         state: the weights to write where `self` holds only a part of them (see train_sft.save)."""
-        dtype, shards, size = getattr(torch, self.config.torch_dtype), [{}], 0
+        dtype, shards, size = dtype or getattr(torch, self.config.torch_dtype), [{}], 0
         for name, tensor in (state or self.state_dict()).items():
             tensor = tensor.detach().to("cpu", dtype).contiguous()
             if size and size + tensor.nbytes > shard_bytes:

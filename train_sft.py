@@ -1,0 +1,314 @@
+"""Stage 1, R-SFT: supervised fine-tuning on reasoning traces (GuardReasoner, Eq. 1).
+
+    python train_sft.py                                          the embedded corpus, on any laptop
+    python train_sft.py --model DIR --data FILE... --out DIR     yours
+    torchrun --nproc_per_node 4 train_sft.py ...                 the same on four GPUs
+
+    model folder + records  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120 (to resume)
+
+The loss of a step is the sum of -log p over all answer tokens of the batch, divided by their number:
+the same for any --max-tokens and any number of GPUs. fp32 weights and AdamW state; products in bf16
+where the hardware has them. Simpler than the paper's LLaMA-Factory run: torch's own sharding (FSDP2)
+instead of ZeRO-3, nothing padded, no dropout (LLaMA has none).
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_optimizer_state_dict)
+
+from data import FORMATS, Pack, Tokenizer, encode_records, pack, read_records
+from model import (InputError, Llama, all_sum, join_ranks, pick_dtype, read_json, read_tensors, write_json,
+                   write_whole)
+
+
+def sft_loss(logprobs, count):
+    """L = -(1/count) sum_n log p(target_n)   (GuardReasoner Eq. 1, as a mean over tokens)
+
+    logprobs (N,) of one pack; count: the answer tokens of the whole step, over all packs and ranks."""
+    return -logprobs.sum() / count
+
+
+def lr_at(step, steps, peak):
+    """Learning rate of step 0, 1, ... of `steps`: half a cosine from `peak` to 0, no warm-up."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def batches(n, size, epochs, seed):
+    """Yield lists of sample numbers; the order depends on (seed, epoch) alone. The last may be short."""
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
+        for i in range(0, n, size):
+            yield order[i:i + size]
+
+
+# ---- plumbing shared with train_dpo.py: nothing about SFT from here to the next line of this kind ----
+
+
+def common_arguments(p):
+    """The arguments that mean the same in both trainers."""
+    p.add_argument("--max-length", type=int, default=2048, help="tokens of one sequence (paper: 2048)")
+    p.add_argument("--max-tokens", type=int, default=8192, help="tokens of a pack; changes speed and memory only")
+    p.add_argument("--max-steps", type=int, help="stop here; the schedule ends here too")
+    p.add_argument("--seed", type=int, default=42, help="order of the data (paper: 42)")
+    p.add_argument("--limit", type=int, help="use the first N records only")
+    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
+    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
+                   help="of products; weights are kept in fp32 (default: bfloat16 where the hardware has it)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--recompute", action="store_true", help="compute activations twice: less memory, 4/3 time")
+    p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    p.add_argument("--save-every", type=int, default=0, metavar="N", help="checkpoint every N steps")
+
+
+def load(args, rank_info):
+    """(model, tokenizer) of args.model for training: fp32 weights, sharded where there are more ranks."""
+    device, _, ranks = rank_info
+    tokenizer = Tokenizer.from_pretrained(args.model, args.format)
+    products = pick_dtype(device, args.dtype)
+    storage = torch.float64 if products == torch.float64 else torch.float32
+    model = Llama.from_pretrained(args.model, "cpu" if ranks > 1 else device, storage)
+    model.compute_dtype, model.recompute = products, args.recompute
+    return (shard(model, device, products) if ranks > 1 else model), tokenizer
+
+
+def shard(model, device, products):
+    """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=products, cast_forward_inputs=False,
+                                  reduce_dtype=torch.promote_types(products, torch.float32))
+    for layer in model.model["layers"]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+
+
+def make_optimizer(model, lr):
+    """AdamW as in the paper's run: betas 0.9 and 0.999, eps 1e-8, no weight decay."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=model.device.type != "mps")
+
+
+def deal(packs, rank, ranks):
+    """This rank's packs of a step: longest first to the lightest rank, the same number to each.
+
+    Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
+    hands = [[] for _ in range(ranks)]
+    most = -(-len(packs) // ranks)
+    for p in sorted(packs, key=lambda p: -len(p.tokens)):
+        min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
+    none = torch.zeros(0, dtype=torch.long)
+    empty = Pack(torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long), none, none, none)
+    return hands[rank] + [empty] * (most - len(hands[rank]))
+
+
+def update(model, optimizer, lr):
+    """Clip gradients to norm 1, step, clear; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(folder, model, optimizer, step, rank):
+    """Write a checkpoint: fp32 weights, optimizer state and step, under a temporary name, then rename."""
+    weights, state = get_model_state_dict(model, options=FULL), get_optimizer_state_dict(model, optimizer, options=FULL)
+    if rank == 0:
+        folder, temporary = Path(folder), Path(f"{folder}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        moments = {f"{name}:{key}": value.contiguous() for name, values in state["state"].items()
+                   for key, value in values.items()}
+        model.save_pretrained(temporary, torch.promote_types(model.head.dtype, torch.float32), weights)
+        write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
+        write_json(temporary / "state.json", {"step": step})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+
+def save_final(args, model, tokenizer, rank):
+    """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
+    weights = get_model_state_dict(model, options=FULL)
+    if rank == 0:
+        tokenizer.save_pretrained(args.out)
+        model.save_pretrained(args.out, state=weights)
+        print(f"wrote {args.out}")
+
+
+def last_checkpoint(out):
+    """The newest complete checkpoint folder of a run, or None."""
+    return max((p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists()),
+               default=None)
+
+
+def resume(folder, model, optimizer):
+    """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+    weights = dict(read_tensors(folder / "model.safetensors")) if (folder / "model.safetensors").exists() else {
+        name: tensor for path in sorted(folder.glob("model-*.safetensors")) for name, tensor in read_tensors(path)}
+    set_model_state_dict(model, weights, options=FULL)
+    state = {}
+    for name, tensor in read_tensors(folder / "optimizer.safetensors"):
+        parameter, key = name.rsplit(":", 1)
+        state.setdefault(parameter, {})[key] = tensor
+    groups = get_optimizer_state_dict(model, optimizer, options=FULL)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=FULL)
+    return read_json(folder / "state.json")["step"]
+
+
+class Log:
+    """metrics.jsonl (first line: arguments and versions; then one object a step) and the console line."""
+
+    def __init__(self, args, step, steps, rank):
+        self.path, self.steps, self.first, self.started = Path(args.out) / "metrics.jsonl", steps, step, time.time()
+        self.rank, self.tick = rank, time.time()
+        if rank:
+            return
+        old = self.path.read_text().splitlines()[1:] if step and self.path.exists() else []
+        lines = [json.dumps({**vars(args), "torch": torch.__version__, "git": git_commit()}, default=str)]
+        lines += [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_whole(self.path, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+
+    def __call__(self, device, **row):
+        """Write one step; row has step, loss, lr, grad_norm, tokens and what else the stage counts."""
+        seconds, self.tick = time.time() - self.tick, time.time()
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        row.update(seconds=seconds, tokens_per_second=row["tokens"] / seconds, peak_memory=memory / 2 ** 30)
+        if self.rank:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        step = row["step"]
+        left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
+        extra = f"  accuracy {row['accuracy']:.2f}" if "accuracy" in row else ""
+        extra += f"  eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        end = "\n" if step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row else "\r"
+        print(f"step {step:5}/{self.steps}  loss {row['loss']:.4f}{extra}  lr {row['lr']:.1e}  "
+              f"grad {row['grad_norm']:6.2f}  {row['tokens_per_second']:8,.0f} tokens/s  "
+              f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ", end=end, flush=True)
+
+
+def git_commit():
+    """The commit of this code, or None outside a checkout."""
+    run = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip() or None
+
+
+class Interrupt:
+    """True once SIGTERM or Ctrl-C came to any rank: finish the step, save, leave."""
+
+    def __init__(self, device):
+        self.seen, self.device = False, device
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.notice)
+
+    def notice(self, number, frame):
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)                # a second time ends at once
+
+    def __bool__(self):
+        return all_sum(self.seen, self.device) > 0
+
+
+def start_run(args):
+    """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
+    checkpoint = last_checkpoint(args.out) if args.resume else None
+    if not args.resume and (Path(args.out) / "metrics.jsonl").exists():
+        raise InputError(f"{args.out}: already holds a run; add --resume to continue it, or choose another --out")
+    return checkpoint
+
+
+# ---- end of the plumbing ----
+
+
+@torch.no_grad()
+def evaluate(model, samples, args, rank_info):
+    """Mean -log p over the answer tokens of held-out samples."""
+    device, rank, ranks = rank_info
+    total = 0.0
+    for p in deal(pack(samples, args.max_tokens), rank, ranks):
+        p = p.to(device)
+        total -= model(p.tokens, p.end, p.rows, p.targets).sum().item()
+    return all_sum(total, device) / sum(len(s.answers[0]) for s in samples)
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    demo = not (sys.argv[1:] if argv is None else argv)
+    p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
+    p.add_argument("--data", nargs="+", metavar="FILE", help="records with instruction, input, output")
+    p.add_argument("--out", default="out/sft", help="folder for the trained model")
+    p.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (paper: 5e-5)")
+    p.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
+    p.add_argument("--batch-size", type=int, default=384, help="sequences in an optimizer step (paper: 384)")
+    p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
+    common_arguments(p)
+    if demo:
+        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), lr=2e-3, epochs=4, batch_size=32)
+    args = p.parse_args(argv)
+    if not args.data:
+        p.error("--data FILE... is missing (without any argument the demo runs)")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    checkpoint = start_run(args)
+    rank_info = device, rank, ranks = join_ranks(args.device)
+    model, tokenizer = load(args, rank_info)
+    records = [record for path in args.data for record in read_records(path)][:args.limit]
+    samples, _ = encode_records(tokenizer, records, args.max_length)
+    held_out = [record for path in args.eval_data or [] for record in read_records(path)]
+    held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
+    if not samples:
+        raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
+    optimizer, interrupted = make_optimizer(model, args.lr), Interrupt(device)
+    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
+    steps, epoch = args.max_steps or len(plan), math.ceil(len(samples) / args.batch_size)
+    done = resume(checkpoint, model, optimizer) if checkpoint else 0
+    log = Log(args, done, steps, rank)
+    for step, batch in enumerate(plan[done:steps], done + 1):
+        lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
+        count, loss = sum(len(s.answers[0]) for s in chosen), 0.0
+        packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
+        for p in packs:
+            p = p.to(device)
+            part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
+            (part * ranks).backward()                        # FSDP averages gradients over the ranks
+            loss += part.item()
+        norm = update(model, optimizer, lr)
+        row = dict(step=step, loss=all_sum(loss, device), lr=lr, grad_norm=norm,
+                   tokens=sum(len(s.prompt) + len(s.answers[0]) for s in chosen),
+                   computed=int(all_sum(sum(len(p.tokens) for p in packs), device)), loss_tokens=count)
+        if held_out and (step % epoch == 0 or step == steps):
+            row["eval_loss"] = evaluate(model, held_out, args, rank_info)
+        log(device, **row)
+        stop = bool(interrupted)
+        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank)
+        if stop:
+            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
+    save_final(args, model, tokenizer, rank)
+
+
+if __name__ == "__main__":
+    main()
