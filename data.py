@@ -389,34 +389,35 @@ class Pack:
 def pack(samples, max_tokens, share=True):
     """Lay samples out as forests of at most max_tokens each (more only if one sample is longer).
 
-    First fit, longest first. A pack holds one instruction, once; each prompt once; then its answers.
-    share=False is ordinary packing: every answer has a prompt of its own."""
-    numbered, n = [], 0
+    First fit, longest first; a sample stays whole. A pack holds one instruction, once; each prompt once;
+    then its answers. share=False is ordinary packing: every answer has a prompt of its own."""
+    items, n = [], 0                                   # (root, [(prompt, [(number, answer)])]) a sample
     for sample in samples:
         answers = list(enumerate(sample.answers, n))
         n += len(answers)
-        numbered += ([(sample.prompt, answers, sample.root)] if share else
-                     [(sample.prompt, [answer], 0) for answer in answers])
-    own = lambda item: len(item[0]) - item[2] + sum(len(ids) - 1 for _, ids in item[1])
-    bins = []                                                                  # [tokens, root ids, items]
-    for item in sorted(numbered, key=own, reverse=True):
-        root = item[0][:item[2]]
-        place = next((b for b in bins if b[0] + own(item) <= max_tokens and b[1] == root), None)
+        copies = [(sample.prompt, answers)] if share else [(sample.prompt, [a]) for a in answers]
+        items.append((sample.prompt[:sample.root] if share else [], copies))
+    own = lambda root, copies: sum(len(prompt) - len(root) + sum(len(ids) - 1 for _, ids in answers)
+                                   for prompt, answers in copies)
+    bins = []                                                              # [tokens, root, copies]
+    for root, copies in sorted(items, key=lambda item: own(*item), reverse=True):
+        size = own(root, copies)
+        place = next((b for b in bins if b[0] + size <= max_tokens and b[1] == root), None)
         if place is None:
             place = [len(root), root, []]
             bins.append(place)
-        place[0] += own(item)
-        place[2].append(item)
-    return [lay_out(root, items) for _, root, items in sorted(bins, key=lambda b: -b[0])]
+        place[0] += size
+        place[2] += copies
+    return [lay_out(root, copies) for _, root, copies in sorted(bins, key=lambda b: -b[0])]
 
 
-def lay_out(root, items):
+def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
 
     The token before an answer's first is the prompt's last, so that row is scored once for each answer;
     the end mark is a target and never fed."""
     tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []
-    for prompt, answers, _ in items:
+    for prompt, answers in copies:
         rest = prompt[len(root):]
         tokens += rest
         last = len(tokens) - 1                                                 # the prompt's last row

@@ -201,10 +201,12 @@ class Log:
         left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
         extra = f"  accuracy {row['accuracy']:.2f}" if "accuracy" in row else ""
         extra += f"  eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
-        end = "\n" if step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row else "\r"
+        keep = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row
+        if not keep and not sys.stdout.isatty():
+            return
         print(f"step {step:5}/{self.steps}  loss {row['loss']:.4f}{extra}  lr {row['lr']:.1e}  "
               f"grad {row['grad_norm']:6.2f}  {row['tokens_per_second']:8,.0f} tokens/s  "
-              f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ", end=end, flush=True)
+              f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ", end="\n" if keep else "\r", flush=True)
 
 
 def git_commit():

@@ -195,7 +195,7 @@ def make_records(rng, source, n, depths=(0, 1, 2), unseen=False, skip=None):
 def make_corpus(seed=0, skip=0.25, train=2400, test=1200):
     """{file name: records}; half of each file is wildguard, a sixth each of the other sources."""
     share = lambda n: {"wildguard": n // 2, "aegis": n // 6, "beavertails": n // 6, "toxicchat": n // 6}
-    corpus, kinds = {}, {"dev": {}, "test": {}, "test_unseen": {"unseen": True}, "test_deeper": {"depths": (3, 4)}}
+    corpus, kinds = {}, {"dev": {"skip": 0.0}, "test": {}, "test_unseen": {"unseen": True}, "test_deeper": {"depths": (3, 4)}}
     for source, n in share(train).items():
         corpus[f"train_{source}"] = make_records(random.Random(f"{seed} train {source}"), source, n, skip=skip)
     for name, options in kinds.items():

@@ -1,0 +1,147 @@
+"""Stage 3, HS-DPO: weighted direct preference optimization on the hard samples (GuardReasoner, Eq. 2).
+
+    python train_dpo.py                                             after `python mine_hard.py`
+    python train_dpo.py --model DIR --data hard.jsonl --out DIR     yours
+    torchrun --nproc_per_node 4 train_dpo.py ...                    the same on four GPUs
+
+    R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
+
+A pair is one tree: instruction, prompt, and two branches, so the prompt is computed once. The reference
+is the model we start from; its log-probabilities are computed once, before the first step, and no
+second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from data import encode_records, pack, read_records
+from model import InputError, all_sum, join_ranks, read_tensors, write_whole
+from train_sft import (Interrupt, Log, batches, common_arguments, deal, load, lr_at, make_optimizer, resume,
+                       save, save_final, start_run, update)
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
+    """-alpha log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
+
+    Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2). All (B,): log-probabilities
+    *summed* over an answer's tokens, end mark included; w is the chosen, l the rejected answer."""
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)             # (B,)
+    return -weight * F.logsigmoid(beta * margin)
+
+
+def answer_sums(logprobs, answer, answers):
+    """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. answers-1."""
+    return logprobs.new_zeros(answers).index_add(0, answer, logprobs)
+
+
+def pairs_loss(logprobs, answer, samples, reference, weight, args):
+    """The summed loss of a pack's pairs, and the sums that are logged, (6,): loss, preference term,
+    accuracy, margin, chosen and rejected log-probability.
+
+    loss = dpo_loss + sft * (-log pi_w / |w|): the SFT term is a mean over each chosen answer's tokens."""
+    here = torch.unique(answer // 2)                                       # pairs of this pack
+    policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[here]
+    ref = reference.to(policy)[here]
+    length = policy.new_tensor([len(s.answers[0]) for s in samples])[here]
+    preference = dpo_loss(*policy.T, *ref.T, args.beta, weight.to(policy)[here])
+    loss = preference + args.sft * -policy[:, 0] / length
+    margin = ((policy - ref) @ policy.new_tensor([1.0, -1.0])).detach()
+    seen = torch.stack([loss, preference, (margin > 0).to(loss), args.beta * margin, *policy.T]).detach()
+    return loss.sum(), seen.sum(1).double().cpu()
+
+
+@torch.no_grad()
+def reference_logprobs(model, samples, args, rank_info):
+    """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected."""
+    device, rank, ranks = rank_info
+    total = torch.zeros(2 * len(samples), dtype=torch.float64)
+    for i in range(0, len(samples), args.batch_size):                      # one step's pairs at a time
+        for p in deal(pack(samples[i:i + args.batch_size], args.max_tokens, not args.no_share), rank, ranks):
+            p = p.to(device)
+            logprobs = model(p.tokens, p.end, p.rows, p.targets).double().cpu()
+            total.index_add_(0, p.answer.cpu() + 2 * i, logprobs)
+    if ranks > 1:
+        total = total.to(device)
+        torch.distributed.all_reduce(total)
+    return total.cpu().view(-1, 2)
+
+
+def kept_reference(model, samples, args, rank_info):
+    """reference_logprobs, computed once and kept in OUT/reference.safetensors for a resumed run."""
+    path = Path(args.out) / "reference.safetensors"
+    if args.resume and path.exists():
+        kept = dict(read_tensors(path))["logprobs"]
+        if len(kept) != len(samples):
+            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; resume with the same data")
+        return kept
+    reference = reference_logprobs(model, samples, args, rank_info)
+    if rank_info[1] == 0:
+        write_whole(path, lambda temporary: save_file({"logprobs": reference}, temporary))
+    return reference
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    demo = not (sys.argv[1:] if argv is None else argv)
+    p.add_argument("--model", default="out/sft", help="folder of the R-SFT model; also the reference")
+    p.add_argument("--data", nargs="+", default=["out/hard/hard.jsonl"], metavar="FILE", help="pairs of mine_hard.py")
+    p.add_argument("--out", default="out/dpo", help="folder for the trained model")
+    p.add_argument("--lr", type=float, default=5e-6, help="peak learning rate (paper: 5e-6)")
+    p.add_argument("--epochs", type=int, default=2, help="passes over the pairs (paper: 2)")
+    p.add_argument("--batch-size", type=int, default=256, help="pairs in an optimizer step (paper: 256)")
+    p.add_argument("--beta", type=float, default=0.01, help="strength of the reference (paper: 0.01)")
+    p.add_argument("--sft", type=float, default=2.0, help="factor of the SFT term on the chosen (paper: 2.0)")
+    common_arguments(p)
+    if demo:
+        p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    checkpoint = start_run(args)
+    rank_info = device, rank, ranks = join_ranks(args.device)
+    model, tokenizer = load(args, rank_info)
+    records = [record for path in args.data for record in
+               read_records(path, ("instruction", "input", "chosen", "rejected"))][:args.limit]
+    samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
+    weights = torch.tensor([float(r.get("weight", r.get("sample_weight", 1.0))) for r in records])
+    if not samples:
+        raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
+    reference = kept_reference(model, samples, args, rank_info)
+    optimizer, interrupted = make_optimizer(model, args.lr), Interrupt(device)
+    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
+    steps = args.max_steps or len(plan)
+    done = resume(checkpoint, model, optimizer) if checkpoint else 0
+    log = Log(args, done, steps, rank)
+    for step, batch in enumerate(plan[done:steps], done + 1):
+        lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
+        count, totals = len(batch), torch.zeros(6, dtype=torch.float64)
+        packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
+        for p in packs:
+            p = p.to(device)
+            logprobs = model(p.tokens, p.end, p.rows, p.targets)
+            part, seen = pairs_loss(logprobs, p.answer, chosen, reference[batch], weights[batch], args)
+            (part * ranks / count).backward()                # FSDP averages gradients over the ranks
+            totals += seen
+        norm = update(model, optimizer, lr)
+        loss, preference, accuracy, margin, won, lost = (all_sum(x, device) / count for x in totals)
+        log(device, step=step, loss=loss, lr=lr, grad_norm=norm,
+            tokens=sum(len(s.prompt) + len(a) for s in chosen for a in s.answers),
+            computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
+            loss_tokens=sum(len(a) for s in chosen for a in s.answers), pairs=count, preference=preference,
+            accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
+        stop = bool(interrupted)
+        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank)
+        if stop:
+            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
+    save_final(args, model, tokenizer, rank)
+
+
+if __name__ == "__main__":
+    main()
