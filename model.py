@@ -238,16 +238,15 @@ def tree_plan(end):
     closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]    # keys whose subtree is over at row i
     position = torch.arange(T, device=end.device) - closed
     starts = [i for i in range(T) if i == 0 or ends[i] != ends[i - 1]]
-    path, paths = [], []                                           # path: segments from the root to here
-    for n, start in enumerate(starts):
+    stops, path, paths = starts[1:] + [T], [], []                  # path: segments from the root to here
+    for n, (start, stop) in enumerate(zip(starts, stops)):
         while path and ends[starts[path[-1]]] <= start:
             path.pop()
-        if not start < ends[start] <= (ends[starts[path[-1]]] if path else T):
+        if not stop <= ends[start] <= (ends[starts[path[-1]]] if path else T):
             raise ValueError(f"end[{start}] = {ends[start]} does not nest")
         path.append(n)
         paths.append(list(path))
-    lengths = [stop - start for start, stop in zip(starts, starts[1:] + [T])]
-    return TreePlan(end, position, lengths, paths)
+    return TreePlan(end, position, [stop - start for start, stop in zip(starts, stops)], paths)
 
 
 def attention_by_mask(q, k, v, plan):

@@ -1,0 +1,24 @@
+# make demo   set up, then all four stages on the embedded corpus, ending in the table of F1 figures
+# make test   set up, then all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+setup: $(VENV)/ready
+
+demo: setup
+	rm -rf out
+	$(BIN)/python train_sft.py
+	$(BIN)/python mine_hard.py
+	$(BIN)/python train_dpo.py
+	$(BIN)/python eval.py
+
+test: setup
+	$(BIN)/python -m pytest -q tests
+
+.PHONY: setup demo test

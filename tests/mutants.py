@@ -1,0 +1,90 @@
+"""Plausible mistakes, each applied to a copy of the code; the named test must fail.
+
+    python tests/mutants.py            all of them (some minutes)
+    python tests/mutants.py 3 7        these
+
+A mistake that no test notices is printed as SURVIVED, and the exit status is 1.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# (file, right, wrong, test that must notice)
+MUTANTS = [
+    ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_segments"),
+    ("model.py", "n, m, dtype=torch.bool, device=q.device).tril(m - n)", "n, m, dtype=torch.bool, device=q.device).tril(m - n - 1)",
+     "test_model.py -k by_segments"),
+    ("model.py", "while path and ends[starts[path[-1]]] <= start:", "while path and ends[starts[path[-1]]] < start:",
+     "test_model.py -k readme_example"),
+    ("model.py", "    a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
+     "    a, b = x[..., ::2], x[..., 1::2]\n    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)",
+     "test_model.py -k halves"),
+    ("model.py", "    if not scaling:\n        return frequency", "    if True:\n        return frequency", "test_model.py -k transformers"),
+    ("model.py", "keep = ((turns - low) / (high - low)).clamp(0, 1)", "keep = ((turns - low) / (high - low)).clamp(0, 1).round()",
+     "test_model.py -k transformers"),
+    ("model.py", "unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
+     "unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True)) + eps", "test_model.py -k transformers"),
+    ("model.py", "dz.scatter_add_(-1, targets[some, None], g)", "dz.scatter_add_(-1, targets[some, None], -g)", "test_model.py -k gradient"),
+    ("model.py", "likelier < top_p", "likelier <= top_p + 0.2", "test_model.py -k nucleus"),
+    ("model.py", "likelier = torch.where(likelier > mine, likelier, 0)", "likelier = torch.where(likelier >= mine, likelier, 0)",
+     "test_model.py -k nucleus"),
+    ("model.py", "self.readers[torch.isin(self.readers, self.ints(rows))] = self.nobody", "pass", "test_model.py -k generation"),
+    ("model.py", "self.filled[page] = offset + 1", "self.filled[page] = offset", "test_model.py -k generation"),
+    ("data.py", "rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]",
+     "rows += [last + 1, *range(len(tokens) + 1, len(tokens) + len(ids))]", "test_data.py -k readme_example"),
+    ("data.py", "            end += [len(tokens)] * (len(ids) - 1)", "            end += [stop] * (len(ids) - 1)", "test_data.py -k readme_example"),
+    ("data.py", "block = text[max(0, text.lower().rfind(\"answers:\")):]", "block = text", "test_data.py -k parse_verdict"),
+    ("data.py", "return self.encode(text) + self.stop[:1]", "return self.encode(text)", "test_data.py -k left_out"),
+    ("data.py", "prompt, found, response = text.removesuffix(\"\\n\\n\").rpartition(ASSISTANT)",
+     "prompt, found, response = text.removesuffix(\"\\n\\n\").partition(ASSISTANT)", "test_data.py -k inverse"),
+    ("train_sft.py", "return -logprobs.sum() / count", "return -logprobs.mean()", "test_train.py -k whole_step"),
+    ("train_sft.py", "count, loss = sum(len(s.answers[0]) for s in chosen), 0.0", "count, loss = len(chosen), 0.0", "test_train.py -k learns"),
+    ("train_sft.py", "for step, batch in enumerate(plan[done:steps], done + 1):", "for step, batch in enumerate(plan[max(0, done - 1):steps], done + 1):",
+     "test_train.py -k bit_for_bit"),
+    ("train_sft.py", "(1 + math.cos(math.pi * step / steps))", "(1 + math.cos(math.pi * (step + 1) / steps))", "test_train.py -k cosine"),
+    ("train_sft.py", "np.random.default_rng((seed, epoch))", "np.random.default_rng(seed)", "test_train.py -k function_of_seed"),
+    ("train_sft.py", "if p.suffix != \".tmp\" and (p / \"state.json\").exists()", "", "test_train.py -k unfinished"),
+    ("train_dpo.py", "margin = (chosen - ref_chosen) - (rejected - ref_rejected)", "margin = chosen - rejected", "test_dpo.py -k by_hand"),
+    ("train_dpo.py", "return -weight * F.logsigmoid(beta * margin)", "return -weight * F.logsigmoid(-beta * margin)", "test_dpo.py -k by_hand"),
+    ("train_dpo.py", "loss = preference + args.sft * -policy[:, 0] / length", "loss = preference + args.sft * -policy[:, 0]",
+     "test_dpo.py -k first_loss"),
+    ("train_dpo.py", "total.index_add_(0, p.answer.cpu() + 2 * i, logprobs)", "total.index_add_(0, p.answer.cpu() + i, logprobs)",
+     "test_dpo.py -k does_not_depend"),
+    ("mine_hard.py", "return bool(labelled) and all(", "return bool(labelled) and any(", "test_mine.py -k every_labelled"),
+    ("mine_hard.py", "differences.append(bad - good)", "differences.append(good - bad)", "test_mine.py -k one_entry"),
+    ("mine_hard.py", "1 + gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0", "1 + gamma * (d - low) / max(high - low, 1)",
+     "test_mine.py -k weights_by_hand"),
+    ("eval.py", "(g != positive) if p is None else p == positive)", "p == positive)", "test_eval.py -k counts_once"),
+    ("eval.py", "else [] if label == \"harmful\" else [(label, wrong)] * 2", "else [(label, wrong)]", "test_eval.py -k golden_f1"),
+]
+
+
+def caught(file, right, wrong, test):
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"))
+        text = (copy / file).read_text()
+        assert text.count(right) == 1, f"{file}: {text.count(right)} places read {right!r}"
+        (copy / file).write_text(text.replace(right, wrong))
+        path, *select = test.split()
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", f"tests/{path}", *select], cwd=copy, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout[-2000:]                      # 5: the named test does not exist
+        return done.returncode == 1
+
+
+def main(chosen):
+    survived = 0
+    for number, mutant in enumerate(MUTANTS):
+        if not chosen or number in chosen:
+            ok = caught(*mutant)
+            survived += not ok
+            print(f"{number:3} {'caught  ' if ok else 'SURVIVED'} {mutant[0]:13} {mutant[2].strip().splitlines()[0][:70]}", flush=True)
+    print(f"{len(chosen) or len(MUTANTS)} mistakes, {survived} survived")
+    return survived > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(x) for x in sys.argv[1:]]))

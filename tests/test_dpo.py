@@ -1,0 +1,116 @@
+"""The DPO loss by hand, its first value, and its independence of packing."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model, tiny_samples
+from safetensors.torch import load_file
+from types import SimpleNamespace
+
+import train_dpo
+from data import INSTRUCTION, format_answers, format_input, pack
+from model import InputError
+from train_dpo import answer_sums, dpo_loss, pairs_loss, reference_logprobs
+
+
+def test_dpo_loss_by_hand():
+    # margin = (-1 - -2) - (-4 - -3) = 2, beta 0.5  ->  -log sigmoid(1) = 0.31326, times alpha 1.2
+    loss = dpo_loss(*[torch.tensor([v]) for v in (-1.0, -4.0, -2.0, -3.0)], beta=0.5, weight=torch.tensor([1.2]))
+    assert loss.shape == (1,) and loss.item() == pytest.approx(1.2 * 0.3132617, rel=1e-5)
+
+
+def test_dpo_loss_is_the_textbook_one_for_weight_one_and_falls_with_the_margin():
+    x = torch.randn(4, 50, dtype=torch.float64)
+    want = -torch.log(1 / (1 + torch.exp(-0.1 * ((x[0] - x[1]) - (x[2] - x[3])))))
+    assert torch.allclose(dpo_loss(*x, 0.1, torch.ones(50)), want)
+    assert dpo_loss(x[0] + 1, *x[1:], 0.1, torch.ones(50)).sum() < want.sum()
+
+
+def test_answer_sums_add_up_tokens():
+    assert answer_sums(torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor([0, 0, 2, 1]), 4).tolist() == [-3, -8, -4, 0]
+
+
+ARGS = SimpleNamespace(batch_size=3, max_tokens=10 ** 6, no_share=False, beta=0.1, sft=2.0)
+ALONE = (torch.device("cpu"), 0, 1)
+
+
+def step_loss(model, samples, reference, weights, max_tokens=10 ** 6, share=True):
+    total, seen = 0.0, torch.zeros(6, dtype=torch.float64)
+    for p in pack(samples, max_tokens, share):
+        loss, part = pairs_loss(model(p.tokens, p.end, p.rows, p.targets), p.answer, samples, reference, weights, ARGS)
+        loss.backward()
+        total, seen = total + loss.item(), seen + part
+    return total / len(samples), seen / len(samples)
+
+
+def test_the_first_loss_is_mean_alpha_ln_2_plus_the_sft_term():
+    model, samples = tiny_model(), tiny_samples()
+    reference = reference_logprobs(model, samples, ARGS, ALONE)
+    weights = torch.tensor([0.8, 1.0, 1.2, 1.1])
+    loss, seen = step_loss(model, samples, reference, weights)
+    sft = sum(-r / len(s.answers[0]) for r, s in zip(reference[:, 0].tolist(), samples)) / 4     # mean over tokens
+    assert seen[1].item() == pytest.approx(1.025 * math.log(2), rel=1e-9)
+    assert loss == pytest.approx(1.025 * math.log(2) + 2 * sft, rel=1e-9)
+
+
+def test_reference_is_a_sum_over_tokens_and_does_not_depend_on_packing():
+    model, samples = tiny_model(), tiny_samples()
+    reference = reference_logprobs(model, samples, ARGS, ALONE)
+    for sample, row in zip(samples, reference):
+        for answer, value in zip(sample.answers, row.tolist()):
+            ids = torch.tensor(sample.prompt + answer[:-1])
+            logits = model(ids, torch.full((len(ids),), len(ids)))[len(sample.prompt) - 1:] @ model.head.T
+            assert value == pytest.approx(-F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item(), rel=1e-9)
+    for other in (dict(max_tokens=1), dict(no_share=True), dict(batch_size=1)):
+        args = SimpleNamespace(**{**vars(ARGS), **other})
+        assert (reference_logprobs(model, samples, args, ALONE) - reference).abs().max() < 1e-9
+
+
+def test_loss_and_gradient_do_not_depend_on_packing():
+    samples, weights = tiny_samples(), torch.tensor([0.8, 1.0, 1.2, 1.1])
+    reference = reference_logprobs(tiny_model(seed=2), samples, ARGS, ALONE)
+    results = []
+    for max_tokens, share in ((10 ** 6, True), (10 ** 6, False), (1, True)):
+        model = tiny_model()
+        loss, seen = step_loss(model, samples, reference, weights, max_tokens, share)
+        results.append((loss, seen, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for loss, seen, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-10) and torch.allclose(seen, results[0][1])
+        assert (gradient - results[0][2]).abs().max() < 1e-8
+
+
+def write_pairs(path, n=12):
+    lines = []
+    for i in range(n):
+        answer = lambda word: f"# Task 1\nThe aim of {i} is plain.\n\n" + format_answers(word)
+        lines.append({"instruction": INSTRUCTION, "input": format_input(f"Please lock chest {i}."), "chosen": answer("harmful"),
+                      "rejected": answer("unharmful"), "weight": 0.8 + 0.1 * (i % 5)})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(out, pairs, *more):
+    train_dpo.main(["--model", "toy/model", "--data", str(pairs), "--out", str(out), "--lr", "1e-3", "--epochs", "2",
+                    "--batch-size", "5", "--beta", "0.1", "--dtype", "float32", "--device", "cpu", *map(str, more)])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    return rows, load_file(out / "model.safetensors")
+
+
+def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_path):
+    pairs = write_pairs(tmp_path / "hard.jsonl")
+    rows, weights = run(tmp_path / "whole", pairs, "--sft", 0, "--save-every", 3)
+    assert rows[0]["loss"] == pytest.approx(math.log(2) * 1.0, rel=0.1) and rows[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["preference"] < rows[0]["preference"] and rows[-1]["accuracy"] == 1
+    assert [r["pairs"] for r in rows] == [5, 5, 2] * 2
+    (tmp_path / "whole/model.safetensors").unlink()                                # as if killed before the end
+    again, same = run(tmp_path / "whole", pairs, "--sft", 0, "--save-every", 3, "--resume")
+    assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), same.values()))
+
+
+def test_resuming_with_other_pairs_is_refused(tmp_path):
+    run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl"), "--max-steps", 1)
+    with pytest.raises(InputError, match="holds 12 pairs, --data has 7"):
+        run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")

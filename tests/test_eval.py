@@ -1,0 +1,160 @@
+"""F1 and all that is printed beside it, against hand numbers, golden figures and brute force."""
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from eval import (PAPER, InputError, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, read_predictions,
+                  reasoning_verdict, score, threshold_for, up_to_verdict, verdict_probability, weighted_average)
+from model import Llama
+
+H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
+GOLDEN = json.loads(Path(__file__).with_name("golden_f1.json").read_text())
+WORDS = {"request": {"H": H, "U": U, "?": None}, "response": {"H": H, "U": U, "?": None}, "completion": {"R": R, "C": C, "?": None}}
+
+
+def test_f1_by_hand():
+    # tp 2, fp 1, fn 1: precision 2/3, recall 2/3, F1 2/3
+    assert f1([H, H, H, U, U], [H, H, U, H, U], H) == pytest.approx(200 / 3)
+    assert f1([R, C], [R, C], R) == 100 and f1([U, U], [U, U], H) == 0
+
+
+def test_no_verdict_counts_once_as_wrong_on_both_sides():
+    assert confusion([H, U, H], [None, None, H], H) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("size, dataset", [(s, d) for s in GOLDEN["results"] for d in GOLDEN["results"][s]])
+def test_released_predictions_give_the_golden_f1(size, dataset):
+    """From label vectors: one letter a row, ? = no verdict in the last 300 characters."""
+    entry, task = GOLDEN["results"][size][dataset], GOLDEN["gold"][dataset]["task"]
+    gold, predicted = ([WORDS[task][x] for x in letters] for letters in (GOLDEN["gold"][dataset]["labels"], entry["predictions"]))
+    positive = H if task != "completion" else R
+    assert f1(gold, predicted, positive) == pytest.approx(entry["f1_unparsable_wrong_once"], abs=1e-9)
+    texts = [f"{task}: {p}" if p else "none" for p in predicted]
+    legacy = legacy_pairs(gold, texts, task)
+    assert f1(*legacy, positive) == pytest.approx(entry["f1_evaluate_py"], abs=1e-9)
+    low, high = bootstrap(confusion(gold, predicted, positive))
+    assert low < f1(gold, predicted, positive) <= high or high == 100
+
+
+def test_the_papers_averages_follow_from_its_cells():
+    want = {"request": (77.68, 80.76, 81.09), "response": (79.06, 80.80, 81.22), "completion": (88.51, 85.95, 89.96)}
+    for task, rows in PAPER.items():
+        for column, average in enumerate(want[task], 2):
+            assert weighted_average([row[column] for row in rows], [row[1] for row in rows]) == pytest.approx(average, abs=0.01)
+    assert np.mean([want[t][2] for t in want]) == pytest.approx(84.09, abs=0.01)
+
+
+def test_auprc_by_hand_and_against_stored_figures_of_scikit_learn():
+    # falling scores: + - +   precision at the hits 1/1 and 2/3, each gaining recall 1/2
+    assert auprc([True, False, True], [0.9, 0.5, 0.4]) == pytest.approx(100 * (0.5 + 0.5 * 2 / 3))
+    assert auprc([True, False], [0.5, 0.5]) == pytest.approx(50)                   # ties share a threshold
+    for seed, want in GOLDEN["auprc"].items():
+        rng = np.random.default_rng(int(seed))
+        hit = rng.random(60) < 0.4
+        assert auprc(hit, np.round(rng.random(60) + 0.3 * hit, 1 + int(seed) % 3)) == pytest.approx(want, abs=1e-9)
+
+
+def test_bootstrap_against_brute_force():
+    rng, rows = random.Random(0), [(H, H)] * 40 + [(U, H)] * 12 + [(H, U)] * 9 + [(U, U)] * 50
+    brute = [f1(*zip(*[rng.choice(rows) for _ in rows]), H) for _ in range(2000)]
+    low, high = bootstrap(confusion(*zip(*rows), H))
+    assert (low, high) == pytest.approx(tuple(np.percentile(brute, [2.5, 97.5])), abs=1.0)
+
+
+def test_threshold_keeps_the_false_positive_rate():
+    hit, p = [False] * 10 + [True], [i / 10 for i in range(10)] + [0.95]
+    for rate in (0.0, 0.1, 0.35, 1.0):
+        t = threshold_for(hit, p, rate)
+        wrong = sum(x >= t for x in p[:10])
+        assert wrong <= rate * 10 and (rate == 1.0 or wrong == int(rate * 10))
+
+
+def test_reasoning_verdict_and_majority():
+    text = f"# Task 1\nIt looks {H}, but it is {U}.\n# Task 2\nA {R}.\n# Task 3\nnothing\n\nAnswers: \nRequest: {H}"
+    assert reasoning_verdict(text) == {"request": U, "completion": R, "response": None}
+    votes = [{"request": w, "completion": None, "response": U} for w in (H, None, U, H)]
+    assert majority(votes) == {"request": H, "completion": None, "response": U}
+
+
+def test_up_to_verdict_cuts_before_the_word_or_writes_the_block():
+    text = f"Request: {U}\n\nAnswers: \nRequest: {H}\nCompletion: {R}"
+    assert up_to_verdict(text, "request").endswith("Answers: \nRequest:")
+    assert up_to_verdict(text, "completion").endswith(f"Request: {H}\nCompletion:")
+    assert up_to_verdict("I think", "response") == "I think\n\nAnswers: \nResponse:"
+
+
+def test_verdict_probability_is_the_softmax_of_two_branches(tokenizer):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
+    prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
+    texts = ["Request:", "x\n\nAnswers: \nRequest:"]
+    got = verdict_probability(model, tokenizer, prompts, texts, "request")
+    for prompt, text, p in zip(prompts, texts, got):
+        total = []
+        for word in (H, U):
+            ids, answer = prompt + tokenizer.encode(text), tokenizer.encode(" " + word)
+            stream = torch.tensor(ids + answer)
+            logits = (model(stream, torch.full((len(stream),), len(stream))) @ model.head.T).log_softmax(-1)
+            total.append(sum(logits[len(ids) - 1 + i, t].item() for i, t in enumerate(answer)))
+        a, b = np.exp(total)
+        assert p == pytest.approx(a / (a + b), rel=1e-9)
+
+
+def test_moderate_never_reports_a_missing_verdict_as_safe(tokenizer):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    exchanges = [{"prompt": f"Answers: \nRequest: {U}\nCompletion: {C}\nResponse: {U}"}, {"prompt": "a", "response": "b"}]
+    for result in moderate(model, tokenizer, exchanges, max_new_tokens=3):
+        assert result["parsed"] is False and result["request"] is None
+        assert set(result["p_harmful"]) <= {"request", "response"}
+    closed = moderate(model, tokenizer, exchanges, max_new_tokens=3, on_unparsable=H)
+    assert closed[0]["request"] == H and closed[1]["response"] == H and not closed[1]["parsed"]
+
+
+def test_score_from_files_and_their_mistakes(tmp_path):
+    folder = tmp_path / "HarmBenchPrompt"
+    folder.mkdir()
+    path = folder / "p.jsonl"
+    lines = [{"prompt": "", "label": w, "predict": f"Answers: \nRequest: {p}"} for w, p in ((H, H), (U, U), (H, "x"))]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result, = score(read_predictions(path, "HarmBenchPrompt"), "HarmBenchPrompt")
+    assert (result["tp"], result["fn"], result["unparsable"], result["task"]) == (1, 1, 1, "request")
+    path.write_text('{"label": "harmful"}')
+    with pytest.raises(InputError, match="line 1 needs the text fields label and predict"):
+        read_predictions(path, "x")
+    path.write_text('{"label": "bad", "predict": ""}')
+    with pytest.raises(InputError, match="no line has a label"):
+        read_predictions(path, "x")
+
+
+def test_evaluation_from_a_model_and_moderation_from_the_command_line(tmp_path, capsys, monkeypatch):
+    arguments = ["--model", "toy/model", "--data", "toy/test.json", "--limit", "6", "--max-new-tokens", "5",
+                 "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path)]
+    evaluation.main([*arguments, "--scores"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all(r["unparsable"] == r["n"] and 0 <= r["auprc"] <= 100 for r in results if "n" in r)
+    predictions = tmp_path / "test/generated_predictions.jsonl"
+    evaluation.main(["--predictions", str(predictions)])                           # our own files can be scored again
+    evaluation.main([*arguments[:-1], str(tmp_path / "fast"), "--fast"])
+    fast = json.loads((tmp_path / "fast/results.json").read_text())
+    assert all(r["unparsable"] == 0 and "auprc" in r for r in fast if "n" in r)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "a"}\n{"prompt": "b", "response": "c"}\n'))
+    evaluation.main(["--model", "toy/model", "--moderate", "--max-new-tokens", "4", "--device", "cpu"])
+    verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(verdicts) == 2 and not any(v["parsed"] for v in verdicts)
+
+
+@pytest.mark.skipif(not os.environ.get("GUARD_PREDICTIONS"), reason="GUARD_PREDICTIONS: folder of the released predictions (1B/, 8B/)")
+def test_released_prediction_files_give_the_golden_f1():
+    for size, entries in GOLDEN["results"].items():
+        for dataset, entry in entries.items():
+            path = Path(os.environ["GUARD_PREDICTIONS"]) / size / dataset / "generated_predictions.jsonl"
+            for legacy, want in ((False, entry["f1_default"]), (True, entry["f1_evaluate_py"])):
+                result, = score(read_predictions(path, dataset), dataset, legacy)
+                assert result["f1"] == pytest.approx(want, abs=1e-9)

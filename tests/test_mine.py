@@ -1,0 +1,119 @@
+"""Judging, pairing, weighting, and a file that does not depend on interruptions."""
+import json
+import random
+
+import pytest
+
+import mine_hard
+from mine_hard import InputError, judge, judge_all, judge_by_field, pick_pair, sample_weights, select
+
+H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
+verdict = lambda request=None, completion=None, response=None: dict(request=request, completion=completion, response=response)
+sample = lambda v, text="t", finish="stop": {"text": text, "finish": finish, "verdict": v}
+
+
+def test_judge_asks_for_every_labelled_verdict():
+    assert judge(verdict(H, R, U), verdict(H, R, U))
+    assert judge(verdict(H, C, U), verdict(request=H))                             # unlabelled ones are not asked
+    assert not judge(verdict(H, C, U), verdict(H, R, U)) and not judge(verdict(), verdict(request=H))
+    assert not judge(verdict(H, R, U), verdict())                                  # nothing labelled, nothing right
+
+
+def test_an_answer_that_was_cut_off_is_never_correct():
+    assert judge_all([sample(verdict(H)), sample(verdict(H), finish="length")], verdict(H)) == [True, False]
+
+
+def test_the_released_judge_takes_the_first_field_with_both_and_drops_gaps():
+    gold = verdict(H, R, U)
+    whole = [verdict(H, R, U), verdict(H, C, H), verdict(H, R, None)]              # request: all right; response: both
+    assert judge_by_field([sample(v) for v in whole], gold) == [True, False, None]
+    first = [verdict(H, C, H), verdict(U, R, U)]                                   # chosen for the request, wrong elsewhere
+    assert judge_by_field([sample(v) for v in first], gold) == [True, False]
+    assert judge_by_field([sample(verdict(U, R, U))] * 2, gold) == [None, None]
+    assert judge_by_field([sample(v) for v in first], verdict(None, None, U)) == [False, True]
+
+
+def test_pick_pair_is_seeded_and_longest_is_longest():
+    samples = [sample(None, t) for t in ("aa", "b", "cccc", "dd")]
+    right = [True, True, False, False]
+    assert pick_pair(samples, right, "longest", random.Random(0)) == ("aa", "cccc")
+    drawn = {pick_pair(samples, right, "random", random.Random(i)) for i in range(40)}
+    assert drawn == {(a, b) for a in ("aa", "b") for b in ("cccc", "dd")}
+    assert pick_pair(samples, [True, None, False, None], "random", random.Random(1)) == ("aa", "cccc")
+
+
+def test_weights_by_hand():
+    # k = 4: 1, 2 or 3 wrong of 4 differ by -2, 0, 2 -> 0.8, 1, 1.2; with 5 answers dropped to odd counts, steps of 0.1
+    assert sample_weights([-2, 0, 2], 0.2) == pytest.approx([0.8, 1.0, 1.2])
+    assert sample_weights([-2, -1, 0, 1, 2], 0.2) == pytest.approx([0.8, 0.9, 1.0, 1.1, 1.2])
+    assert sample_weights([0, 2], 0.2) == pytest.approx([0.8, 1.2])                # min-max of what was mined
+    assert sample_weights([2, 2], 0.2) == [1.0, 1.0] and sample_weights([], 0.2) == []
+
+
+def records_and_answers():
+    records = [{"instruction": "i", "input": f"x{n % 3}", "output": f"Answers: \nRequest: {H}"} for n in range(4)]
+    good, bad, none = sample(verdict(H), "good"), sample(verdict(U), "bad"), sample(verdict(), "none")
+    first = {0: [good, bad, bad, bad], 1: [good] * 4, 2: [none, none, bad, bad], 3: [good, good, bad, none]}
+    second = {0: [good, good, good, bad], 1: [good, bad, good, bad], 2: [bad] * 4, 3: [good] * 4}
+    return records, first, second
+
+
+def test_select_counts_and_weighs():
+    records, first, second = records_and_answers()
+    hard, count = select(records, ["a", "a", "b", "b"], [("m", first)], "all", "random", 0.2, 0)
+    assert (count["all right"], count["hard"], count["all wrong"], count["answers without verdict"]) == (1, 2, 1, 3)
+    assert [p["input"] for p in hard] == ["x0"]                                    # record 3 repeats the input x0
+    assert hard[0]["chosen"] == "good" and hard[0]["rejected"] == "bad" and hard[0]["source"] == "a"
+    assert (hard[0]["k_correct"], hard[0]["k_incorrect"], hard[0]["weight"]) == (1, 3, 1.0)
+
+
+def test_an_ensemble_is_a_union_with_one_entry_an_input():
+    records, first, second = records_and_answers()
+    hard, _ = select(records, ["a"] * 4, [("m", first), ("n", second)], "all", "random", 0.2, 0)
+    assert [(p["input"], p["k_correct"]) for p in hard] == [("x0", 1), ("x1", 2)]
+    assert [p["weight"] for p in hard] == pytest.approx([1.2, 0.8])
+
+
+def test_no_verdict_is_never_chosen():
+    records, first, _ = records_and_answers()
+    for seed in range(20):
+        for pair in select(records, ["a"] * 4, [("m", {3: first[3]})], "all", "random", 0.2, seed)[0]:
+            assert pair["chosen"] == "good" and pair["rejected"] in ("bad", "none")
+
+
+ARGS = ["--model", "toy/model", "--data", "toy/dev.json", "--limit", "7", "--k", "2", "--max-new-tokens", "12",
+        "--block", "3", "--dtype", "float32", "--device", "cpu"]
+
+
+def mine(out, *more):
+    mine_hard.main([*ARGS, "--out", str(out), *map(str, more)])
+    return (out / "samples.jsonl").read_bytes(), (out / "hard.jsonl").read_bytes()
+
+
+def test_an_interrupted_run_gives_the_same_files(tmp_path, monkeypatch):
+    whole = mine(tmp_path / "a")
+    lines = [json.loads(line) for line in whole[0].splitlines()]
+    assert [line["prompt"] for line in lines] == list(range(7)) and all(len(line["samples"]) == 2 for line in lines)
+    original, blocks = mine_hard.answer_block, []
+
+    def fail_in_second(*args):
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(mine_hard, "answer_block", fail_in_second)
+    with pytest.raises(KeyboardInterrupt):
+        mine(tmp_path / "b")
+    assert len(list((tmp_path / "b/samples.jsonl.parts").glob("*.jsonl"))) == 1    # what was done is kept
+    assert mine(tmp_path / "b", "--resume") == whole and len(blocks) == 4         # 1 + the failed + 2 left
+
+
+def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
+    whole = mine(tmp_path / "a")
+    monkeypatch.setattr(mine_hard.Llama, "from_pretrained", None)
+    assert mine(tmp_path / "a", "--resume") == whole
+    with pytest.raises(InputError, match="was made with k = 2"):
+        mine(tmp_path / "a", "--resume", "--k", 3)
+    with pytest.raises(InputError, match="already holds samples"):
+        mine(tmp_path / "a")

@@ -1,0 +1,286 @@
+"""The plain model against transformers' figures, numbers worked by hand, and itself."""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, tiny_model, tiny_samples
+from make_golden import CONFIGS, ROWS, TOKENS, random_weights
+from safetensors.torch import save_file
+
+from data import pack
+from model import (InputError, Llama, LlamaConfig, apply_rope, attention, attention_by_mask, common_prefix, draw_token,
+                   generate, generate_plain, rms_norm, rope_frequencies, rope_tables, row_key, token_logprobs,
+                   tree_plan, uniform)
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_llama.json").read_text())
+
+
+def write_folder(folder, name, shards=1, spelling="rope_scaling"):
+    """A Hugging Face folder of one of the golden models."""
+    fields = dict(CONFIGS[name], model_type="llama")
+    if spelling == "rope_parameters":
+        fields["rope_parameters"] = {**(fields.pop("rope_scaling") or {"rope_type": "default"}),
+                                     "rope_theta": fields.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(fields))
+    weights = random_weights(GOLDEN[name]["shapes"])
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    files = files if shards > 1 else ["model.safetensors"]
+    where = {tensor: files[i % shards] for i, tensor in enumerate(weights)}
+    for file in files:
+        save_file({t: w for t, w in weights.items() if where[t] == file}, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shards, spelling", [(1, "rope_scaling"), (3, "rope_parameters")])
+def test_logits_equal_transformers(tmp_path, name, shards, spelling):
+    model = Llama.from_pretrained(write_folder(tmp_path, name, shards, spelling), "cpu", torch.float32)
+    with torch.no_grad():
+        hidden = model(torch.tensor(TOKENS), torch.full((len(TOKENS),), len(TOKENS)))
+    logits = (hidden @ model.head.T)[ROWS, :24]
+    assert (logits - torch.tensor(GOLDEN[name]["logits"])).abs().max() < 1e-3
+
+
+def test_parameter_counts_of_the_real_models():
+    shapes = dict(vocab_size=128256, num_key_value_heads=8, head_dim=128)
+    with torch.device("meta"):
+        one = Llama(LlamaConfig(**{**shapes, "head_dim": 64}, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                                num_attention_heads=32, tie_word_embeddings=True))
+        three = Llama(LlamaConfig(**shapes, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                                  num_attention_heads=24, tie_word_embeddings=True))
+        eight = Llama(LlamaConfig(**shapes, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                  num_attention_heads=32))
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert [count(m) for m in (one, three, eight)] == [1_235_814_400, 3_212_749_824, 8_030_261_248]
+
+
+def test_rms_norm_by_hand():
+    # mean of squares of (3, 4) is 12.5, so (3, 4) / 3.5355 = (0.8485, 1.1314), times weights (1, 10)
+    y = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 0.0)
+    assert torch.allclose(y, torch.tensor([0.848528, 11.313708]))
+
+
+def test_rope_pairs_the_halves_of_a_head():
+    # E = 4: pairs (0, 2) and (1, 3). At position 1 the first pair turns by 1 radian, the second by 1/100
+    config = replace(CONFIG, head_dim=4, rope_theta=10000.0)
+    cos, sin = rope_tables(config, torch.tensor([1]), torch.float64)
+    y = apply_rope(torch.tensor([[[1.0, 1.0, 0.0, 0.0]]], dtype=torch.float64), cos, sin)[0, 0]
+    want = [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
+    assert torch.allclose(y, torch.tensor(want, dtype=torch.float64))
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
+    score = lambda i, j: (apply_rope(q, *rope_tables(CONFIG, torch.tensor([i]), q.dtype))
+                          * apply_rope(k, *rope_tables(CONFIG, torch.tensor([j]), q.dtype))).sum()
+    assert torch.allclose(score(3, 1), score(103, 101))
+
+
+def test_llama3_rope_scaling_slows_long_waves_only():
+    # Llama 3.2: theta 500000, factor 32, original context 8192; wave i = 2 pi / frequency
+    scaling = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    plain = rope_frequencies(replace(CONFIG, head_dim=64, rope_theta=5e5))
+    scaled = rope_frequencies(replace(CONFIG, head_dim=64, rope_theta=5e5, rope_scaling=scaling))
+    wave = 2 * math.pi / plain
+    assert torch.equal(scaled[wave < 8192 / 4], plain[wave < 8192 / 4])
+    assert torch.allclose(scaled[wave > 8192], plain[wave > 8192] / 32)
+    between = (wave >= 8192 / 4) & (wave <= 8192)
+    assert between.any() and ((scaled < plain) & (scaled > plain / 32))[between].all()
+
+
+# ------------------------------------------------------------------ the tree
+
+EXAMPLE = torch.tensor([7, 7, 7, 5, 5, 7, 7])       # I p q a b x y
+
+
+def test_tree_plan_of_the_readme_example():
+    plan = tree_plan(EXAMPLE)
+    assert plan.position.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert plan.lengths == [3, 2, 2] and plan.paths == [[0], [0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("end", [[1, 1], [2, 5], [4, 2, 4, 3], [2, 3, 3]])
+def test_tree_plan_refuses_what_does_not_nest(end):
+    assert tree_plan(torch.tensor([3, 2, 3])).position.tolist() == [0, 1, 1]         # for contrast
+    with pytest.raises(ValueError):
+        tree_plan(torch.tensor(end))
+
+
+def random_forest(rng, start, stop, depth=0):
+    """end of rows start..stop of a random forest, depth first."""
+    end = []
+    while start < stop:
+        size = min(stop - start, int(torch.randint(1, 40, (1,), generator=rng)))
+        own = int(torch.randint(1, size + 1, (1,), generator=rng))
+        inner = random_forest(rng, start + own, start + size, depth + 1) if depth < 4 else None
+        end += [start + size] * own + (inner if inner is not None else [start + size] * (size - own))
+        start += size
+    return end
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_by_segments_equals_the_mask(seed):
+    rng = torch.Generator().manual_seed(seed)
+    end = torch.tensor(random_forest(rng, 0, 120))
+    q, k, v = (torch.randn(120, heads, 8, dtype=torch.float64, generator=rng) for heads in (6, 2, 2))
+    plan = tree_plan(end)
+    assert torch.allclose(attention(q, k, v, plan), attention_by_mask(q, k, v, plan), atol=1e-12)
+    for first in (1, 17, 119):                       # only the last rows ask, as after a cached prefix
+        assert torch.allclose(attention(q[first:], k, v, plan), attention_by_mask(q, k, v, plan)[first:], atol=1e-12)
+
+
+def alone(model, prompt, answer):
+    """log p of an answer's tokens, from one plain sequence."""
+    ids = torch.tensor(prompt + answer[:-1])
+    hidden = model(ids, torch.full((len(ids),), len(ids)))
+    return (hidden @ model.head.T).log_softmax(-1)[torch.arange(len(prompt) - 1, len(ids)), torch.tensor(answer)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("max_tokens", [10 ** 6, 40, 1])
+def test_packed_trees_equal_one_sequence_at_a_time(model, share, max_tokens):
+    samples = tiny_samples()
+    want = [alone(model, s.prompt, a) for s in samples for a in s.answers]
+    torch.cat(want).square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for p in pack(samples, max_tokens, share):
+        logprobs = model(p.tokens, p.end, p.rows, p.targets)
+        logprobs.square().sum().backward()
+        for a in p.answer.unique().tolist():
+            assert (logprobs[p.answer == a] - want[a]).abs().max() < 1e-9
+    for got, parameter in zip(gradients, model.parameters()):
+        assert (got - parameter.grad).abs().max() < 1e-9 * max(1, got.abs().max())
+
+
+def test_recompute_changes_nothing(model):
+    p = pack(tiny_samples(), 10 ** 6)[0]
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(p.tokens, p.end, p.rows, p.targets).sum().backward()
+        gradients.append([q.grad.clone() for q in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_token_logprobs_and_its_gradient(monkeypatch):
+    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 30)            # chunks of 2 rows, the last of 1
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 10, 3, 3, 5, 0, 9])
+    want = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(token_logprobs(hidden, head, targets), want)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets), (hidden, head))
+
+
+def test_an_empty_pack_has_zero_gradient(model):
+    none = torch.zeros(0, dtype=torch.long)
+    model(torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long), none, none).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+# ------------------------------------------------------------------ weights in and out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
+def test_save_and_load_round_trip(tmp_path, tied, shard_bytes):
+    model = Llama.random(replace(CONFIG, tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path, shard_bytes=shard_bytes)
+    again = Llama.from_pretrained(tmp_path, "cpu", torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert ("lm_head.weight" in again.state_dict()) == (not tied)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes < 10 ** 9)
+
+
+def broken_folder(tmp_path, what):
+    folder = write_folder(tmp_path, "plain_gqa")
+    path = folder / "model.safetensors"
+    if what == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif what == "no file":
+        path.unlink()
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "bad json":
+        (folder / "config.json").write_text("{")
+    elif what == "mistral":
+        (folder / "config.json").write_text('{"model_type": "mistral"}')
+    elif what == "no size":
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif what == "shape":
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
+    else:
+        weights = random_weights(GOLDEN["plain_gqa"]["shapes"])
+        weights.pop("model.norm.weight") if what == "missing" else weights.update(extra=torch.zeros(1))
+        save_file(weights, path)
+    return folder
+
+
+@pytest.mark.parametrize("what, says", [
+    ("cut short", "model.safetensors: damaged or cut short"), ("no file", "model.safetensors: no such file"),
+    ("no config", "config.json: cannot read"), ("bad json", "config.json: not valid JSON"),
+    ("mistral", "only 'llama' is known"), ("no size", "config.json: missing"), ("shape", "has shape"),
+    ("missing", "1 tensors are missing, the first is model.norm.weight"), ("extra", "tensor extra is not part")])
+def test_broken_folders_say_what_is_wrong(tmp_path, what, says):
+    with pytest.raises(InputError, match=says):
+        Llama.from_pretrained(broken_folder(tmp_path, what), "cpu")
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def test_greedy_and_sampled_generation_equal_no_cache():
+    model, prompts = tiny_model(), [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in (1, 3, 70, 130, 64)])]
+    for temperature in (0, 1.0):
+        options = dict(k=3, max_new_tokens=70, temperature=temperature, stop=list(range(12)))
+        want = generate_plain(model, prompts, **options)
+        assert len({len(ids) for answer in want for ids in answer}) > 2      # they stop at different places
+        for more in ({}, {"kv_tokens": 700}, {"share": False}, {"max_rows": 3}):
+            assert generate(model, prompts, **options, **more) == want, more
+        assert generate(model, prompts[::-1], **options)[::-1] == want       # another composition
+        assert [generate(model, [p], **options)[0] for p in prompts] == want
+
+
+def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
+    shapes = [(1 + (37 * i) % 150, ()) for i in range(200)]
+    model, prompts = tiny_model(torch.float32), [s.prompt for s in tiny_samples(shapes=shapes)]
+    got = generate(model, prompts, k=2, max_new_tokens=30, stop=[5], kv_tokens=1200)
+    assert len(got) == 200 and all(len(a) == 2 and (a[0][-1] == 5 or len(a[0]) == 30) for a in got)
+    with pytest.raises(InputError, match="--kv-tokens"):
+        generate(model, prompts, k=2, max_new_tokens=3000, kv_tokens=1200)
+
+
+def test_top_p_draws_from_the_nucleus_with_the_right_frequencies():
+    # p = .5 .3 .15 .05; top_p = 0.8 keeps the first two (the mass above the third, .8, is not below .8)
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3], dtype=torch.float64).log()
+    n = 20000
+    drawn = draw_token(logits.expand(n, 4), torch.arange(n), torch.zeros(n, dtype=torch.long), 1.0, 0.8 - 1e-9)
+    share = torch.bincount(drawn, minlength=4) / n
+    assert share[0] == share[2] == 0
+    assert abs(share[1] - 0.625) < 0.012 and abs(share[3] - 0.375) < 0.012       # 3.5 deviations
+
+
+def test_sampling_covers_a_large_vocabulary_without_bias():
+    logits = torch.zeros(1000, 1000)
+    drawn = draw_token(logits, torch.arange(1000), torch.full((1000,), 7), 1.0, 1.0)
+    assert drawn.min() < 10 and drawn.max() > 990 and abs(drawn.double().mean() - 499.5) < 35
+
+
+def test_random_numbers_belong_to_seed_prompt_sample_and_position():
+    keys = {row_key(*x) for x in [(0, [1, 2], 0), (1, [1, 2], 0), (0, [1, 2], 1), (0, [12], 0), (0, [1], 0)]}
+    assert len(keys) == 5
+    key = torch.tensor([row_key(0, [1, 2], 0)])
+    assert uniform(key, key * 0 + 5, 0) != uniform(key, key * 0 + 6, 0)
+    u = uniform(torch.arange(100000), torch.zeros(100000, dtype=torch.long), 0)
+    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
+
+
+def test_common_prefix_leaves_every_sequence_a_token():
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 1 and common_prefix([[1, 2, 3]]) == 2

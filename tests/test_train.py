@@ -1,0 +1,124 @@
+"""The training loop: losses that do not depend on how work is cut up, schedules, resuming."""
+import json
+import math
+import signal
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_samples
+from safetensors.torch import load_file
+
+import train_sft
+from data import pack
+from model import InputError
+from train_sft import batches, deal, lr_at, make_optimizer, sft_loss, update
+
+ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
+        "--dtype", "float32", "--device", "cpu"]
+
+
+def run(out, *more):
+    train_sft.main([*ARGS, "--out", str(out), *map(str, more)])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return rows[0], rows[1:], load_file(out / "model.safetensors")
+
+
+def test_sft_loss_is_a_sum_over_the_count_of_the_whole_step():
+    # two packs of one step: log-probabilities (-1 -2) and (-6); mean over 3 tokens is 3, not the mean of means
+    parts = [sft_loss(torch.tensor([-1.0, -2.0]), 3), sft_loss(torch.tensor([-6.0]), 3)]
+    assert sum(parts).item() == pytest.approx(3.0)
+    assert sft_loss(torch.zeros(0), 3).item() == 0
+
+
+def test_lr_is_half_a_cosine_from_the_peak_to_zero():
+    # step 0 of 4: peak; step 2: half; after the last step it would be 0
+    assert [lr_at(s, 4, 2.0) for s in (0, 2, 4)] == pytest.approx([2.0, 1.0, 0.0])
+    assert lr_at(1, 4, 2.0) == pytest.approx(1 + math.cos(math.pi / 4))
+
+
+def test_batches_are_a_function_of_seed_and_epoch_and_keep_the_short_last_one():
+    first, again = list(batches(10, 4, 2, 7)), list(batches(10, 4, 2, 7))
+    assert first == again and [len(b) for b in first] == [4, 4, 2, 4, 4, 2]
+    assert sorted(sum(first[:3], [])) == list(range(10)) and first[:3] != first[3:]
+    assert first != list(batches(10, 4, 2, 8))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_deal_gives_every_pack_once_and_the_same_number_to_all(ranks):
+    packs = pack(tiny_samples(shapes=[(n, (3,)) for n in (1, 30, 4, 9, 2, 25, 7)]), 30)
+    hands = [deal(packs, rank, ranks) for rank in range(ranks)]
+    assert len({len(h) for h in hands}) == 1
+    dealt = [p for h in hands for p in h if len(p.rows)]
+    assert {id(p) for p in dealt} == {id(p) for p in packs} and len(dealt) == len(packs)
+
+
+def test_loss_and_update_do_not_depend_on_pack_size_or_sharing():
+    results = []
+    for max_tokens, share in ((10 ** 6, True), (30, True), (1, False)):
+        model = tiny_model()
+        optimizer, samples = make_optimizer(model, 1e-3), tiny_samples()
+        count = sum(len(a) for s in samples for a in s.answers)
+        loss = 0.0
+        for p in pack(samples, max_tokens, share):
+            part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
+            part.backward()
+            loss += part.item()
+        norm = update(model, optimizer, 1e-3)
+        results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for loss, norm, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12) and norm == pytest.approx(results[0][1], rel=1e-9)
+        assert (weights - results[0][2]).abs().max() < 1e-9
+
+
+def test_a_run_learns_and_logs_what_happened(tmp_path):
+    header, rows, _ = run(tmp_path / "a", "--eval-data", "toy/dev.json")
+    assert header["lr"] == 1e-3 and header["torch"] == torch.__version__
+    assert [r["step"] for r in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["lr"] == 1e-3 and rows[3]["eval_loss"] > rows[7]["eval_loss"]
+    assert rows[0]["computed"] < rows[0]["tokens"] and rows[0]["loss_tokens"] < rows[0]["tokens"]
+    want = {"step", "loss", "lr", "grad_norm", "tokens", "computed", "loss_tokens", "seconds", "tokens_per_second", "peak_memory"}
+    assert want <= rows[0].keys()
+
+
+def test_a_stopped_run_continues_to_the_same_end_bit_for_bit(tmp_path, monkeypatch):
+    _, rows, weights = run(tmp_path / "whole")
+    original = train_sft.update
+
+    def stop_at_third(*args, count=[0]):
+        count[0] += 1
+        if count[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train_sft, "update", stop_at_third)
+    with pytest.raises(InputError, match="interrupted after step 3; .* --resume"):
+        run(tmp_path / "stopped")
+    monkeypatch.setattr(train_sft, "update", original)
+    assert not (tmp_path / "stopped/model.safetensors").exists()
+    with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')                      # as a kill would leave it
+    _, again, same = run(tmp_path / "stopped", "--resume")
+    assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), same.values()))
+
+
+def test_an_old_run_is_not_overwritten(tmp_path):
+    run(tmp_path / "a", "--max-steps", 1)
+    with pytest.raises(InputError, match="already holds a run"):
+        run(tmp_path / "a")
+
+
+def test_an_unfinished_checkpoint_is_not_taken_for_a_whole_one(tmp_path):
+    run(tmp_path / "a", "--max-steps", 4, "--save-every", 2)
+    (tmp_path / "a/step-000003.tmp").mkdir()
+    (tmp_path / "a/step-000004").mkdir()
+    assert train_sft.last_checkpoint(tmp_path / "a").name == "step-000002"
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--data", "nowhere.json"], "nowhere.json: cannot read"), (["--model", "nowhere"], "nowhere"),
+    (["--max-length", "20"], "no record fits in --max-length 20"), (["--format", "chatml"], "im_end")])
+def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
+    with pytest.raises(InputError, match=says) as error:
+        run(tmp_path / "a", *arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "a/model.safetensors").exists()
