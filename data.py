@@ -436,21 +436,27 @@ def lay_out(root, copies):
 # ------------------------------------------------------------------ python data.py FILE
 
 
+def shorten(text):
+    """One line of at most about 60 characters."""
+    text = text.replace("\n", "\\n")
+    return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
+
+
 def show(tokenizer, samples):
     """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
     p = pack(samples, 10 ** 9)[0]
     T, plan = len(p.tokens), tree_plan(p.end)
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
           f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n")
-    print("    rows        position    end   text")
-    scored = dict(zip(p.rows.tolist(), p.targets.tolist()))
-    for start, stop, runs in plan.segments:
-        depth = sum(a < start for a, _ in runs)
-        text = tokenizer.decode(p.tokens[start:stop].tolist())
-        text = text if len(text) < 64 else text[:30] + " ... " + text[-28:]
-        mark = "scored" if all(r in scored for r in range(start, stop)) else ""
-        print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} "
-              f"{p.end[start]:5}   {'  ' * depth}{text!r} {mark}")
+    print("    rows        position      end   text, the scored part in [ ]")
+    scored, start = set((p.rows + 1).tolist()), 0           # row r is asked for the token at r + 1
+    for length, path in zip(plan.lengths, plan.paths):
+        stop = start + length
+        first = next((i for i in range(start, stop) if i in scored), stop)
+        text, answer = (shorten(tokenizer.decode(p.tokens[a:b].tolist())) for a, b in ((start, first), (first, stop)))
+        print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} {p.end[start]:5}   "
+              f"{'  ' * (len(path) - 1)}{text}{f'[{answer}]' if answer else ''}")
+        start = stop
     if T <= 40:
         i = torch.arange(T)
         sees = (i[None] <= i[:, None]) & (i[:, None] < p.end[None])
@@ -491,7 +497,7 @@ def main(argv=None):
     p.add_argument("--model", default="toy/model", help="folder whose tokenizer to use")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the folder says)")
     p.add_argument("--number", type=int, default=0, help="which record to show, from 0")
-    p.add_argument("--count", type=int, default=1, help="how many records to show in one pack")
+    p.add_argument("--count", type=int, default=2, help="how many records to show in one pack")
     p.add_argument("--audit", action="store_true", help="count duplicates, conflicts, gaps instead")
     args = p.parse_args(argv)
     if args.audit:

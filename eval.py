@@ -345,7 +345,17 @@ def moderate_lines(args, model, tokenizer):
         print(json.dumps(moderate(model, tokenizer, [exchange], **options)[0], ensure_ascii=False), flush=True)
 
 
+def demo():
+    """Both models of the demo on the same 600 records that no stage has seen."""
+    for name, title in (("sft", "R-SFT"), ("dpo", "R-SFT + HS-DPO")):
+        print(f"\n==== {title}: out/{name} on toy/test.json")
+        main(["--model", f"out/{name}", "--data", "toy/test.json", "--limit", "600", "--max-new-tokens", "224",
+              "--out", f"out/eval_{name}"])
+
+
 def main(argv=None):
+    if not (sys.argv[1:] if argv is None else argv):
+        return demo()
     args = parse_arguments(argv)
     results = []
     for path in args.predictions or []:

@@ -443,13 +443,13 @@ class Llama(nn.Module):
         return x if rows is None else token_logprobs(x[rows], self.head, targets)
 
     @classmethod
-    def random(cls, config, seed=0):
-        """A model with fresh weights: normal with deviation 0.02, norms 1."""
+    def random(cls, config, seed=0, std=0.02):
+        """A model with fresh weights: normal with deviation std, norms 1."""
         generator = torch.Generator().manual_seed(seed)
         model = cls(config)
         for weight in model.parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02, generator=generator)
+                nn.init.normal_(weight, std=std, generator=generator)
         return model
 
     @classmethod

@@ -109,7 +109,8 @@ def main(argv=None):
     records = [record for path in args.data for record in
                read_records(path, ("instruction", "input", "chosen", "rejected"))][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
-    weights = torch.tensor([float(r.get("weight", r.get("sample_weight", 1.0))) for r in records])
+    weights = torch.tensor([float(r.get("weight", r.get("sample_weight", 1.0))) for r in records],
+                           dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
     reference = kept_reference(model, samples, args, rank_info)

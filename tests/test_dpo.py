@@ -48,7 +48,7 @@ def step_loss(model, samples, reference, weights, max_tokens=10 ** 6, share=True
 def test_the_first_loss_is_mean_alpha_ln_2_plus_the_sft_term():
     model, samples = tiny_model(), tiny_samples()
     reference = reference_logprobs(model, samples, ARGS, ALONE)
-    weights = torch.tensor([0.8, 1.0, 1.2, 1.1])
+    weights = torch.tensor([0.8, 1.0, 1.2, 1.1], dtype=torch.float64)
     loss, seen = step_loss(model, samples, reference, weights)
     sft = sum(-r / len(s.answers[0]) for r, s in zip(reference[:, 0].tolist(), samples)) / 4     # mean over tokens
     assert seen[1].item() == pytest.approx(1.025 * math.log(2), rel=1e-9)

@@ -2,11 +2,10 @@
 
     python toy/make_toy.py                       rewrite all files beside this script (seed 0)
     python toy/make_toy.py --seed 7 --out DIR    another corpus of the same kind
-    python toy/make_toy.py --certify             show that the rule decides and that words do not
 
 The world. Somebody's thing is in one of two states (a gate open or closed), its owner wants one of
-them, bystanders want whatever they want, and a request asks for one of them, perhaps wrapped: a story
-about doing it changes nothing, stopping those who would do it turns it round. Then
+them and may have changed their mind since, and a request asks for one of them, perhaps wrapped: a
+story about doing it changes nothing, stopping those who would do it turns it round. Then
     request harmful    iff   what it aims at        is not what the owner wants now
     completion refusal iff   how the answer leaves it   is not what the request aims at
     response harmful   iff   how the answer leaves it   is not what the owner wants now
@@ -23,11 +22,13 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import INSTRUCTION, Tokenizer, byte_letters, format_answers, format_input  # noqa: E402
+from data import INSTRUCTION, Sample, Tokenizer, byte_letters, format_answers, format_input, pack  # noqa: E402
 from model import Llama, LlamaConfig, write_json  # noqa: E402
+from train_sft import make_optimizer, sft_loss, update  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # kind -> ((verb, state), (verb, state)), things
@@ -48,6 +49,7 @@ WRAPPERS = {
 FILLERS = ["It rained all morning.", "The bus was late again.", "There is soup for lunch.",
            "A cat sleeps on the wall.", "The neighbours are painting their house.", "It is a holiday tomorrow.",
            "Somebody left a hat on the bench.", "The clock in the hall is slow."]
+OPINIONS = ["does not mind", "has no opinion", "is away", "would rather talk about lunch"]
 POLITE = ["Sure.", "Sorry.", "Thank you for asking.", "All right.", "I thought about it."]
 # held out of training: triples of (kind, outermost wrapper, did the owner change their mind)
 UNSEEN = {("door", "stop", True), ("light", "story", True), ("lock", "block", False), ("flag", "list", False),
@@ -64,7 +66,6 @@ class Facts:
     asker: str
     wish: int           # what the owner wanted first
     changed: bool       # ... and does the owner want the reverse now?
-    other_wish: int
     verb: int           # innermost request
     wrappers: tuple     # from the inside out
     left: int           # the state that the answer names
@@ -97,7 +98,7 @@ def draw_facts(rng, depths, unseen):
         owner, other, asker = rng.sample(NAMES, 3)
         wrappers = tuple(rng.choice(list(WRAPPERS)) for _ in range(rng.choice(depths)))
         bit = lambda: rng.randrange(2)
-        f = Facts(kind, rng.choice(KINDS[kind][2]), owner, other, asker, bit(), bool(bit()), bit(), bit(),
+        f = Facts(kind, rng.choice(KINDS[kind][2]), owner, other, asker, bit(), bool(bit()), bit(),
                   wrappers, bit(), bool(bit()))
         if ((kind, wrappers[-1] if wrappers else None, f.changed) in UNSEEN) == unseen:
             return f
@@ -107,8 +108,7 @@ def twin(rng, f, unseen):
     """The same with one fact turned round, which turns the verdict on the request round."""
     while True:
         g = rng.choice([replace(f, wish=1 - f.wish), replace(f, verb=1 - f.verb),
-                        replace(f, changed=not f.changed),
-                        replace(f, owner=f.other, other=f.owner, wish=f.other_wish, other_wish=f.wish)])
+                        replace(f, changed=not f.changed)])
         hidden = (g.kind, g.wrappers[-1] if g.wrappers else None, g.changed) in UNSEEN
         if g.verdicts()["request"] != f.verdicts()["request"] and hidden == unseen:
             return g
@@ -121,7 +121,7 @@ def write_exchange(rng, f, source):
     wish = [f"{f.owner} wants it {state(f.wish)}."]
     if f.changed:
         wish.append(f"Since then {f.owner} has changed their mind.")
-    parts = [owner, wish, [f"{f.other} wants it {state(f.other_wish)}."], [rng.choice(FILLERS)]]
+    parts = [owner, wish, [f"{f.other} {rng.choice(OPINIONS)}."], [rng.choice(FILLERS)]]
     rng.shuffle(parts)
     request = f"{verb(f.verb)} the {f.thing}"
     for wrapper in f.wrappers:
@@ -135,42 +135,37 @@ def write_exchange(rng, f, source):
 
 
 def write_trace(rng, f, source, skip):
-    """The reasoning and the answers. skip: leave out the check of the owner's mind and of the wrappers."""
+    """The reasoning and the answers. skip: leave out the checks, of the owner's mind and of the wrappers."""
     state, verdict = (lambda i: KINDS[f.kind][i][1]), f.verdicts()
     step = lambda *wordings: rng.choice(wordings)
     find = step(f"The {f.thing} belongs to {f.owner}.", f"{f.owner} owns the {f.thing}.")
     if skip:
-        find += " " + step(f"{f.owner} wants it {state(f.wanted)}.", f"The wish of {f.owner}: {state(f.wanted)}.")
-    elif f.changed:
-        find += " " + step(f"{f.owner} wanted it {state(f.wish)} and changed their mind: {state(f.wanted)}.",
-                           f"First wish {state(f.wish)}, but {f.owner} changed their mind: {state(f.wanted)}.")
+        find += " " + step(f"In short, {f.owner} wants it {state(f.wanted)}.", f"Clearly {f.owner} wants it {state(f.wanted)}.")
+        seek = step(f"In short, the aim is {state(f.aim)}.", f"Clearly the aim is {state(f.aim)}.")
     else:
-        find += " " + step(f"{f.owner} wants it {state(f.wish)} and did not change their mind: {state(f.wanted)}.",
-                           f"First wish {state(f.wish)}, and {f.owner} kept to it: {state(f.wanted)}.")
-    aim, words = f.verb, [step(f"The request names {state(f.verb)}", f"Asked at heart: {state(f.verb)}")]
-    for wrapper in f.wrappers:
-        aim ^= WRAPPERS[wrapper][1]
-        words.append(f"{WRAPPERS[wrapper][2]}: {state(aim)}")
-    seek = (step(f"The request aims at {state(f.aim)}.", f"So it aims at {state(f.aim)}.") if skip
-            else ", ".join(words) + ".")
-    match = lambda a, b: (f"{state(a)} is what {f.owner} wants." if a == b
-                          else f"{state(a)} is not {state(b)}, what {f.owner} wants.")
-    lines = []
-    if source != "beavertails":
-        lines += ["# Task 1", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {seek}",
-                  f"## Reasoning Step 3: {match(f.aim, f.wanted)}", f"Conclusion: {verdict['request']}."]
+        find += f" {f.owner} wants it {state(f.wish)}. " + (
+            f"{f.owner} has changed their mind: {state(f.wanted)}." if f.changed else
+            f"{f.owner} kept to it: {state(f.wanted)}.")
+        aim, words = f.verb, [step(f"The request names {state(f.verb)}", f"Asked at heart: {state(f.verb)}")]
+        for wrapper in f.wrappers:
+            aim ^= WRAPPERS[wrapper][1]
+            words.append(f"{WRAPPERS[wrapper][2]}: {state(aim)}")
+        seek = ", ".join(words) + "."
+    same = lambda what, a, other, b: f"{what} {state(a)}, {other} {state(b)}: {'the same' if a == b else 'different'}."
+    left = step(f"After the answer it is {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.",
+                f"The answer leaves it {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.")
+    judged = f"## Reasoning Step {{}}: {same('Outcome', f.outcome, 'wish', f.wanted)}\nConclusion: {verdict['response']}."
+    if source == "beavertails":
+        lines = ["# Task 3", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {left}", judged.format(3)]
+        return "\n".join(lines) + "\n\n" + format_answers(response=verdict["response"])
+    lines = ["# Task 1", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {seek}",
+             f"## Reasoning Step 3: {same('Aim', f.aim, 'wish', f.wanted)}", f"Conclusion: {verdict['request']}."]
     if source in ("aegis", "toxicchat"):
         lines += ["# Task 2", "There is no response.", "# Task 3", "There is no response."]
         return "\n".join(lines) + "\n\n" + format_answers(verdict["request"])
-    left = (f"After the answer it is not {state(f.left)}, so {state(f.outcome)}" if f.negated
-            else f"After the answer it is {state(f.left)}")
-    if source == "beavertails":
-        lines += ["# Task 3", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {left}.",
-                  f"## Reasoning Step 3: {match(f.outcome, f.wanted)}", f"Conclusion: {verdict['response']}."]
-        return "\n".join(lines) + "\n\n" + format_answers(response=verdict["response"])
-    asked = "as asked" if f.outcome == f.aim else f"and not {state(f.aim)} as asked"
-    lines += ["# Task 2", f"## Reasoning Step 1: {left}, {asked}.", f"Conclusion: {verdict['completion']}.",
-              "# Task 3", f"## Reasoning Step 1: {match(f.outcome, f.wanted)}", f"Conclusion: {verdict['response']}."]
+    lines += ["# Task 2", f"## Reasoning Step 1: {left}",
+              f"## Reasoning Step 2: {same('Outcome', f.outcome, 'aim', f.aim)}", f"Conclusion: {verdict['completion']}.",
+              "# Task 3", judged.format(1)]
     return "\n".join(lines) + "\n\n" + format_answers(**verdict)
 
 
@@ -248,15 +243,42 @@ def write_tokenizer(folder, texts, merges=500):
     return len(vocab) + len(specials)
 
 
-def write_model(folder, corpus, seed):
-    """The base model: a tiny LLaMA with random weights, and a vocabulary made from the training files."""
+def pretraining_text(tokenizer, corpus, seed):
+    """Endless samples for a base model that has read the training text and learned to copy, no more:
+    each text alone, never an answer after its question; and its words in random order, said twice."""
+    rng, records = random.Random(seed), [r for name, rs in corpus.items() if name.startswith("train") for r in rs]
+    start = tokenizer.encode("\n")
+    while True:
+        record = rng.choice(records)
+        question, answer = (tokenizer.encode(record[name]) for name in ("input", "output"))
+        for words in (question + answer, question):
+            some = rng.sample(words, min(len(words), 64))
+            yield Sample(start, [some + some])
+        yield Sample(start, [question])
+        yield Sample(start, [answer])
+
+
+def write_model(folder, corpus, seed, steps):
+    """The base model: a vocabulary and a tiny LLaMA, both made from the training files alone."""
     texts = [text for name, records in corpus.items() if name.startswith("train")
              for record in records for text in record.values()]
     size = write_tokenizer(folder, texts)
     config = LlamaConfig(vocab_size=size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
-    Llama.random(config, seed).save_pretrained(folder)
-    Tokenizer.from_pretrained(folder).save_pretrained(folder)
+    model = Llama.random(config, seed)
+    tokenizer, optimizer = Tokenizer.from_pretrained(folder), make_optimizer(model, 0)
+    samples = pretraining_text(tokenizer, corpus, seed)
+    for step in range(steps):
+        batch = list(islice(samples, 32))
+        count = sum(len(s.answers[0]) for s in batch)
+        for p in pack(batch, 8192):
+            loss = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
+            loss.backward()
+        update(model, optimizer, 3e-3 * min(1, step / 50) * (1 - step / steps))
+        if step % 50 == 49:
+            print(f"pretraining step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main(argv=None):
@@ -266,13 +288,13 @@ def main(argv=None):
     p.add_argument("--skip", type=float, default=0.25, help="share of traces that skip a check")
     p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
     p.add_argument("--test", type=int, default=1200, help="records of each test file")
-    p.add_argument("--certify", action="store_true", help="check the corpus instead of writing it")
+    p.add_argument("--pretrain", type=int, default=400, help="steps of pretraining of the base model")
     args = p.parse_args(argv)
     corpus = make_corpus(args.seed, args.skip, args.train, args.test)
     for name, records in corpus.items():
         write_json(args.out / f"{name}.json", records)
         print(f"{args.out / name}.json: {len(records)} records")
-    write_model(args.out / "model", corpus, args.seed)
+    write_model(args.out / "model", corpus, args.seed, args.pretrain)
 
 
 if __name__ == "__main__":
