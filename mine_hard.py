@@ -233,7 +233,7 @@ def parse_arguments(argv):
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
     if demo:
-        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), max_new_tokens=224)
+        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), max_new_tokens=224, limit=100)
     args = p.parse_args(argv)
     if not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")

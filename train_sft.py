@@ -265,7 +265,7 @@ def parse_arguments(argv):
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
     if demo:
-        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), lr=2e-3, epochs=4, batch_size=32)
+        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), lr=2e-3, epochs=2, batch_size=32)
     args = p.parse_args(argv)
     if not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")

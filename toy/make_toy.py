@@ -288,7 +288,7 @@ def main(argv=None):
     p.add_argument("--skip", type=float, default=0.25, help="share of traces that skip a check")
     p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
     p.add_argument("--test", type=int, default=1200, help="records of each test file")
-    p.add_argument("--pretrain", type=int, default=400, help="steps of pretraining of the base model")
+    p.add_argument("--pretrain", type=int, default=800, help="steps of pretraining of the base model")
     args = p.parse_args(argv)
     corpus = make_corpus(args.seed, args.skip, args.train, args.test)
     for name, records in corpus.items():
