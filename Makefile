@@ -19,6 +19,6 @@ demo: setup
 	$(BIN)/python eval.py
 
 test: setup
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -rs tests
 
 .PHONY: setup demo test

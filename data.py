@@ -1,7 +1,6 @@
 """Text in, packed trees of tokens out.
 
     python data.py toy/train.json            show a record as the model sees it
-    python data.py --audit FILE...           duplicates, conflicts, overlap, missing labels
 
     format_input, parse_verdict              the prompt, and its inverse: reading the verdicts
     Tokenizer                                tiktoken over a Hugging Face or Meta vocabulary
@@ -18,7 +17,6 @@ import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import tiktoken
@@ -464,33 +462,6 @@ def show(tokenizer, samples):
         print("\n".join("".join("#" if x else "." for x in row) for row in sees.tolist()))
 
 
-def audit(paths):
-    """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks."""
-    seen = {}
-    for path in paths:
-        records = read_records(path, fields=("instruction", "input"))
-        rows, gold = defaultdict(list), [gold_verdict({"output": "", **r}) for r in records]
-        for i, record in enumerate(records):
-            rows[record["input"]].append(i)
-        steps = [len(re.findall("Reasoning Step", r.get("output", ""))) for r in records]
-        findings = {
-            "inputs that occur again": [i for same in rows.values() for i in same[1:]],
-            "inputs with two labels": [i for same in rows.values() for i in same
-                                       if len({str(gold[j]) for j in same}) > 1],
-            "prompts of an earlier file": [i for i, r in enumerate(records) if split_input(r["input"])[0] in seen],
-            "without any label": [i for i, g in enumerate(gold) if not any(g.values())],
-            "empty outputs": [i for i, r in enumerate(records) if not r.get("output", "").strip()],
-            "outputs over 8,000 characters": [i for i, r in enumerate(records) if len(r.get("output", "")) > 8000],
-            "leaked phrase 'The ground truth is'": [i for i, r in enumerate(records)
-                                                    if "the ground truth is" in r.get("output", "").lower()],
-            "other instructions": [i for i, r in enumerate(records) if r["instruction"] != INSTRUCTION]}
-        print(f"\n{path}: {len(records)} records, {sum(steps)} reasoning steps, labels "
-              + ", ".join(f"{name} {dict(Counter(g[name] for g in gold if g[name]))}" for name in VERDICTS))
-        for what, where in findings.items():
-            print(f"  {len(where):6} {what}" + (f": rows {', '.join(map(str, islice(where, 8)))}" if where else ""))
-        seen.update(dict.fromkeys(split_input(r["input"])[0] for r in records))
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", metavar="FILE", help="records (SFT, pairs or benchmark)")
@@ -498,10 +469,7 @@ def main(argv=None):
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the folder says)")
     p.add_argument("--number", type=int, default=0, help="which record to show, from 0")
     p.add_argument("--count", type=int, default=2, help="how many records to show in one pack")
-    p.add_argument("--audit", action="store_true", help="count duplicates, conflicts, gaps instead")
     args = p.parse_args(argv)
-    if args.audit:
-        return audit(args.files)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     for path in args.files:
         first = next(iter(parse_records(Path(path))), ("", {}))[1]

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      get_optimizer_state_dict, set_optimizer_state_dict)
 
 from data import FORMATS, Pack, Tokenizer, encode_records, pack, read_records
-from model import (InputError, Llama, all_sum, join_ranks, pick_dtype, read_json, read_tensors, write_json,
-                   write_whole)
+from model import (InputError, Llama, all_sum, join_ranks, pick_dtype, read_json, read_tensors, weight_files,
+                   write_json, write_whole)
 
 
 def sft_loss(logprobs, count):
@@ -162,8 +162,7 @@ def last_checkpoint(out):
 def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
-    weights = dict(read_tensors(folder / "model.safetensors")) if (folder / "model.safetensors").exists() else {
-        name: tensor for path in sorted(folder.glob("model-*.safetensors")) for name, tensor in read_tensors(path)}
+    weights = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
     set_model_state_dict(model, weights, options=FULL)
     state = {}
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):

@@ -7,6 +7,7 @@ import random
 import pytest
 import tiktoken
 
+from audit import audit
 from conftest import tiny_samples
 
 import data
@@ -222,6 +223,6 @@ def test_show_and_audit_run(capsys, tmp_path):
     assert "scored" in shown and "position" in shown
     conflict = [{"instruction": INSTRUCTION, "input": format_input("a"), "output": w} for w in (H, U, U)]
     path = write(tmp_path / "c.json", json.dumps(conflict))
-    data.main(["--audit", str(path), "toy/dev.json"])
+    audit([path, "toy/dev.json"])
     out = capsys.readouterr().out
     assert "2 inputs that occur again: rows 1, 2" in out and "3 inputs with two labels" in out
