@@ -15,12 +15,12 @@ def script(name, *arguments, code=0):
 
 
 def test_the_four_stages_end_in_a_table(tmp_path):
-    common = ["--device", "cpu", "--dtype", "float32", "--limit", "24"]
-    script("train_sft.py", "--data", "toy/train_wildguard.json", "--out", tmp_path / "sft", "--lr", "2e-3", "--epochs", 12,
-           "--batch-size", 12, *common)
+    common = ["--device", "cpu", "--dtype", "float32", "--limit", "16"]
+    script("train_sft.py", "--data", "toy/train_wildguard.json", "--out", tmp_path / "sft", "--lr", "2e-3", "--epochs", 60,
+           "--batch-size", 16, *common)
     mined = script("mine_hard.py", "--model", tmp_path / "sft", "--data", "toy/train_wildguard.json", "--out",
                    tmp_path / "hard", "--max-new-tokens", 160, *common)
-    assert "of 24 prompts hard" in mined and "answers without verdict" in mined
+    assert "of 16 prompts hard" in mined and "answers without verdict" in mined
     pairs = [json.loads(line) for line in (tmp_path / "hard/hard.jsonl").read_text().splitlines()]
     assert pairs and {"instruction", "input", "chosen", "rejected", "weight", "k_correct", "k_incorrect", "source"} == pairs[0].keys()
     script("train_dpo.py", "--model", tmp_path / "sft", "--data", tmp_path / "hard/hard.jsonl", "--out", tmp_path / "dpo",
