@@ -1,6 +1,6 @@
 """Text in, packed trees of tokens out.
 
-    python data.py toy/train.json            show a record as the model sees it
+    python data.py toy/train_wildguard.json  show records as the model sees them
 
     format_input, parse_verdict              the prompt, and its inverse: reading the verdicts
     Tokenizer                                tiktoken over a Hugging Face or Meta vocabulary
@@ -344,11 +344,12 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     for record in records:
         ends = [tokenizer.answer_ids(record[name]) for name in answers]
         room = max_length - max(map(len, ends))
-        prompt = fit_prompt(tokenizer, record, room)
+        whole = tokenizer.prompt_ids(record["instruction"], record["input"])
+        prompt = whole if len(whole) <= room else fit_prompt(tokenizer, record, room)
         if prompt is None:
             dropped += 1
             continue
-        cut += len(prompt) == room          # as good as always a cut, and cheaper than encoding again
+        cut += prompt is not whole
         samples.append(Sample(prompt, ends))
         kept.append(record)
     groups = defaultdict(list)

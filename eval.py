@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (ASSISTANT, HUMAN, INSTRUCTION, VERDICTS, Sample, Tokenizer, fit_prompt, format_answers,
+from data import (ASSISTANT, HUMAN, INSTRUCTION, VERDICTS, Sample, Tokenizer, format_answers,
                   format_input, gold_verdict, pack, parse_records, parse_verdict, read_records)
-from mine_hard import answer_prompts, generation_arguments, write_lines
+from mine_hard import answer_prompts, encode_prompts, generation_arguments, write_lines
 from model import InputError, Llama, common_prefix, generate, join_ranks, pick_dtype, write_json, write_whole
 
 # The paper's benchmarks: (name, rows in Table 3, F1 of the 1B, 3B and 8B models: Tables 2, 5 and 8).
@@ -236,7 +236,7 @@ def moderate(model, tokenizer, exchanges, max_new_tokens=2048, max_length=4096, 
     Only the generated text is read. An answer without a needed verdict has parsed=False and None there,
     or the word on_unparsable; it is never taken for a safe one."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))} for e in exchanges]
-    prompts = [fit_prompt(tokenizer, record, max_length) for record in records]
+    prompts = encode_prompts(tokenizer, records, max_length)
     answers = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, stop=tokenizer.stop, **options)
     texts = [tokenizer.decode(ids) for ids, in answers]
     p = {name: verdict_probability(model, tokenizer, prompts, [up_to_verdict(t, name) for t in texts], name)
@@ -257,9 +257,8 @@ def evaluate_file(args, path, load, tokenizer, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
     records = read_records(path)[:args.limit]
     name = args.dataset or Path(path).stem
-    prompts = [fit_prompt(tokenizer, record, args.max_length) for record in records]
-    if None in prompts:
-        raise InputError(f"--max-length {args.max_length} is too short for the template itself")
+    prompts = encode_prompts(tokenizer, records, args.max_length)
+    kept = not args.fast and any((Path(args.out) / name).glob("answers.jsonl*"))   # then nothing is timed
     start = time.time()
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
@@ -274,8 +273,8 @@ def evaluate_file(args, path, load, tokenizer, rank_info):
         answers = [{**line["samples"][0], "verdict": majority([s["verdict"] for s in line["samples"]]),
                     "tokens": sum(s["tokens"] for s in line["samples"])} for line in lines]
     seconds = time.time() - start
-    rows = [{"file": str(path), "gold": labels_of(record["output"], record["input"], name), "ms": 1000 * seconds / len(records),
-             "label": record["output"], "prompt": record["instruction"] + "\n" + record["input"], **answer}
+    rows = [{"file": str(path), "gold": labels_of(record["output"], record["input"], name),
+             **({} if kept else {"ms": 1000 * seconds / len(records)}), "label": record["output"], "prompt": record["instruction"] + "\n" + record["input"], **answer}
             for record, answer in zip(records, answers)]
     if args.scores and not args.fast:
         for task in [t for t in VERDICTS if any(row["gold"][t] for row in rows)]:
@@ -332,12 +331,19 @@ def parse_arguments(argv):
     return args
 
 
+def parse_line(line):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"--moderate: not a JSON line: {error}") from None
+
+
 def moderate_lines(args, model, tokenizer):
     """Read exchanges from --prompt or standard input, print a verdict for each, in order."""
     if args.prompt is not None:
         exchanges = [{"prompt": args.prompt, "response": args.response}]
     else:
-        exchanges = (json.loads(line) for line in sys.stdin if line.strip())
+        exchanges = (parse_line(line) for line in sys.stdin if line.strip())
     options = dict(max_new_tokens=args.max_new_tokens, max_length=args.max_length, on_unparsable=args.on_unparsable)
     for exchange in exchanges:
         if not isinstance(exchange, dict) or not isinstance(exchange.get("prompt"), str):

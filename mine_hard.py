@@ -101,6 +101,14 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 # ------------------------------------------------------------------ answering all prompts (eval.py too)
 
 
+def encode_prompts(tokenizer, records, max_length):
+    """The prompt ids of each record; InputError where not even an empty exchange fits."""
+    prompts = [fit_prompt(tokenizer, record, max_length) for record in records]
+    if None in prompts:
+        raise InputError(f"--max-length {max_length} is too short for the template itself")
+    return prompts
+
+
 def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **options):
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
 
@@ -203,9 +211,7 @@ def mine(args, folder, records, path, rank_info):
     """{prompt number: k judged samples} of one model."""
     device = rank_info[0]
     tokenizer = Tokenizer.from_pretrained(folder, args.format)
-    prompts = [fit_prompt(tokenizer, record, args.max_length) for record in records]
-    if None in prompts:
-        raise InputError(f"--max-length {args.max_length} is too short for the template itself")
+    prompts = encode_prompts(tokenizer, records, args.max_length)
     load = lru_cache(lambda: (Llama.from_pretrained(folder, device, pick_dtype(device, args.dtype)), tokenizer))
     settings = {name: getattr(args, name) for name in ("data", "limit", "k", "temperature", "top_p", "seed",
                                                        "max_new_tokens", "max_length", "format", "dtype")}

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_optimizer_state_dict)
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 
 from data import FORMATS, Pack, Tokenizer, encode_records, pack, read_records
 from model import (InputError, Llama, all_sum, join_ranks, pick_dtype, read_json, read_tensors, weight_files,
@@ -161,7 +162,6 @@ def last_checkpoint(out):
 
 def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
     weights = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
     set_model_state_dict(model, weights, options=FULL)
     state = {}
