@@ -444,7 +444,7 @@ def shorten(text):
 def show(tokenizer, samples):
     """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
     p = pack(samples, 10 ** 9)[0]
-    T, plan = len(p.tokens), tree_plan(p.end)
+    T, plan = len(p.tokens), tree_plan(p.end, whole=0)
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
           f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n")
     print("    rows        position      end   text, the scored part in [ ]")

@@ -222,14 +222,16 @@ class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
-    lengths: list               # of the segments, which lie one after another
-    paths: list                 # for each segment the segments that its rows see, the last being itself
+    lengths: list               # of the pieces, which lie one after another
+    paths: list                 # for each piece the pieces that its rows see, the last being itself
+    forked: list                # for each piece: does it hold more than one segment?
     masks: dict = field(default_factory=dict)
 
 
-def tree_plan(end):
+def tree_plan(end, whole=512):
     """Read a forest, written depth first, from `end`: query i sees key j iff j <= i < end[j].
 
+    A piece is one segment, or a subtree of at most `whole` tokens: few large products beat many small.
     end (T,) int64, with i < end[i] <= T and subtrees nested; ValueError otherwise. Example, an
     instruction I, a prompt p q, and two answers:   I p q a b x y
                                            end      7 7 7 5 5 7 7
@@ -238,15 +240,20 @@ def tree_plan(end):
     closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]    # keys whose subtree is over at row i
     position = torch.arange(T, device=end.device) - closed
     starts = [i for i in range(T) if i == 0 or ends[i] != ends[i - 1]]
-    stops, path, paths = starts[1:] + [T], [], []                  # path: segments from the root to here
-    for n, (start, stop) in enumerate(zip(starts, stops)):
-        while path and ends[starts[path[-1]]] <= start:
-            path.pop()
-        if not stop <= ends[start] <= (ends[starts[path[-1]]] if path else T):
+    lengths, paths, forked, above = [], [], [], []      # above: (end, piece, is it a whole subtree?)
+    for start, stop in zip(starts, starts[1:] + [T]):
+        while above and above[-1][0] <= start:
+            above.pop()
+        if not stop <= ends[start] <= (above[-1][0] if above else T):
             raise ValueError(f"end[{start}] = {ends[start]} does not nest")
-        path.append(n)
-        paths.append(list(path))
-    return TreePlan(end, position, [stop - start for start, stop in zip(starts, stops)], paths)
+        inside = bool(above) and above[-1][2]
+        small = inside or ends[start] - start <= whole
+        if not inside:
+            lengths.append((ends[start] if small else stop) - start)
+            forked.append(small and ends[start] > stop)
+            paths.append([piece for _, piece, _ in above] + [len(paths)])
+        above.append((ends[start], len(paths) - 1, small))
+    return TreePlan(end, position, lengths, paths, forked)
 
 
 def attention_by_mask(q, k, v, plan):
@@ -261,24 +268,27 @@ def attention_by_mask(q, k, v, plan):
 
 
 def attention(q, k, v, plan):
-    """attention_by_mask one segment at a time, so that nothing hidden is computed.
+    """attention_by_mask one piece at a time, so that hardly anything hidden is computed.
 
     q may hold only the last rows of the stream (a prompt after a cached instruction)."""
-    skip, counts, out = len(k) - len(q), [], []
-    for n in plan.lengths:                                                 # rows of each segment in q
+    skip, counts, start, out = len(k) - len(q), [], 0, []
+    for n in plan.lengths:                                                 # rows of each piece in q
         counts.append(max(0, n - skip))
         skip -= n - counts[-1]
     queries, keys, values = q.split(counts), k.split(plan.lengths), v.split(plan.lengths)
-    for path in plan.paths:
-        n, m = counts[path[-1]], sum(plan.lengths[s] for s in path)        # n rows see m keys
+    for path, forked, length, n in zip(plan.paths, plan.forked, plan.lengths, counts):
+        m, start = sum(plan.lengths[s] for s in path), start + length      # n rows see m keys
         if n == 0:
             continue
-        if (n, m) not in plan.masks:                                       # causal from the right
-            plan.masks[n, m] = None if n == m else torch.ones(
-                n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        name = (start, n, m) if forked else (n, m)
+        if name not in plan.masks:                                         # causal from the right
+            sees = None if n == m and not forked else torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            if forked:
+                sees[:, m - length:] &= torch.arange(start - n, start)[:, None] < plan.end[start - length:start]
+            plan.masks[name] = sees if sees is None else sees.to(q.device)
         rows = queries[path[-1]], *(torch.cat([x[s] for s in path]) for x in (keys, values))
         rows = (x.transpose(0, 1)[None] for x in rows)                     # (1, H or G, n or m, E)
-        out.append(F.scaled_dot_product_attention(*rows, plan.masks[n, m], is_causal=n == m,
+        out.append(F.scaled_dot_product_attention(*rows, plan.masks[name], is_causal=plan.masks[name] is None,
                                                   enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)                                                  # (T, H, E)
 

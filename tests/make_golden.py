@@ -1,10 +1,13 @@
-"""Write golden_llama.json: logits of small random LLaMAs as transformers computes them.
+"""Write golden_llama.json: logits of LLaMAs as transformers computes them, in fp32.
 
-    python tests/make_golden.py      (needs transformers; run once, the result is committed)
+    python tests/make_golden.py [SMOLLM2]      (needs transformers; run once, the result is committed)
 
-Weights are drawn by numpy from a seed, so the file holds only the logits.
+The weights of small random models are drawn by numpy from a seed, so the file holds only the logits.
+SMOLLM2 is a folder with SmolLM2-135M-Instruct; its golden figures are kept where it is not given. The
+tests compare with them where the environment's GUARD_SMOLLM2 names such a folder.
 """
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,12 @@ CONFIGS = {
                       rope_scaling=None)}
 TOKENS = [(7 * i * i + 3 * i + 11) % 251 for i in range(150)]
 ROWS = [0, 1, 63, 64, 149]
+QUESTIONS = ["Why is the sky blue?", "Name three rivers in Europe.", "What is 17 times 23?", "Write a haiku about rain.",
+             "How do bees find their way home?", "Translate 'good morning' into French.", "What does a judge do?",
+             "List the planets by size.", "Why do leaves turn red in autumn?", "Explain recursion to a child.",
+             "What is the difference between a fork and a branch?", "Give me a recipe for soup.",
+             "Who wrote Faust?", "Is 97 a prime number?", "Describe a lighthouse in one sentence.",
+             "What should I pack for a hike?"]
 
 
 def random_weights(shapes, seed=0):
@@ -36,20 +45,32 @@ def random_weights(shapes, seed=0):
             for name, shape in sorted(shapes.items())}
 
 
+def first_logits(model, tokens, columns):
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0]
+    return [[round(x, 5) for x in logits[r, :columns].tolist()] for r in ROWS]
+
+
 def main():
-    from transformers import LlamaConfig, LlamaForCausalLM
-    golden = {}
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    path = Path(__file__).with_name("golden_llama.json")
+    golden = {"smollm2": json.loads(path.read_text()).get("smollm2")} if path.exists() else {}
     for name, fields in CONFIGS.items():
         model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="eager")).float().eval()
         shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()
                   if not (n == "lm_head.weight" and fields["tie_word_embeddings"])}
         model.load_state_dict(random_weights(shapes), strict=False)
         model.tie_weights()
-        with torch.no_grad():
-            logits = model(torch.tensor([TOKENS])).logits[0]
-        golden[name] = {"shapes": {n: list(s) for n, s in shapes.items()},
-                        "logits": [[round(x, 5) for x in logits[r, :24].tolist()] for r in ROWS]}
-    Path(__file__).with_name("golden_llama.json").write_text(json.dumps(golden) + "\n")
+        golden[name] = {"shapes": {n: list(s) for n, s in shapes.items()}, "logits": first_logits(model, TOKENS, 24)}
+    for folder in sys.argv[1:]:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        tokenizer, greedy = AutoTokenizer.from_pretrained(folder), []
+        for question in QUESTIONS:
+            ids = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            new = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids):]
+            greedy.append({"prompt": ids, "new": new.tolist()})
+        golden["smollm2"] = {"logits": first_logits(model, TOKENS, 64), "greedy": greedy}
+    path.write_text(json.dumps(golden) + "\n")
 
 
 if __name__ == "__main__":

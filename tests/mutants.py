@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # (file, right, wrong, test that must notice)
 MUTANTS = [
-    ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_segments"),
+    ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_pieces"),
     ("model.py", "n, m, dtype=torch.bool, device=q.device).tril(m - n)", "n, m, dtype=torch.bool, device=q.device).tril(m - n - 1)",
-     "test_model.py -k by_segments"),
+     "test_model.py -k by_pieces"),
     ("model.py", "while path and ends[starts[path[-1]]] <= start:", "while path and ends[starts[path[-1]]] < start:",
      "test_model.py -k readme_example"),
     ("model.py", "    a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",

@@ -1,16 +1,17 @@
 """The plain model against transformers' figures, numbers worked by hand, and itself."""
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIG, tiny_model, tiny_samples
-from make_golden import CONFIGS, ROWS, TOKENS, random_weights
+from make_golden import CONFIGS, QUESTIONS, ROWS, TOKENS, random_weights
 from safetensors.torch import save_file
 
-from data import pack
+from data import Tokenizer, pack
 from model import (InputError, Llama, LlamaConfig, apply_rope, attention, attention_by_mask, common_prefix, draw_token,
                    generate, generate_plain, rms_norm, rope_frequencies, rope_tables, row_key, token_logprobs,
                    tree_plan, uniform)
@@ -44,6 +45,22 @@ def test_logits_equal_transformers(tmp_path, name, shards, spelling):
         hidden = model(torch.tensor(TOKENS), torch.full((len(TOKENS),), len(TOKENS)))
     logits = (hidden @ model.head.T)[ROWS, :24]
     assert (logits - torch.tensor(GOLDEN[name]["logits"])).abs().max() < 1e-3
+
+
+@pytest.mark.skipif("GUARD_SMOLLM2" not in os.environ, reason="GUARD_SMOLLM2 names no SmolLM2-135M-Instruct folder")
+def test_smollm2_equals_transformers():
+    """Real weights and the real tokenizer: logits to 1e-3, and 16 greedy answers token for token."""
+    folder, golden = os.environ["GUARD_SMOLLM2"], GOLDEN["smollm2"]
+    model, tokenizer = Llama.from_pretrained(folder, "cpu", torch.float32), Tokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        hidden = model(torch.tensor(TOKENS), torch.full((len(TOKENS),), len(TOKENS)))
+    assert ((hidden @ model.head.T)[ROWS, :64] - torch.tensor(golden["logits"])).abs().max() < 1e-3
+    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+    prompts = [[start, *tokenizer.encode(f"user\n{question}"), end, *tokenizer.encode("\n"), start,
+                *tokenizer.encode("assistant\n")] for question in QUESTIONS]
+    assert prompts == [entry["prompt"] for entry in golden["greedy"]]
+    answers = generate(model, prompts, max_new_tokens=32, temperature=0, stop=tokenizer.stop)
+    assert [a for a, in answers] == [entry["new"] for entry in golden["greedy"]]
 
 
 def test_parameter_counts_of_the_real_models():
@@ -99,9 +116,11 @@ EXAMPLE = torch.tensor([7, 7, 7, 5, 5, 7, 7])       # I p q a b x y
 
 
 def test_tree_plan_of_the_readme_example():
-    plan = tree_plan(EXAMPLE)
+    plan = tree_plan(EXAMPLE, whole=0)
     assert plan.position.tolist() == [0, 1, 2, 3, 4, 3, 4]
-    assert plan.lengths == [3, 2, 2] and plan.paths == [[0], [0, 1], [0, 2]]
+    assert plan.lengths == [3, 2, 2] and plan.paths == [[0], [0, 1], [0, 2]] and not any(plan.forked)
+    plan = tree_plan(EXAMPLE)                                # small enough to be looked at as one piece
+    assert plan.lengths == [7] and plan.paths == [[0]] and plan.forked == [True]
 
 
 @pytest.mark.parametrize("end", [[1, 1], [2, 5], [4, 2, 4, 3], [2, 3, 3]])
@@ -123,12 +142,13 @@ def random_forest(rng, start, stop, depth=0):
     return end
 
 
+@pytest.mark.parametrize("whole", [0, 7, 30, 512])
 @pytest.mark.parametrize("seed", range(6))
-def test_attention_by_segments_equals_the_mask(seed):
+def test_attention_by_pieces_equals_the_mask(seed, whole):
     rng = torch.Generator().manual_seed(seed)
     end = torch.tensor(random_forest(rng, 0, 120))
     q, k, v = (torch.randn(120, heads, 8, dtype=torch.float64, generator=rng) for heads in (6, 2, 2))
-    plan = tree_plan(end)
+    plan = tree_plan(end, whole)
     assert torch.allclose(attention(q, k, v, plan), attention_by_mask(q, k, v, plan), atol=1e-12)
     for first in (1, 17, 119):                       # only the last rows ask, as after a cached prefix
         assert torch.allclose(attention(q[first:], k, v, plan), attention_by_mask(q, k, v, plan)[first:], atol=1e-12)

@@ -22,7 +22,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,7 +48,7 @@ WRAPPERS = {
 FILLERS = ["It rained all morning.", "The bus was late again.", "There is soup for lunch.",
            "A cat sleeps on the wall.", "The neighbours are painting their house.", "It is a holiday tomorrow.",
            "Somebody left a hat on the bench.", "The clock in the hall is slow."]
-OPINIONS = ["does not mind", "has no opinion", "is away", "would rather talk about lunch"]
+OPINIONS = ["does not mind", "is away"]
 POLITE = ["Sure.", "Sorry.", "Thank you for asking.", "All right.", "I thought about it."]
 # held out of training: triples of (kind, outermost wrapper, did the owner change their mind)
 UNSEEN = {("door", "stop", True), ("light", "story", True), ("lock", "block", False), ("flag", "list", False),
@@ -121,7 +120,8 @@ def write_exchange(rng, f, source):
     wish = [f"{f.owner} wants it {state(f.wish)}."]
     if f.changed:
         wish.append(f"Since then {f.owner} has changed their mind.")
-    parts = [owner, wish, [f"{f.other} {rng.choice(OPINIONS)}."], [rng.choice(FILLERS)]]
+    opinion = rng.choice(OPINIONS + [f"wants it {state(0)}", f"wants it {state(1)}"])       # beside the point
+    parts = [owner, wish, [f"{f.other} {opinion}."], [rng.choice(FILLERS)]]
     rng.shuffle(parts)
     request = f"{verb(f.verb)} the {f.thing}"
     for wrapper in f.wrappers:
@@ -138,7 +138,7 @@ def write_trace(rng, f, source, skip):
     """The reasoning and the answers. skip: leave out the checks, of the owner's mind and of the wrappers."""
     state, verdict = (lambda i: KINDS[f.kind][i][1]), f.verdicts()
     step = lambda *wordings: rng.choice(wordings)
-    find = step(f"The {f.thing} belongs to {f.owner}.", f"{f.owner} owns the {f.thing}.")
+    find = step(f"The {f.thing} belongs to {f.owner}.", f"The owner of the {f.thing} is {f.owner}.")
     if skip:
         find += " " + step(f"In short, {f.owner} wants it {state(f.wanted)}.", f"Clearly {f.owner} wants it {state(f.wanted)}.")
         seek = step(f"In short, the aim is {state(f.aim)}.", f"Clearly the aim is {state(f.aim)}.")
@@ -154,50 +154,61 @@ def write_trace(rng, f, source, skip):
     same = lambda what, a, other, b: f"{what} {state(a)}, {other} {state(b)}: {'the same' if a == b else 'different'}."
     left = step(f"After the answer it is {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.",
                 f"The answer leaves it {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.")
-    judged = f"## Reasoning Step {{}}: {same('Outcome', f.outcome, 'wish', f.wanted)}\nConclusion: {verdict['response']}."
+    judged = f"## Reasoning Step {{}}: {same('Outcome', f.outcome, 'wish', f.wanted)}\nThe response is {verdict['response']}."
     if source == "beavertails":
         lines = ["# Task 3", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {left}", judged.format(3)]
         return "\n".join(lines) + "\n\n" + format_answers(response=verdict["response"])
     lines = ["# Task 1", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {seek}",
-             f"## Reasoning Step 3: {same('Aim', f.aim, 'wish', f.wanted)}", f"Conclusion: {verdict['request']}."]
+             f"## Reasoning Step 3: {same('Aim', f.aim, 'wish', f.wanted)}", f"The request is {verdict['request']}."]
     if source in ("aegis", "toxicchat"):
         lines += ["# Task 2", "There is no response.", "# Task 3", "There is no response."]
         return "\n".join(lines) + "\n\n" + format_answers(verdict["request"])
     lines += ["# Task 2", f"## Reasoning Step 1: {left}",
-              f"## Reasoning Step 2: {same('Outcome', f.outcome, 'aim', f.aim)}", f"Conclusion: {verdict['completion']}.",
+              f"## Reasoning Step 2: {same('Outcome', f.outcome, 'aim', f.aim)}", f"The completion is a {verdict['completion']}.",
               "# Task 3", judged.format(1)]
     return "\n".join(lines) + "\n\n" + format_answers(**verdict)
 
 
-def make_records(rng, source, n, depths=(0, 1, 2), unseen=False, skip=None):
-    """n records in pairs. skip=None: the output holds the labels only, as in a benchmark file."""
-    records = []
-    while len(records) < n:
+def make_exchanges(rng, source, n, depths=(0, 1, 2), unseen=False):
+    """n exchanges in pairs that differ in one fact: (facts, prompt, response or None)."""
+    exchanges = []
+    while len(exchanges) < n:
         f = draw_facts(rng, depths, unseen)
-        for g in (f, twin(rng, f, unseen)):
-            prompt, response = write_exchange(rng, g, source)
-            verdict = g.verdicts()
-            if skip is not None:
-                output = write_trace(rng, g, source, rng.random() < skip)
-            elif response is None:
-                output = format_answers(verdict["request"])
-            else:
-                output = format_answers(**verdict if source == "wildguard" else {"response": verdict["response"]})
-            records.append({"instruction": INSTRUCTION, "input": format_input(prompt, response), "output": output})
-    return records
+        exchanges += [(g, *write_exchange(rng, g, source)) for g in (f, twin(rng, f, unseen))]
+    return exchanges
+
+
+def to_record(rng, source, exchange, skip=None):
+    """A GuardReasonerTrain record. skip=None: the output holds the labels only, as in a benchmark file."""
+    f, prompt, response = exchange
+    verdict = f.verdicts()
+    if skip is not None:
+        output = write_trace(rng, f, source, rng.random() < skip)
+    elif response is None:
+        output = format_answers(verdict["request"])
+    else:
+        output = format_answers(**verdict if source == "wildguard" else {"response": verdict["response"]})
+    return {"instruction": INSTRUCTION, "input": format_input(prompt, response), "output": output}
 
 
 def make_corpus(seed=0, skip=0.25, train=2400, test=1200):
-    """{file name: records}; half of each file is wildguard, a sixth each of the other sources."""
+    """({file name: records}, training exchanges); half of each file is wildguard, a sixth each of the others."""
     share = lambda n: {"wildguard": n // 2, "aegis": n // 6, "beavertails": n // 6, "toxicchat": n // 6}
-    corpus, kinds = {}, {"dev": {"skip": 0.0}, "test": {}, "test_unseen": {"unseen": True}, "test_deeper": {"depths": (3, 4)}}
+    corpus, read = {}, []
     for source, n in share(train).items():
-        corpus[f"train_{source}"] = make_records(random.Random(f"{seed} train {source}"), source, n, skip=skip)
+        rng = random.Random(f"{seed} train {source}")
+        exchanges = make_exchanges(rng, source, n)
+        corpus[f"train_{source}"] = [to_record(rng, source, e, skip) for e in exchanges]
+        read += exchanges
+    kinds = {"dev": {}, "test": {}, "test_unseen": {"unseen": True}, "test_deeper": {"depths": (3, 4)}}
     for name, options in kinds.items():
-        corpus[name] = [record for source, n in share(test // 4 if name == "dev" else test).items()
-                        for record in make_records(random.Random(f"{seed} {name} {source}"), source, n, **options)]
+        corpus[name] = []
+        for source, n in share(test // 4 if name == "dev" else test).items():
+            rng = random.Random(f"{seed} {name} {source}")
+            corpus[name] += [to_record(rng, source, e, 0.0 if name == "dev" else None)
+                             for e in make_exchanges(rng, source, n, **options)]
         random.Random(f"{seed} {name}").shuffle(corpus[name])
-    return corpus
+    return corpus, read
 
 
 def train_bpe(texts, merges):
@@ -243,39 +254,42 @@ def write_tokenizer(folder, texts, merges=500):
     return len(vocab) + len(specials)
 
 
-def pretraining_text(tokenizer, corpus, seed):
-    """Endless samples for a base model that has read the training text and learned to copy, no more:
-    each text alone, never an answer after its question; and its words in random order, said twice."""
-    rng, records = random.Random(seed), [r for name, rs in corpus.items() if name.startswith("train") for r in rs]
-    start = tokenizer.encode("\n")
-    while True:
-        record = rng.choice(records)
-        question, answer = (tokenizer.encode(record[name]) for name in ("input", "output"))
-        for words in (question + answer, question):
-            some = rng.sample(words, min(len(words), 64))
-            yield Sample(start, [some + some])
-        yield Sample(start, [question])
-        yield Sample(start, [answer])
+def retell(rng, f, response):
+    """Statements that the text of an exchange settles, a fact each, and two about words: no verdict."""
+    state, (a, b) = (lambda i: KINDS[f.kind][i][1]), (rng.randrange(2), rng.randrange(2))
+    told = [f"The {f.thing} belongs to {f.owner}.", f"The owner of the {f.thing} is {f.owner}.",
+            f"{f.owner} wants it {state(f.wish)}.", f"The request names {state(f.verb)}.",
+            f"{f.owner} has changed their mind." if f.changed else f"{f.owner} kept to it.",
+            f"{state(a)}, {state(b)}: {'the same' if a == b else 'different'}."]
+    for wrapper in f.wrappers or (rng.choice(list(WRAPPERS)),):
+        told.append(f"{state(a)}, {WRAPPERS[wrapper][2]}: {state(a ^ WRAPPERS[wrapper][1])}.")
+    if response is not None:
+        told.append(f"After the answer it is {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.")
+    return told
 
 
-def write_model(folder, corpus, seed, steps):
-    """The base model: a vocabulary and a tiny LLaMA, both made from the training files alone."""
+def write_model(folder, corpus, read, seed, steps):
+    """The base model: a vocabulary and a tiny LLaMA that can read, both made from the training text alone.
+
+    It is pretrained to retell training exchanges fact by fact (one tree each: the text, a branch a
+    fact). It never saw the instruction, a trace or a verdict."""
     texts = [text for name, records in corpus.items() if name.startswith("train")
              for record in records for text in record.values()]
-    size = write_tokenizer(folder, texts)
+    size, rng = write_tokenizer(folder, texts), random.Random(f"{seed} base")
     config = LlamaConfig(vocab_size=size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
-    model = Llama.random(config, seed)
+    model = Llama.random(config, seed, std=0.04)
     tokenizer, optimizer = Tokenizer.from_pretrained(folder), make_optimizer(model, 0)
-    samples = pretraining_text(tokenizer, corpus, seed)
     for step in range(steps):
-        batch = list(islice(samples, 32))
-        count = sum(len(s.answers[0]) for s in batch)
+        batch = [Sample(tokenizer.encode(format_input(prompt, response)),
+                        [tokenizer.answer_ids(text) for text in retell(rng, f, response)])
+                 for f, prompt, response in rng.sample(read, 48)]
+        count = sum(len(answer) for s in batch for answer in s.answers)
         for p in pack(batch, 8192):
             loss = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             loss.backward()
-        update(model, optimizer, 3e-3 * min(1, step / 50) * (1 - step / steps))
-        if step % 50 == 49:
+        update(model, optimizer, 2e-3 * min(1, step / 30) * (1 - step / steps))
+        if step % 25 == 24:
             print(f"pretraining step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -288,13 +302,13 @@ def main(argv=None):
     p.add_argument("--skip", type=float, default=0.25, help="share of traces that skip a check")
     p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
     p.add_argument("--test", type=int, default=1200, help="records of each test file")
-    p.add_argument("--pretrain", type=int, default=800, help="steps of pretraining of the base model")
+    p.add_argument("--pretrain", type=int, default=400, help="steps of pretraining of the base model")
     args = p.parse_args(argv)
-    corpus = make_corpus(args.seed, args.skip, args.train, args.test)
+    corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
     for name, records in corpus.items():
         write_json(args.out / f"{name}.json", records)
         print(f"{args.out / name}.json: {len(records)} records")
-    write_model(args.out / "model", corpus, args.seed, args.pretrain)
+    write_model(args.out / "model", corpus, read, args.seed, args.pretrain)
 
 
 if __name__ == "__main__":
