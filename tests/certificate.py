@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def match_pairs(readings):
 # ------------------------------------------------------------------ shortcuts
 
 
+@lru_cache(None)
 def words_of(text, n=1):
     """The set of words (n=1), or of words and runs of up to n words, of a text in lower case."""
     words = re.findall(r"\w+", text.lower())
@@ -168,8 +170,7 @@ def logistic(x, y, penalty=1.0, steps=100):
     """Weights (V,) and bias (1,) that minimize  sum log(1 + exp(-s z)) + penalty |w|^2 / 2,  s = +-1."""
     w, b = (torch.zeros(n, dtype=x.dtype, requires_grad=True) for n in (x.shape[1], 1))
     sign = 2 * y.to(x.dtype) - 1
-    search = torch.optim.LBFGS([w, b], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-12,
-                               line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
         search.zero_grad()
