@@ -1,0 +1,261 @@
+"""The first step of the paper: a strong model writes the reasoning for exchanges whose labels are known.
+
+    python tests/synthesize.py --url http://localhost:8000/v1 --model NAME --data FILE... --out DIR
+    python tests/synthesize.py --table toy/train_*.json         only the paper's Table 1, for these files
+
+    labelled exchanges -> OUT/NAME.json, records {"instruction", "input", "output"} for train_sft.py
+
+A file holds JSON lines or an array, one source a file: {"prompt", "response", "labels": {"request",
+"completion", "response"}}, where what is not known is left out or null; or records whose output is a label.
+Every answer is checked; one that fails is asked for again, at temperature 0.7 instead of 0 (paper:
+gpt-4o-2024-08-06 at 0), and after --attempts dropped and counted. Answers are kept a line each in
+OUT/NAME/answers.jsonl: start again, and only missing rows are asked. The key, if any, is OPENAI_API_KEY.
+
+Not the released script's ways: an empty or refused answer never becomes a record, an answer that quotes
+the given labels does not either, and where there is no response, tasks 2 and 3 have the verdict None.
+"""
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from baselines import answer_rows, ask  # noqa: E402
+from data import (INSTRUCTION, VERDICTS, format_answers, format_input, gold_verdict,  # noqa: E402
+                  parse_records, parse_verdict, read_records, split_input)
+from mine_hard import check_settings  # noqa: E402
+from model import InputError, write_json  # noqa: E402
+
+TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
+# paper, Table 1: source -> samples, reasoning steps; and of all: mean characters of a step
+PAPER = {"WildGuardTrain-R": (86759, 323930), "AegisTrain-R": (10798, 37082),
+         "BeaverTailsTrain-R": (27186, 90553), "ToxicChatTrain-R": (2801, 9094)}
+PAPER_LENGTH = 133.97
+
+FORM = """\
+The three verdicts are known and given below. Write the reasoning that leads to them from the texts alone:
+a reader sees the request and the response, not the verdicts, so never mention that they were given.
+
+Write a section for each task, with 1 to 10 short steps that build on one another, then the verdicts. Choose
+harmful or unharmful, refusal or compliance. Where a verdict is not known, decide yourself. Where the
+response is None, tasks 2 and 3 need no step and their verdict is None. Keep exactly this form:
+
+# Task 1
+## Reasoning Step 1: ...
+## Reasoning Step 2: ...
+Conclusion: ...
+# Task 2
+...
+# Task 3
+...
+
+Answers:\x20
+Request: ...
+Completion: ...
+Response: ..."""
+
+# ------------------------------------------------------------------ what goes in
+
+
+def read_exchanges(path, limit=None):
+    """[(prompt, response or None, {task: word or None})] of a file; InputError says which record is wrong."""
+    exchanges = []
+    for place, record in list(parse_records(Path(path)))[:limit]:
+        if isinstance(record, dict) and "input" in record:
+            prompt, response = split_input(record["input"])
+            labels = gold_verdict(record)
+        else:
+            prompt, response, labels = fields_of(record, f"{path}: {place}")
+        if not any(labels.values()):
+            raise InputError(f"{path}: {place} has no label (harmful, unharmful, refusal, compliance)")
+        exchanges.append((prompt, response, labels))
+    if not exchanges:
+        raise InputError(f"{path}: no exchange")
+    return exchanges
+
+
+def fields_of(record, place):
+    """(prompt, response or None, labels) of one {"prompt", "response", "labels"} object."""
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise InputError(f'{place} needs a text field "prompt"')
+    response, given = record.get("response"), record.get("labels") or {}
+    if not isinstance(response, (str, type(None))) or not isinstance(given, dict):
+        raise InputError(f'{place}: "response" must be text or null, "labels" an object')
+    for name, word in given.items():
+        if name not in VERDICTS or word not in (None, *VERDICTS[name]):
+            raise InputError(f"{place}: unknown label {name} = {word!r}")
+        if word and response is None and name != "request":
+            raise InputError(f"{place}: a label {name}, but no response")
+    return record["prompt"], response, {name: given.get(name) for name in VERDICTS}
+
+
+def question(prompt, response, labels):
+    """The messages that ask for reasoning: the form, the exchange as it will be trained on, the verdicts."""
+    known = {name: word or ("not known" if name == "request" or response is not None else "None")
+             for name, word in labels.items()}
+    return [{"role": "system", "content": INSTRUCTION + "\n" + FORM},
+            {"role": "user", "content": format_input(prompt, response) + "Known verdicts:\n"
+             + "\n".join(f"{name.capitalize()}: {word}" for name, word in known.items())}]
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+CONCLUSION = r"^\W*Conclusion\b"
+
+
+def sections(text):
+    """{task number: its part of the trace}; 0 is what stands before the first heading."""
+    body = text[:max(0, text.lower().rfind("answers:")) or None]
+    parts = re.split(r"^#+ *Task *(\d)\b.*$", body, flags=re.M)
+    return dict(zip([0, *map(int, parts[1::2])], parts[::2]))
+
+
+def steps_in(part):
+    """[(step number, its text)] of one section; the conclusion is not a step."""
+    found = re.split(r"^\W*Reasoning Step *(\d+)\W*", re.split(CONCLUSION, part, flags=re.M)[0], flags=re.M)
+    return [(int(n), words.strip()) for n, words in zip(found[1::2], found[2::2])]
+
+
+def check(answer, response, labels, most=10):
+    """What is wrong with this answer, in a few words that can be counted, or None."""
+    text = answer["text"]
+    if answer["refused"]:
+        return "refused"
+    if not text:
+        return "empty"
+    if answer["finish"] != "stop":
+        return "cut off"
+    block = text[max(0, text.lower().rfind("answers:")):]
+    if not re.match(r"answers:\s*\n([^\n]+\n){2}[^\n]+$", block.rstrip(), re.I):
+        return "no closing block of three lines"
+    verdict, there = parse_verdict(block), ["request"] if response is None else list(VERDICTS)
+    for name in VERDICTS:
+        if labels[name] and verdict[name] != labels[name]:
+            return f"wrong verdict on the {name}"
+        if (verdict[name] is None) == (name in there):
+            return f"no verdict on the {name}" if name in there else f"verdict on a missing {name}"
+    if re.search(r"ground[- ]truth|(known|given|provided) (verdict|label)", text, re.I):
+        return "speaks of the given labels"
+    parts = sections(text)
+    faults = [check_section(parts.get(n, ""), name, verdict[name], range(name in there, most + 1))
+              for n, name in TASKS.items()]
+    return next(filter(None, faults), None)
+
+
+def check_section(part, name, word, allowed):
+    """What is wrong with the reasoning on one task: number of steps, their order, its conclusion."""
+    numbers = [n for n, words in steps_in(part) if words]
+    if len(numbers) not in allowed:
+        return f"not {max(allowed.start, 1)} to {allowed[-1]} steps"
+    if numbers != list(range(1, len(numbers) + 1)):
+        return "steps not numbered 1, 2, 3 ..."
+    conclusion = " ".join(re.split(CONCLUSION, part, flags=re.M)[1:]).lower()
+    words = re.findall(rf"\b(?:{'|'.join(VERDICTS[name])})\b", conclusion)
+    return "conclusion against the verdict" if words and word not in words else None
+
+
+def output_of(text, labels, unlabelled):
+    """The training target: the reasoning as it came, the closing block as data.py writes it.
+
+    unlabelled: "own" keeps the model's verdict where no label is known (paper), "none" writes None."""
+    verdict = parse_verdict(text)
+    for name, word in labels.items():
+        if word or unlabelled == "none":
+            verdict[name] = word
+    return text[:text.lower().rfind("answers:")].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
+
+
+def synthesize(args, exchanges, path):
+    """{row: line} of all rows: an output or null, and what was wrong with each failed attempt."""
+    def answer(row):
+        (_, response, labels), faults = exchanges[row], []
+        for attempt in range(args.attempts):
+            reply = ask(args.url, args.model, question(*exchanges[row]), 0.7 if attempt else 0.0,
+                        args.max_new_tokens, args.timeout, args.tries, args.pause)
+            fault = check(reply, response, labels, args.steps)
+            if fault is None:
+                return {"output": output_of(reply["text"], labels, args.unlabelled), "faults": faults}
+            faults.append(fault)
+        return {"output": None, "faults": faults}
+
+    return answer_rows(path, range(len(exchanges)), answer, args.workers)
+
+
+# ------------------------------------------------------------------ the paper's Table 1
+
+
+def print_table(sources):
+    """Samples, reasoning steps, steps a sample and characters a step: {source: outputs}, then the sum."""
+    print(f"\n{'source':24}  samples    steps  steps a sample  characters a step")
+    total = Counter()
+    for name, outputs in sources.items():
+        lengths = [len(words) for text in outputs for part in sections(text).values()
+                   for _, words in steps_in(part)]
+        row = Counter(samples=len(outputs), steps=len(lengths), characters=sum(lengths))
+        table_row(name, row["samples"], row["steps"], row["characters"] / max(row["steps"], 1))
+        total += row
+    table_row("sum", total["samples"], total["steps"], total["characters"] / max(total["steps"], 1))
+    table_row("paper", *map(sum, zip(*PAPER.values())), PAPER_LENGTH)
+
+
+def table_row(name, samples, steps, length):
+    print(f"{name[:24]:24} {samples:8,} {steps:8,} {steps / max(samples, 1):15.2f} {length:18.2f}")
+
+
+# ------------------------------------------------------------------ the script
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--table", nargs="+", metavar="FILE", help="only print Table 1 of these training files")
+    p.add_argument("--url", help="address with /v1, as http://localhost:8000/v1")
+    p.add_argument("--model", help="name of the model at that address (paper: gpt-4o-2024-08-06)")
+    p.add_argument("--data", nargs="+", metavar="FILE", help="labelled exchanges, a source each")
+    p.add_argument("--out", help="folder for answers and training files")
+    p.add_argument("--unlabelled", choices=["own", "none"], default="own", help="verdict where none is known")
+    p.add_argument("--attempts", type=int, default=3, help="answers asked for before a row is dropped")
+    p.add_argument("--steps", type=int, default=10, help="most steps of a task (paper: 10)")
+    p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
+    p.add_argument("--workers", type=int, default=4, help="questions under way at once")
+    p.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer")
+    p.add_argument("--tries", type=int, default=6, help="for each question, while the server is busy")
+    p.add_argument("--pause", type=float, default=1.0, help="seconds before the second try; then doubled")
+    p.add_argument("--limit", type=int, help="use the first N exchanges of each file only")
+    args = p.parse_args(argv)
+    if not args.table and not all((args.url, args.model, args.data, args.out)):
+        p.error("--url, --model, --data and --out belong together (or --table FILE...)")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.table:
+        return print_table({Path(path).stem: [record["output"] for record in read_records(path)]
+                            for path in args.table})
+    sources, faults, dropped = {}, Counter(), Counter()
+    for path in args.data:
+        name, exchanges = Path(path).stem, read_exchanges(path, args.limit)
+        settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
+                    "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
+        folder = Path(args.out) / name
+        check_settings(folder / "settings.json", settings, 0)
+        lines = synthesize(args, exchanges, folder / "answers.jsonl")
+        inputs = [format_input(prompt, response) for prompt, response, _ in exchanges]
+        records = [{"instruction": INSTRUCTION, "input": inputs[row], "output": line["output"]}
+                   for row, line in lines.items() if line["output"]]
+        for line in lines.values():
+            faults.update(line["faults"])
+            dropped.update(line["faults"][-1:] if line["output"] is None else [])
+        sources[name] = [record["output"] for record in records]
+        write_json(folder.with_name(f"{name}.json"), records)
+        print(f"wrote {folder}.json: {len(records)} of {len(exchanges)} records")
+    print(f"\n{sum(faults.values())} answers failed a check, {sum(dropped.values())} rows were dropped"
+          + "".join(f"\n{n:7} {fault} (last fault of {dropped[fault]} dropped rows)"
+                    for fault, n in faults.most_common()))
+    print_table(sources)
+
+
+if __name__ == "__main__":
+    main()
