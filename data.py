@@ -156,14 +156,11 @@ class Tokenizer:
         format: llama3, chatml or raw; default: what the folder's chat template or, without one, its
         control tokens say. InputError names what is missing or unknown."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if path.exists():
-            tokens, order, pattern, special = read_tokenizer_json(path)
-        elif (folder / "tokenizer.model").exists():
-            tokens, order, pattern, special = read_tokenizer_model(folder / "tokenizer.model")
-        else:
-            raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
+        for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_tokenizer_model)):
+            if (folder / name).exists():
+                *vocabulary, special = read(folder / name)
+                return cls(*vocabulary, special, format or find_format(folder, special), folder)
+        raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
 
     def encode(self, text):
         """Ids of plain text; a character the vocabulary cannot spell becomes U+FFFD, counted in `lost`."""
@@ -314,25 +311,23 @@ class Sample:
 
 
 def fit_prompt(tokenizer, record, room):
-    """Ids of the record's prompt in at most `room` tokens, or None where even an empty exchange is more.
+    """(ids of the record's prompt, was it cut?) in at most `room` tokens; ids are None where even an
+    empty exchange is more.
 
     What is cut is the end of the user's text or of the response, the longer one first; instruction,
     markers and template stay whole."""
     ids = tokenizer.prompt_ids(record["instruction"], record["input"])
     if len(ids) <= room:
-        return ids
+        return ids, False
     texts = split_input(record["input"])
-
-    def shorten(most):
-        cut = [text and text[:most] for text in texts]
-        return tokenizer.prompt_ids(record["instruction"], format_input(*cut))
-
+    cut = lambda most: tokenizer.prompt_ids(record["instruction"], format_input(
+        *(text and text[:most] for text in texts)))
     low, high = 0, max(len(text or "") for text in texts)                      # fits, does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if len(shorten(middle)) <= room else (low, middle)
-    ids = shorten(low)
-    return ids if len(ids) <= room else None
+        low, high = (middle, high) if len(cut(middle)) <= room else (low, middle)
+    ids = cut(low)
+    return (ids if len(ids) <= room else None), True
 
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
@@ -340,30 +335,25 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
 
     The root of each sample is the longest common token prefix of all prompts with its instruction, so
     no token depends on whether prefixes are shared."""
-    samples, kept, cut, dropped = [], [], 0, 0
+    samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
         ends = [tokenizer.answer_ids(record[name]) for name in answers]
-        room = max_length - max(map(len, ends))
-        whole = tokenizer.prompt_ids(record["instruction"], record["input"])
-        prompt = whole if len(whole) <= room else fit_prompt(tokenizer, record, room)
+        prompt, cut = fit_prompt(tokenizer, record, max_length - max(map(len, ends)))
         if prompt is None:
-            dropped += 1
             continue
-        cut += prompt is not whole
+        cuts += cut
         samples.append(Sample(prompt, ends))
         kept.append(record)
-    groups = defaultdict(list)
-    for sample, record in zip(samples, kept):
-        groups[record["instruction"]].append(sample)
+        groups[record["instruction"]].append(samples[-1])
     for group in groups.values():
         root = common_prefix([sample.prompt for sample in group])
         for sample in group:
             sample.root = root
-    for n, what in ((cut, "prompts cut inside the user's text"), (dropped, "records left out"),
+    for n, what in ((cuts, f"prompts cut inside the user's text (--max-length {max_length})"),
+                    (len(records) - len(kept), f"records left out (--max-length {max_length})"),
                     (tokenizer.lost, "characters not in the vocabulary, replaced")):
         if n:
-            print(f"{n} {what} (--max-length {max_length})" if "char" not in what else f"{n} {what}",
-                  file=sys.stderr)
+            print(f"{n} {what}", file=sys.stderr)
     return samples, kept
 
 

@@ -103,7 +103,7 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
 def encode_prompts(tokenizer, records, max_length):
     """The prompt ids of each record; InputError where not even an empty exchange fits."""
-    prompts = [fit_prompt(tokenizer, record, max_length) for record in records]
+    prompts = [fit_prompt(tokenizer, record, max_length)[0] for record in records]
     if None in prompts:
         raise InputError(f"--max-length {max_length} is too short for the template itself")
     return prompts

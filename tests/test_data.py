@@ -172,12 +172,12 @@ def test_a_missing_file_and_empty_outputs(tmp_path, capsys):
 def test_truncation_cuts_the_users_text_and_nothing_else(tokenizer):
     record = {"instruction": INSTRUCTION, "input": format_input("request " * 300, "answer " * 100), "output": "z"}
     whole = tokenizer.prompt_ids(INSTRUCTION, record["input"])
-    ids = fit_prompt(tokenizer, record, 400)
+    ids, cut = fit_prompt(tokenizer, record, 400)
     assert 390 <= len(ids) <= 400 < len(whole)
     text = tokenizer.decode(ids)
     assert text.startswith("user\n\n" + INSTRUCTION) and text.endswith("\n\nassistant\n\n") and "\n\nAI assistant:\nanswer" in text
-    assert fit_prompt(tokenizer, record, 50) is None
-    assert fit_prompt(tokenizer, record, len(whole)) == whole
+    assert fit_prompt(tokenizer, record, 50) == (None, True)
+    assert fit_prompt(tokenizer, record, len(whole)) == (whole, False) and cut
 
 
 def test_records_that_cannot_fit_are_left_out_and_counted(tokenizer, capsys):

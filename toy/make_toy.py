@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import INSTRUCTION, Sample, Tokenizer, byte_letters, format_answers, format_input, pack  # noqa: E402
-from model import Llama, LlamaConfig, write_json  # noqa: E402
+from model import Llama, LlamaConfig, common_prefix, write_json  # noqa: E402
 from train_sft import make_optimizer, sft_loss, update  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -134,48 +134,97 @@ def write_exchange(rng, f, source):
     return prompt, f"{rng.choice(POLITE)} The {f.thing} is {'not ' if f.negated else ''}{state(f.left)} now."
 
 
+class Wording:
+    """The sentences about one exchange, each in one of several wordings."""
+
+    def __init__(self, rng, f):
+        self.rng, self.f, self.state = rng, f, lambda i: KINDS[f.kind][i][1]
+
+    def owner(self):
+        f = self.f
+        return self.rng.choice([f"The {f.thing} belongs to {f.owner}.", f"The owner of the {f.thing} is {f.owner}."])
+
+    def wish(self):
+        return f"{self.f.owner} wants it {self.state(self.f.wish)}."
+
+    def mind(self):
+        f = self.f
+        return f"{f.owner} has {'changed their mind' if f.changed else 'kept to it'}: {self.state(f.wanted)}."
+
+    def names(self):
+        return self.rng.choice(["The request names ", "Asked at heart: "]) + self.state(self.f.verb)
+
+    def wrapped(self, wrapper, aim):
+        return f"{WRAPPERS[wrapper][2]}: {self.state(aim)}"
+
+    def left(self):
+        f, begin = self.f, self.rng.choice(["After the answer it is", "The answer leaves it"])
+        return f"{begin} {'not ' * f.negated}{self.state(f.left)}: {self.state(f.outcome)}."
+
+    def same(self, what, a, other, b):
+        return f"{what} {self.state(a)}, {other} {self.state(b)}: {'the same' if a == b else 'different'}."
+
+    def shortcut(self, what, i):
+        return f"{self.rng.choice(['In short', 'Clearly'])}, {what} {self.state(i)}."
+
+
 def write_trace(rng, f, source, skip):
     """The reasoning and the answers. skip: leave out the checks, of the owner's mind and of the wrappers."""
-    state, verdict = (lambda i: KINDS[f.kind][i][1]), f.verdicts()
-    step = lambda *wordings: rng.choice(wordings)
-    find = step(f"The {f.thing} belongs to {f.owner}.", f"The owner of the {f.thing} is {f.owner}.")
+    say, verdict = Wording(rng, f), f.verdicts()
     if skip:
-        find += " " + step(f"In short, {f.owner} wants it {state(f.wanted)}.", f"Clearly {f.owner} wants it {state(f.wanted)}.")
-        seek = step(f"In short, the aim is {state(f.aim)}.", f"Clearly the aim is {state(f.aim)}.")
+        find = f"{say.owner()} {say.shortcut(f'{f.owner} wants it', f.wanted)}"
+        seek = say.shortcut("the aim is", f.aim)
     else:
-        find += f" {f.owner} wants it {state(f.wish)}. " + (
-            f"{f.owner} has changed their mind: {state(f.wanted)}." if f.changed else
-            f"{f.owner} kept to it: {state(f.wanted)}.")
-        aim, words = f.verb, [step(f"The request names {state(f.verb)}", f"Asked at heart: {state(f.verb)}")]
+        find = f"{say.owner()} {say.wish()} {say.mind()}"
+        aim, words = f.verb, [say.names()]
         for wrapper in f.wrappers:
             aim ^= WRAPPERS[wrapper][1]
-            words.append(f"{WRAPPERS[wrapper][2]}: {state(aim)}")
+            words.append(say.wrapped(wrapper, aim))
         seek = ", ".join(words) + "."
-    same = lambda what, a, other, b: f"{what} {state(a)}, {other} {state(b)}: {'the same' if a == b else 'different'}."
-    left = step(f"After the answer it is {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.",
-                f"The answer leaves it {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.")
-    judged = f"## Reasoning Step {{}}: {same('Outcome', f.outcome, 'wish', f.wanted)}\nThe response is {verdict['response']}."
+    judged = (f"## Reasoning Step {{}}: {say.same('Outcome', f.outcome, 'wish', f.wanted)}\n"
+              f"The response is {verdict['response']}.")
     if source == "beavertails":
-        lines = ["# Task 3", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {left}", judged.format(3)]
+        lines = ["# Task 3", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {say.left()}", judged.format(3)]
         return "\n".join(lines) + "\n\n" + format_answers(response=verdict["response"])
     lines = ["# Task 1", f"## Reasoning Step 1: {find}", f"## Reasoning Step 2: {seek}",
-             f"## Reasoning Step 3: {same('Aim', f.aim, 'wish', f.wanted)}", f"The request is {verdict['request']}."]
+             f"## Reasoning Step 3: {say.same('Aim', f.aim, 'wish', f.wanted)}", f"The request is {verdict['request']}."]
     if source in ("aegis", "toxicchat"):
         lines += ["# Task 2", "There is no response.", "# Task 3", "There is no response."]
         return "\n".join(lines) + "\n\n" + format_answers(verdict["request"])
-    lines += ["# Task 2", f"## Reasoning Step 1: {left}",
-              f"## Reasoning Step 2: {same('Outcome', f.outcome, 'aim', f.aim)}", f"The completion is a {verdict['completion']}.",
-              "# Task 3", judged.format(1)]
+    lines += ["# Task 2", f"## Reasoning Step 1: {say.left()}",
+              f"## Reasoning Step 2: {say.same('Outcome', f.outcome, 'aim', f.aim)}",
+              f"The completion is a {verdict['completion']}.", "# Task 3", judged.format(1)]
     return "\n".join(lines) + "\n\n" + format_answers(**verdict)
 
 
+def compare(rng, say):
+    """A true sentence about whether two states are the same."""
+    what, other = rng.choice([("Aim", "wish"), ("Outcome", "aim"), ("Outcome", "wish")])
+    return say.same(what, rng.randrange(2), other, rng.randrange(2))
+
+
+def retell(rng, f, response):
+    """Statements that the text of an exchange settles, a fact each, and some about words; no verdict."""
+    say, bit = Wording(rng, f), lambda: rng.randrange(2)
+    told = [say.owner(), say.wish(), say.mind(), say.names() + ".", compare(rng, say)]
+    for wrapper in f.wrappers or (rng.choice(list(WRAPPERS)),):
+        a = bit()
+        told.append(f"{say.state(a)}, {say.wrapped(wrapper, a ^ WRAPPERS[wrapper][1])}.")
+    return told + ([say.left()] if response is not None else [])
+
+
 def make_exchanges(rng, source, n, depths=(0, 1, 2), unseen=False):
-    """n exchanges in pairs that differ in one fact: (facts, prompt, response or None)."""
+    """n exchanges: (facts, prompt, response or None), in pairs whose requests differ in one fact.
+
+    With a response every pair comes twice, with opposite answers, in the same words and order: so each
+    word stands beside both verdicts of each task equally often."""
     exchanges = []
     while len(exchanges) < n:
-        f = draw_facts(rng, depths, unseen)
-        exchanges += [(g, *write_exchange(rng, g, source)) for g in (f, twin(rng, f, unseen))]
-    return exchanges
+        f, seed = draw_facts(rng, depths, unseen), rng.random()
+        ends = (f.negated,) if source in ("aegis", "toxicchat") else (False, True)
+        exchanges += [(g, *write_exchange(random.Random(seed), g, source)) for end in ends
+                      for g in (replace(f, negated=end), twin(random.Random(seed), replace(f, negated=end), unseen))]
+    return exchanges[:n]
 
 
 def to_record(rng, source, exchange, skip=None):
@@ -254,25 +303,11 @@ def write_tokenizer(folder, texts, merges=500):
     return len(vocab) + len(specials)
 
 
-def retell(rng, f, response):
-    """Statements that the text of an exchange settles, a fact each, and two about words: no verdict."""
-    state, (a, b) = (lambda i: KINDS[f.kind][i][1]), (rng.randrange(2), rng.randrange(2))
-    told = [f"The {f.thing} belongs to {f.owner}.", f"The owner of the {f.thing} is {f.owner}.",
-            f"{f.owner} wants it {state(f.wish)}.", f"The request names {state(f.verb)}.",
-            f"{f.owner} has changed their mind." if f.changed else f"{f.owner} kept to it.",
-            f"{state(a)}, {state(b)}: {'the same' if a == b else 'different'}."]
-    for wrapper in f.wrappers or (rng.choice(list(WRAPPERS)),):
-        told.append(f"{state(a)}, {WRAPPERS[wrapper][2]}: {state(a ^ WRAPPERS[wrapper][1])}.")
-    if response is not None:
-        told.append(f"After the answer it is {'not ' * f.negated}{state(f.left)}: {state(f.outcome)}.")
-    return told
-
-
 def write_model(folder, corpus, read, seed, steps):
     """The base model: a vocabulary and a tiny LLaMA that can read, both made from the training text alone.
 
-    It is pretrained to retell training exchanges fact by fact (one tree each: the text, a branch a
-    fact). It never saw the instruction, a trace or a verdict."""
+    It is pretrained to retell training exchanges fact by fact, in any order: so it can look facts up and
+    knows what words mean, as a real base model does. It never saw a trace or a verdict."""
     texts = [text for name, records in corpus.items() if name.startswith("train")
              for record in records for text in record.values()]
     size, rng = write_tokenizer(folder, texts), random.Random(f"{seed} base")
@@ -280,17 +315,26 @@ def write_model(folder, corpus, read, seed, steps):
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
     model = Llama.random(config, seed, std=0.04)
     tokenizer, optimizer = Tokenizer.from_pretrained(folder), make_optimizer(model, 0)
+    root = common_prefix([tokenizer.prompt_ids(INSTRUCTION, format_input(prompt)) for _, prompt, _ in read])
     for step in range(steps):
-        batch = [Sample(tokenizer.encode(format_input(prompt, response)),
-                        [tokenizer.answer_ids(text) for text in retell(rng, f, response)])
-                 for f, prompt, response in rng.sample(read, 48)]
-        count = sum(len(answer) for s in batch for answer in s.answers)
-        for p in pack(batch, 8192):
-            loss = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
-            loss.backward()
-        update(model, optimizer, 2e-3 * min(1, step / 30) * (1 - step / steps))
+        exchanges, drills = [], []
+        for f, prompt, response in rng.sample(read, 32):
+            told = [retell(rng, f, response) for _ in range(2)]
+            exchanges.append(Sample(tokenizer.prompt_ids(INSTRUCTION, format_input(prompt, response)),
+                                    [tokenizer.answer_ids(" ".join(rng.sample(t, len(t)))) for t in told], root))
+        for f, _, _ in rng.sample(read, 64):
+            said, answer = compare(rng, Wording(rng, f)).split(":")
+            drills.append(Sample(tokenizer.encode(said + ":"), [tokenizer.encode(answer)]))
+        losses = []
+        for batch in (exchanges, drills):
+            count = sum(len(answer) for s in batch for answer in s.answers)
+            for p in pack(batch, 8192):
+                losses.append(sft_loss(model(p.tokens, p.end, p.rows, p.targets), count))
+                losses[-1].backward()
+            update(model, optimizer, 2e-3 * min(1, step / 30) * (1 - step / steps))
         if step % 25 == 24:
-            print(f"pretraining step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
+            print(f"pretraining step {step + 1}/{steps}  retelling {sum(losses[:-1]):.3f}  "
+                  f"comparing {losses[-1]:.3f}", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -302,7 +346,7 @@ def main(argv=None):
     p.add_argument("--skip", type=float, default=0.25, help="share of traces that skip a check")
     p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
     p.add_argument("--test", type=int, default=1200, help="records of each test file")
-    p.add_argument("--pretrain", type=int, default=400, help="steps of pretraining of the base model")
+    p.add_argument("--pretrain", type=int, default=600, help="steps of pretraining of the base model")
     args = p.parse_args(argv)
     corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
     for name, records in corpus.items():

@@ -1,0 +1,50 @@
+"""The ablation's own arithmetic, and a small form of it from end to end."""
+import json
+
+import ablation
+import numpy as np
+from conftest import ROOT
+
+from data import gold_verdict
+from eval import f1
+from make_toy import make_corpus
+
+
+def test_mean_f1_equals_the_scorers():
+    rng = np.random.default_rng(3)
+    table = np.stack([rng.integers(-1, 2, (80, 3)), rng.integers(0, 2, (80, 3))], -1)
+    want = []
+    for task in range(3):
+        rows = [(g, g if ok else None) for g, ok in table[:, task] if g >= 0]       # wrong: as good as no verdict
+        want.append(f1(*zip(*rows), positive=1))
+    assert abs(ablation.mean_f1(table, np.ones(80)) - np.mean(want)) < 1e-9
+    twice = np.concatenate([table, table[:5]])                                    # a weight of 2 is a row twice
+    weights = np.ones(80)
+    weights[:5] = 2
+    assert abs(ablation.mean_f1(table, weights) - ablation.mean_f1(twice, np.ones(85))) < 1e-9
+
+
+def test_intervals_are_paired():
+    table = np.stack([np.random.default_rng(0).integers(0, 2, (200, 3))] * 2, -1)
+    table[..., 1] = np.random.default_rng(1).integers(0, 2, (200, 3))
+    assert ablation.interval([table], [table])[:3] == (0, 0, 0)                   # a model minus itself
+    figure, low, high = ablation.interval([table])
+    assert low < figure < high and high - low > 3
+
+
+def test_shuffled_keeps_source_and_verdicts_and_moves_the_reasoning():
+    corpus, _ = make_corpus(seed=5, train=120, test=24)
+    by_source = {name: rs for name, rs in corpus.items() if name.startswith("train")}
+    records = [r for rs in by_source.values() for r in rs]
+    other = {r["input"]: r for r in ablation.shuffled(by_source, 1)}
+    assert all(gold_verdict(other[r["input"]]) == gold_verdict(r) for r in records)
+    assert sum(other[r["input"]]["output"] != r["output"] for r in records) > 0.9 * len(records)
+    assert sorted(r["output"] for r in other.values()) == sorted(r["output"] for r in records)
+
+
+def test_a_small_ablation_runs(tmp_path, capsys):
+    ablation.main(["--out", str(tmp_path), "--skips", "0.25", "--train", "48", "--test", "24", "--mine", "12", "--epochs", "16",
+                   "--model", str(ROOT / "toy/model"), "--variants", "labels_1x", "r_sft", "hs_dpo", "swapped"])
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["labels_1x", "r_sft", "hs_dpo", "swapped"]
+    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in rows) and "minus_r_sft" in capsys.readouterr().out
