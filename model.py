@@ -9,6 +9,7 @@ Part I is complete and readable alone.
     Llama                         the module, weights in and out
     draw_token, generate_plain    a sampler without a cache, the twin of the engine
 Part II holds fast twins; each names the plain function that it must equal.
+    kernels                       attention and log-probabilities on CUDA, in Triton
     generate, generate_iter       paged key/value cache that shares prompts among samples
 
 Shape letters, the same everywhere: T tokens of a stream, N scored tokens, D width, H query heads,
@@ -226,6 +227,7 @@ class TreePlan:
     paths: list                 # for each piece the pieces that its rows see, the last being itself
     forked: list                # for each piece: does it hold more than one segment?
     masks: dict = field(default_factory=dict)
+    blocks: dict = field(default_factory=dict)      # what the kernels visit, see tree_blocks
 
 
 def tree_plan(end, whole=512):
@@ -271,6 +273,8 @@ def attention(q, k, v, plan):
     """attention_by_mask one piece at a time, so that hardly anything hidden is computed.
 
     q may hold only the last rows of the stream (a prompt after a cached instruction)."""
+    if use_triton(q) and q.shape[-1] in WIDTHS:
+        return attention_triton(q, k, v, plan)
     skip, counts, start, out = len(k) - len(q), [], 0, []
     for n in plan.lengths:                                                 # rows of each piece in q
         counts.append(max(0, n - skip))
@@ -309,25 +313,32 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets):
         weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
-        picked, total = [], []
+        picked, total = full_precision(hidden.new_empty(2, len(hidden)))
         for i in steps:
-            logits = full_precision(hidden[i:i + steps.step] @ weight.T)   # (chunk, V)
-            total.append(logits.logsumexp(-1))
-            picked.append(logits.gather(-1, targets[i:i + steps.step, None])[:, 0])
-        total = torch.cat(total) if total else full_precision(hidden.new_zeros(0))
+            some = slice(i, i + steps.step)
+            z = hidden[some] @ weight.T                                    # (chunk, V)
+            if use_triton(z):
+                launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], total[some], len(head))
+            else:
+                z = full_precision(z)
+                picked[some], total[some] = z.gather(-1, targets[some, None])[:, 0], z.logsumexp(-1)
         ctx.save_for_backward(hidden, head, targets, total)
-        return (torch.cat(picked) if picked else total) - total
+        return picked - total
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, head, targets, total = ctx.saved_tensors
+        (hidden, head, targets, total), grad = ctx.saved_tensors, grad.contiguous()
         weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
         for i in steps:
             some = slice(i, i + steps.step)
-            g = grad[some, None]
-            dz = (full_precision(hidden[some] @ weight.T) - total[some, None]).exp_().mul_(-g)
-            dz.scatter_add_(-1, targets[some, None], g)                    # (chunk, V)
+            g, dz = grad[some, None], hidden[some] @ weight.T              # (chunk, V), logits at first
+            if use_triton(dz):
+                grid = len(dz), -(-len(head) // 4096)
+                launch(row_gradients, grid, 4096, dz, targets[some], total[some], g, len(head))
+            else:
+                dz = (full_precision(dz) - total[some, None]).exp_().mul_(-g)
+                dz.scatter_add_(-1, targets[some, None], g)
             dz = dz.to(hidden.dtype)
             d_hidden[some] = dz @ weight
             d_head += dz.T @ hidden[some]                                  # summed as precisely as head
@@ -604,6 +615,209 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
 
 # ================================================================== part II: the same, faster
 
+# ------------------------------------------------------------------ kernels
+#
+# A kernel says what one program does with a tile of rows; the grid says how many programs run. Sums are
+# float32, and "ieee" keeps float32 operands whole. TRITON_INTERPRET=1 runs the same code on a CPU, for tests.
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    jit = triton.jit(do_not_specialize=("N", "T", "TARGET", "PICKED", "TOTAL", "GRAD"))    # one compilation
+except ImportError:                                     # no wheel for this system: the twins do the work
+    triton, jit, constexpr = None, lambda kernel: kernel, None
+KERNELS = "triton" if triton else "torch"               # "torch": the twins everywhere
+WIDTHS = (16, 32, 64, 128)                              # head widths E that the attention kernels know
+
+
+def use_triton(x):
+    """Is this tensor for the kernels: are they switched on, and do they know its device and dtype?"""
+    device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return KERNELS == "triton" and device and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def launch(kernel, grid, width, x, *args):
+    """Run a kernel whose tiles are `width` wide, on the device of x, which need not be the current one."""
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *args, num_warps=min(8, max(4, width // 16)), num_stages=2)
+
+
+@jit
+def load_rows(X, rows, N, head, heads: constexpr, E: constexpr):
+    """These rows (B,) of one head of X (N, heads, E): (B, E), zero from row N on."""
+    at = (rows[:, None] * heads + head) * E + tl.arange(0, E)
+    return tl.load(X + at, mask=rows[:, None] < N, other=0.0)
+
+
+@jit
+def store_rows(X, x, rows, N, head, heads: constexpr, E: constexpr):
+    tl.store(X + (rows[:, None] * heads + head) * E + tl.arange(0, E), x, mask=rows[:, None] < N)
+
+
+@jit
+def scores(q, k, sees):
+    """q k' / sqrt(E), times log2(e) so that powers of two will do; -inf where a query does not see a key."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (1.4426950408889634 / q.shape[1] ** 0.5)
+    return tl.where(sees, s, float("-inf"))
+
+
+@jit
+def softmax_step(s, v, top, total, out):
+    """Add keys of scores s (rows, keys) and values v to a softmax under way: top is the largest score so
+    far, total = sum 2^(s - top), out = sum 2^(s - top) v   (Milakov & Gimelshein 2018)"""
+    new = tl.maximum(top, tl.max(s, 1))
+    p, old = tl.exp2(s - new[:, None]), tl.exp2(top - new)
+    out = tl.dot(p.to(v.dtype), v, out * old[:, None], input_precision="ieee")
+    return new, total * old + tl.sum(p, 1), out
+
+
+@jit
+def tree_forward(Q, K, V, OUT, LSE, END, FIRST, BLOCKS, N, T,
+                 H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+    # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row block a, head h)
+    a, h = tl.program_id(0), tl.program_id(1)
+    row = a * B + tl.arange(0, B)                       # in q, which holds the last N of T rows
+    i, q = (row + T - N)[:, None], load_rows(Q, row, N, h, H, E)
+    top = tl.full((B,), -1e30, tl.float32)              # finite: -inf less -inf is not a number
+    total, out = tl.zeros((B,), tl.float32), tl.zeros((B, E), tl.float32)
+    for n in range(tl.load(FIRST + a), tl.load(FIRST + a + 1)):
+        j = tl.load(BLOCKS + n) * B + tl.arange(0, B)
+        k, v = load_rows(K, j, T, h * G // H, G, E), load_rows(V, j, T, h * G // H, G, E)
+        s = scores(q, k, (j[None] <= i) & (i < tl.load(END + j)[None]))           # (rows, keys)
+        top, total, out = softmax_step(s, v, top, total, out)
+    store_rows(OUT, out / total[:, None], row, N, h, H, E)
+    tl.store(LSE + h * N + row, top + tl.log2(total), mask=row < N)
+
+
+@jit
+def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, BLOCKS, N, T,
+                    H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+    # dq = ds k / sqrt(E),  ds = p (do v' - delta),  p = 2^(s - lse),  delta = sum(do out): program (a, h)
+    a, h = tl.program_id(0), tl.program_id(1)
+    row = a * B + tl.arange(0, B)
+    i, q, do = (row + T - N)[:, None], load_rows(Q, row, N, h, H, E), load_rows(DO, row, N, h, H, E)
+    delta = tl.sum(do.to(tl.float32) * load_rows(OUT, row, N, h, H, E), 1)
+    tl.store(DELTA + h * N + row, delta, mask=row < N)                     # for tree_backward_kv
+    lse, dq = tl.load(LSE + h * N + row, mask=row < N, other=0.0), tl.zeros((B, E), tl.float32)
+    for n in range(tl.load(FIRST + a), tl.load(FIRST + a + 1)):
+        j = tl.load(BLOCKS + n) * B + tl.arange(0, B)
+        k, v = load_rows(K, j, T, h * G // H, G, E), load_rows(V, j, T, h * G // H, G, E)
+        p = tl.exp2(scores(q, k, (j[None] <= i) & (i < tl.load(END + j)[None])) - lse[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    store_rows(DQ, dq * (1 / E ** 0.5), row, N, h, H, E)
+
+
+@jit
+def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
+                     H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+    # dv = p' do,  dk = ds' q / sqrt(E), what head h adds to them; all transposed: program (key block b, h).
+    # Depth first, the rows that see a key are neighbours: from the key itself to its end
+    b, h = tl.program_id(0), tl.program_id(1)
+    j = b * B + tl.arange(0, B)
+    k, v, end = load_rows(K, j, T, h * G // H, G, E), load_rows(V, j, T, h * G // H, G, E), tl.load(END + j)
+    dk, dv = tl.zeros((B, E), tl.float32), tl.zeros((B, E), tl.float32)
+    for a in range(tl.maximum(b * B - T + N, 0) // B, tl.cdiv(tl.maximum(tl.max(end, 0) - T + N, 0), B)):
+        row = a * B + tl.arange(0, B)
+        i, q, do = (row + T - N)[None], load_rows(Q, row, N, h, H, E), load_rows(DO, row, N, h, H, E)
+        lse = tl.load(LSE + h * N + row, mask=row < N, other=0.0)
+        delta = tl.load(DELTA + h * N + row, mask=row < N, other=0.0)
+        p = tl.exp2(scores(k, q, (j[:, None] <= i) & (i < end[:, None])) - lse[None])   # (keys, rows)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    store_rows(DK, dk * (1 / E ** 0.5), j, T, h, H, E)
+    store_rows(DV, dv, j, T, h, H, E)
+
+
+def tree_blocks(plan, N, B, device):
+    """Where the last N rows look, in blocks: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
+    if (N, B, device) not in plan.blocks:
+        T = len(plan.end)
+        end = F.pad(plan.end.cpu(), (0, -T % B))                           # whole blocks
+        row = torch.arange(T - N, T, B)[:, None]                           # first of each row block
+        sees = (torch.arange(0, T, B) < row + B) & (row < end.view(-1, B).amax(1))     # (row, key blocks)
+        first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
+        plan.blocks[N, B, device] = [x.to(device, torch.int32) for x in (end, first, blocks)]
+    return plan.blocks[N, B, device]
+
+
+class TreeAttention(torch.autograd.Function):
+    """`attention` as kernels that visit only what `end` leaves visible; a rerun gives the same bits."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan):
+        (N, H, E), (T, G, _) = q.shape, k.shape
+        assert k.shape == v.shape == (len(plan.end), G, E) and N <= T and H % G == 0 and E in WIDTHS
+        assert q.dtype == k.dtype == v.dtype and use_triton(q) and T * H * E < 2 ** 31
+        q, k, v, B = q.contiguous(), k.contiguous(), v.contiguous(), 64 if q.element_size() == 2 else 32
+        ctx.visits, ctx.sizes = tree_blocks(plan, N, B, q.device), (N, T, H, G, E, B)
+        out, lse = torch.empty_like(q), q.new_empty(H, N, dtype=torch.float32)
+        launch(tree_forward, (-(-N // B), H), E, q, k, v, out, lse, *ctx.visits, *ctx.sizes)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        (q, k, v, out, lse), (N, T, H, G, E, B) = ctx.saved_tensors, ctx.sizes
+        do, dq, delta, end = do.contiguous(), torch.empty_like(q), torch.empty_like(lse), ctx.visits[0]
+        launch(tree_backward_q, (-(-N // B), H), E, q, k, v, do, out, lse, delta, dq, *ctx.visits, *ctx.sizes)
+        dk, dv = q.new_empty(2, T, H, E, dtype=torch.float32)
+        launch(tree_backward_kv, (-(-T // B), H), E, q, k, v, do, lse, delta, dk, dv, end, *ctx.sizes)
+        return dq, *(x.view(T, G, -1, E).sum(2).to(k.dtype) for x in (dk, dv)), None
+
+
+attention_triton = TreeAttention.apply      # (q, k, v, plan): q (N, H, E), k and v (T, G, E) -> (N, H, E)
+
+
+@jit
+def row_totals(Z, TARGET, PICKED, TOTAL, V):
+    # z[target] and log sum exp(z) of one row of logits, read once: the sum shrinks when the maximum grows
+    n = tl.program_id(0)
+    Z += n.to(tl.int64) * V
+    top, total = float("-inf"), 0.0
+    for start in range(0, V, 4096):
+        v = start + tl.arange(0, 4096)
+        z = tl.load(Z + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(top, tl.max(z, 0))
+        top, total = new, total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
+    tl.store(PICKED + n, tl.load(Z + tl.load(TARGET + n)).to(tl.float32))
+    tl.store(TOTAL + n, top + tl.log(total))
+
+
+@jit
+def row_gradients(Z, TARGET, TOTAL, GRAD, V):
+    # z <- g (onehot(target) - softmax(z)), in place, for 4096 logits of one row
+    n, v = tl.program_id(0), tl.program_id(1) * 4096 + tl.arange(0, 4096)
+    Z += n.to(tl.int64) * V
+    p = tl.exp(tl.load(Z + v, mask=v < V, other=0.0).to(tl.float32) - tl.load(TOTAL + n))
+    tl.store(Z + v, tl.load(GRAD + n) * (tl.where(v == tl.load(TARGET + n), 1.0, 0.0) - p), mask=v < V)
+
+
+@jit
+def paged_attention(Q, K, V, K0, V0, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT, I,
+                    R: constexpr, G: constexpr, E: constexpr, P: constexpr, M: constexpr):
+    # Engine.attend: program (job, key head g, M of the job's query heads, R for each of its rows b)
+    job, g, m = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
+    b, stop, j = tl.load(START + job) + m // R, tl.load(START + job + 1), tl.arange(0, P)
+    at = (b * G + g) * R + m % R                                           # q is (B G R, E) here
+    q = load_rows(Q, at, stop * G * R, 0, 1, E)
+    top, total = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32)
+    out = tl.zeros((M, E), tl.float32)
+    for start in range(0, I, P):                                           # the instruction: everybody
+        k, v = load_rows(K0, start + j, I, g, G, E), load_rows(V0, start + j, I, g, G, E)
+        s = scores(q, k, (start + j)[None] < I)
+        top, total, out = softmax_step(s, v, top, total, out)
+    for n in range(tl.load(FIRST + job), tl.load(FIRST + job + 1)):        # pages: rows low .. high
+        page = tl.load(PAGE + n)
+        k = load_rows(K + page * (G * P * E), g * P + j, G * P, 0, 1, E)
+        v = load_rows(V + page * (G * P * E), g * P + j, G * P, 0, 1, E)
+        reads = (tl.load(LOW + page) <= b) & (b <= tl.load(HIGH + page))
+        s = scores(q, k, reads[:, None] & (j[None] < tl.load(FILLED + page)))
+        top, total, out = softmax_step(s, v, top, total, out)
+    store_rows(OUT, out / total[:, None], at, stop * G * R, 0, 1, E)
+
+
 # ------------------------------------------------------------------ generation
 #
 # The cache is a pool of pages of 64 keys. A page belongs either to a prompt, and is then read by all
@@ -778,23 +992,39 @@ class Engine:
 
     def decode(self):
         """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
-        rows = self.ints(list(self.owned))
+        rows = self.ints([row for job in self.jobs for row in job.rows])
         used = 1 + max(page for pages in [*self.owned.values(), *(job.pages for job in self.jobs)]
                        for page in pages)
+        reads = self.reading(rows, used) if use_triton(self.k) and self.E in WIDTHS else None
         for _ in range(self.POLL):
             own = self.count[rows] - 1                      # the last drawn token is fed, its key stored
             page, offset = self.table[rows, own // self.PAGE], own % self.PAGE
             self.filled[page] = offset + 1
             unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:used, None]
-            attends = [partial(self.attend, n=n, rows=rows, place=(page, offset), unread=unread)
+            attends = [partial(self.attend, n=n, rows=rows, place=(page, offset), unread=unread, reads=reads)
                        for n in range(len(self.k))]
             self.append(rows, self.model.hidden(self.token[rows], self.position[rows], attends))
 
-    def attend(self, q, k, v, n, rows, place, unread):
+    def reading(self, rows, used):
+        """For paged_attention: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the
+        pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
+        B, start = len(rows), F.pad(self.ints([len(job.rows) for job in self.jobs]).cumsum(0), (1, 0))
+        place = rows.new_full((self.nobody + 1,), B).index_copy_(0, rows, torch.arange(B, device=rows.device))
+        reader = place[self.readers[:used]]                                    # (pages, w), B for nobody
+        low, high = reader.amin(1), torch.where(reader < B, reader, -1).amax(1)
+        lowest, page = low.sort(stable=True)
+        return start, torch.searchsorted(lowest, start), page, low, high
+
+    def attend(self, q, k, v, n, rows, place, unread, reads=None):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages."""
         page, offset = place
         self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
         used, S, (G, R, E, w) = len(unread), self.nobody + 1, (self.G, self.R, self.E, self.width)
+        if reads:
+            out, M = torch.empty_like(q), 16 if w * R <= 16 else 64
+            launch(paged_attention, (len(self.jobs), G, -(-w * R // M)), E, q, self.k[n], self.v[n],
+                   *self.instruction[n], *reads, self.filled, out, self.start, R, G, E, self.PAGE, M)
+            return out
         q = q.new_zeros(S, G, R, E).index_copy_(0, rows, q.unflatten(1, (G, R)) * E ** -0.5)
         keys, values, readers = self.k[n, :used], self.v[n, :used], self.readers[:used]
         reader = readers.flatten()                                                 # (pages w,)

@@ -1,0 +1,180 @@
+"""The kernels: right (judged against float64, by Triton's interpreter on a CPU or on a GPU), and compiled for two GPUs.
+
+    python tests/test_kernels.py        compile all kernels, for all dtypes; needs no GPU; prints what each one takes
+
+The functions check_... run in a process of their own, as TRITON_INTERPRET must be set before Triton is imported.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, tiny_samples
+
+import model
+from model import (Engine, Llama, attention, attention_by_mask, attention_triton, generate, token_logprobs, tree_plan)
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter multiplies bf16 wrongly
+
+
+def run(*command, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**inherited, **environment})
+
+
+@pytest.mark.skipif(model.triton is None, reason="NO KERNEL IS TESTED: triton is not installed")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_equal_their_twins(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the kernels run by the interpreter only")
+    done = run("-m", "pytest", "-q", "-x", "-W", "ignore", "-o", "python_functions=check_*", __file__,
+               TRITON_INTERPRET="1" if device == "cpu" else "0")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def error(got, want):
+    """Largest distance, relative to the largest wanted number, or to 1 (one token alone has gradients of 0)."""
+    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=1)).item()
+
+
+def judge(function, exact, inputs, dtype):
+    """With kernels, a function's output and gradients must be about as near to float64 as without them."""
+    inputs = [x.to(DEVICE, dtype) for x in inputs]                              # rounded once: all three see the same
+
+    def results(function, dtype, kernels):
+        model.KERNELS, xs = kernels, [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*xs)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        return [out, *torch.autograd.grad(out, xs, weight)]
+
+    want = results(exact, torch.float64, "torch")
+    twin, got = ([error(x, y) for x, y in zip(results(function, dtype, kernels), want)] for kernels in ("torch", "triton"))
+    assert all(a <= 2.5 * b + 4 * torch.finfo(dtype).eps for a, b in zip(got, twin)), (got, twin)
+
+
+def forest(*segments):
+    """end of a forest written as (depth, length) of its segments, depth first."""
+    starts = [sum(n for _, n in segments[:i]) for i in range(len(segments) + 1)]
+    ends = [next((starts[m] for m in range(i + 1, len(segments)) if segments[m][0] <= depth), starts[-1])
+            for i, (depth, _) in enumerate(segments)]
+    return torch.tensor([end for end, (_, n) in zip(ends, segments) for _ in range(n)])
+
+
+# blocks hold 32 rows in float32 and 64 in bf16: sizes lie around both
+FORESTS = {"one token": [(0, 1)], "block less one": [(0, 31)], "a block": [(0, 32)], "block and one": [(0, 33)],
+           "two blocks and one": [(0, 65)], "packed": [(0, 33), (0, 1), (0, 40)],
+           "shared root": [(0, 5), (1, 30), (1, 31), (1, 9)], "pairs": [(0, 3), (1, 20), (2, 15), (2, 7), (1, 2), (2, 33), (2, 1)],
+           "nested": [(depth, 6) for depth in range(12)], "one-token segments": [(i % 5, 1) for i in range(35)],
+           "hidden for long": [(0, 2), (1, 64), (1, 5)]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORESTS)
+def check_tree_attention(name, dtype):
+    end, rng = forest(*FORESTS[name]), torch.Generator().manual_seed(0)
+    plan, T = tree_plan(end), len(end)
+    H, G, E = {"block and one": (3, 1, 64), "packed": (2, 2, 32), "two blocks and one": (1, 1, 16)}.get(name, (4, 2, 16))
+    for N in {T, T - T // 3} if name == "two blocks and one" else {T}:             # only the last rows ask
+        q, k, v = (torch.randn(n, heads, E, generator=rng) for n, heads in ((N, H), (T, G), (T, G)))
+        exact = lambda q, k, v: attention_by_mask(torch.cat([q.new_zeros(T - N, H, E), q]), k, v, plan)[T - N:]
+        judge(lambda *x: attention(*x, plan), exact, (q, k, v), dtype)
+    q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
+    assert torch.equal(attention(q, k, v, plan), attention_triton(q, k, v, plan))   # the switch chose the kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [11, 4096, 4097])
+def check_token_logprobs(V, dtype, monkeypatch):
+    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 3 * V)                    # chunks of 3 rows, the last of 1
+    targets = torch.tensor([0, V - 1, 3, 3, V // 2, 0, 9], device=DEVICE)
+    exact = lambda h, w: (h @ w.T).log_softmax(-1)[range(7), targets]
+    hidden, head = torch.randn(7 + V, 8, generator=torch.Generator().manual_seed(0)).mul(0.5).split([7, V])
+    judge(lambda h, w: token_logprobs(h, w, targets), exact, (hidden, head), dtype)
+    none = token_logprobs(hidden[:0].to(DEVICE), head.to(DEVICE), targets[:0])
+    assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("H, G, k, lengths", [(6, 2, 3, (1, 70)), (4, 4, 1, (3, 64)), (3, 1, 23, (5,))])
+def check_paged_attention(H, G, k, lengths, monkeypatch):
+    differences = []
+
+    class Both(Engine):
+        def attend(self, *args, reads, **more):
+            got, want = super().attend(*args, reads=reads, **more), super().attend(*args, reads=None, **more)
+            differences.append(error(got, want.double()))
+            return want
+
+    config = replace(CONFIG, head_dim=16, num_attention_heads=H, num_key_value_heads=G, num_hidden_layers=1)
+    model_ = Llama.random(config, std=0.1).to(DEVICE)
+    prompts = [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in lengths])]
+    monkeypatch.setattr("model.Engine", Both)
+    generate(model_, prompts, k, max_new_tokens=6, stop=list(range(25)))        # some siblings end early
+    assert len(differences) >= 4 and max(differences) < 1e-5
+
+
+# ------------------------------------------------------------------ compilation, without a GPU
+
+
+def launches(dtype, E):
+    """(kernel, arguments, warps) of every launch that training and decoding make, recorded instead of made."""
+    made = []
+    model.launch = lambda kernel, grid, width, *args: made.append((kernel, args, min(8, max(4, width // 16))))
+    model.use_triton = lambda x: True
+    q, k, v = (torch.zeros(64, heads, E, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    attention_triton(q, k, v, tree_plan(torch.full((64,), 64))).sum().backward()
+    head = torch.zeros(128, 16, dtype=dtype, requires_grad=True)
+    token_logprobs(head[:8], head, torch.zeros(8, dtype=torch.long)).sum().backward()
+    config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
+    generate(Llama.random(config).to(dtype), [[1, 2, 3], [1, 2, 4]], k=4, max_new_tokens=1, temperature=0)
+    return {kernel.__name__: (kernel, *rest) for kernel, *rest in made}.values()
+
+
+def resources(kernel, args, warps, arch):
+    """Compile a launch for sm_`arch`; (registers a thread, bytes spilled a thread, bytes of shared memory)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    letters = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    signature, constants, aligned = {}, {}, {}
+    for i, (name, parameter, value) in enumerate(zip(kernel.arg_names, kernel.params, args, strict=True)):
+        signature[name] = "constexpr" if parameter.is_constexpr else letters[value.dtype] if torch.is_tensor(value) else "i32"
+        if parameter.is_constexpr:
+            constants[name] = value
+        elif torch.is_tensor(value) or name == "V":                             # as torch allocates, and real vocabularies are
+            aligned[i,] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32),
+                              options={"num_warps": warps, "num_stages": 2})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack), compiled.metadata.shared
+
+
+def compile_all(dtypes):
+    print(f"{'kernel':17} {'dtype':9} {'E':>3} {'for':>6} {'registers':>9} {'spilled':>7} {'shared':>6}")
+    for dtype in dtypes:
+        for E in (64, 128):
+            for kernel, args, warps in launches(dtype, E):
+                for arch in (80, 90) if E == 64 or not kernel.__name__.startswith("row") else ():
+                    registers, spilled, shared = resources(kernel, args, warps, arch)
+                    print(f"{kernel.__name__:17} {str(dtype)[6:]:9} {E:3}  sm_{arch} {registers:9} {spilled:7} {shared:6}", flush=True)
+                    assert shared <= 160 * 1024 and spilled <= (0 if dtype == torch.bfloat16 else 1024)
+
+
+@pytest.mark.skipif(model.triton is None, reason="NO KERNEL IS COMPILED: triton is not installed")
+def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
+    done = run(__file__, "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
+    print(done.stdout)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 + 2 * (4 + 2 + 4), done.stdout + done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    compile_all([getattr(torch, name) for name in sys.argv[1:] or ("bfloat16", "float32")])
