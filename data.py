@@ -61,15 +61,20 @@ def split_input(text):
     return prompt.removeprefix(HUMAN), None if response == "None" else response
 
 
+def find_answers(text):
+    """Where the last "Answers:" is, in any case, or -1; lower() would move it: "İ" becomes two characters."""
+    return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
+
+
 def parse_verdict(text):
     """The verdicts of a generated text: {"request", "completion", "response"}, None where absent.
 
     The last "Answers:" block counts; a field that it lacks is taken from the last such line of the
     whole text. Any word but the two allowed ones is no verdict. Case does not matter."""
-    block = text[max(0, text.lower().rfind("answers:")):]
+    block = text[max(0, find_answers(text)):]
     verdict = {}
     for name, words in VERDICTS.items():
-        line = re.compile(rf"^\W*{name}:\W*(\w+)", re.IGNORECASE | re.MULTILINE)
+        line = re.compile(rf"^[^\w\n]*{name}:\W*(\w+)", re.IGNORECASE | re.MULTILINE)
         word = (line.findall(block) or line.findall(text) or [""])[-1].lower()
         verdict[name] = word if word in words else None
     return verdict
@@ -158,9 +163,14 @@ class Tokenizer:
         folder = Path(folder)
         for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_tokenizer_model)):
             if (folder / name).exists():
-                *vocabulary, special = read(folder / name)
-                return cls(*vocabulary, special, format or find_format(folder, special), folder)
-        raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+                tokens, order, pattern, special = read(folder / name)
+                break
+        else:
+            raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        config = folder / "config.json"
+        if config.exists() and max(tokens.values(), default=0) >= read_json(config).get("vocab_size", 10 ** 9):
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; it is another model's")
+        return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
         """Ids of plain text; a character the vocabulary cannot spell becomes U+FFFD, counted in `lost`."""
@@ -171,7 +181,8 @@ class Tokenizer:
             data = text.encode()
         if self.missing and not self.missing.isdisjoint(data):
             text = "".join(c if self.missing.isdisjoint(c.encode()) else self.count_lost(c) for c in text)
-        return [self.ids[rank] for rank in self.bpe.encode_ordinary(text)]
+        pieces = (text[i:i + 100_000] for i in range(0, len(text), 100_000))   # tiktoken's stack has an end
+        return [self.ids[rank] for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
 
     def count_lost(self, _):
         self.lost += 1
@@ -293,7 +304,12 @@ def parse_records(path):
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON: {error}") from None
         return
-    for i, line in enumerate(text.split("\n"), 1):
+    yield from parse_lines(path, text.split("\n"))
+
+
+def parse_lines(path, lines):
+    """Yield ("line 3", value) of lines of JSON, without the empty ones."""
+    for i, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"line {i}", json.loads(line)
