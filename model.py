@@ -22,6 +22,7 @@ import math
 import os
 from collections import deque
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -64,15 +65,15 @@ def pick_dtype(device, name=None):
 def join_ranks(name=None):
     """(device, rank, ranks) of this process: alone, or one of those that torchrun started."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
-        return pick_device(name), 0, 1
+    if ranks > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                              # nobody touches another's GPU
     device = pick_device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), ranks
+    if ranks > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=2))                     # some ranks mine for longer
+    return device, dist.get_rank() if ranks > 1 else 0, ranks
 
 
 def all_sum(value, device):

@@ -113,10 +113,10 @@ def main(argv=None):
                            dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
+    optimizer = make_optimizer(model, args.lr)              # before a forward pass, which gathers sharded weights
     reference = kept_reference(model, samples, args, rank_info)
-    optimizer, interrupted = make_optimizer(model, args.lr), Interrupt(device)
     plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
-    steps = args.max_steps or len(plan)
+    steps, interrupted = args.max_steps or len(plan), Interrupt(device)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
     log = Log(args, done, steps, rank)
     for step, batch in enumerate(plan[done:steps], done + 1):

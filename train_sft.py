@@ -96,7 +96,7 @@ def shard(model, device, products):
                                   reduce_dtype=torch.promote_types(products, torch.float32))
     for layer in model.model["layers"]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+    return fully_shard(model.to(device), mesh=mesh)          # embedding and head add up many gradients: in fp32
 
 
 def make_optimizer(model, lr):
@@ -168,7 +168,7 @@ def resume(folder, model, optimizer):
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):
         parameter, key = name.rsplit(":", 1)
         state.setdefault(parameter, {})[key] = tensor
-    groups = get_optimizer_state_dict(model, optimizer, options=FULL)["param_groups"]
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]     # (FULL tells rank 0 alone)
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=FULL)
     return read_json(folder / "state.json")["step"]
 
