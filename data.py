@@ -61,15 +61,20 @@ def split_input(text):
     return prompt.removeprefix(HUMAN), None if response == "None" else response
 
 
+def find_answers(text):
+    """Where the last "Answers:" is, or -1. (lower() would move it: it makes two characters of "İ".)"""
+    return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
+
+
 def parse_verdict(text):
     """The verdicts of a generated text: {"request", "completion", "response"}, None where absent.
 
     The last "Answers:" block counts; a field that it lacks is taken from the last such line of the
     whole text. Any word but the two allowed ones is no verdict. Case does not matter."""
-    block = text[max(0, text.lower().rfind("answers:")):]
+    block = text[max(0, find_answers(text)):]
     verdict = {}
     for name, words in VERDICTS.items():
-        line = re.compile(rf"^\W*{name}:\W*(\w+)", re.IGNORECASE | re.MULTILINE)
+        line = re.compile(rf"^[^\w\n]*{name}:\W*(\w+)", re.IGNORECASE | re.MULTILINE)
         word = (line.findall(block) or line.findall(text) or [""])[-1].lower()
         verdict[name] = word if word in words else None
     return verdict
@@ -163,6 +168,9 @@ class Tokenizer:
             tokens, order, pattern, special = read_tokenizer_model(folder / "tokenizer.model")
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        config, last = folder / "config.json", max(tokens.values(), default=0)
+        if config.exists() and last >= read_json(config).get("vocab_size", 10 ** 9):
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
@@ -174,7 +182,8 @@ class Tokenizer:
             data = text.encode()
         if self.missing and not self.missing.isdisjoint(data):
             text = "".join(c if self.missing.isdisjoint(c.encode()) else self.count_lost(c) for c in text)
-        return [self.ids[rank] for rank in self.bpe.encode_ordinary(text)]
+        pieces = (text[i:i + 100_000] for i in range(0, len(text), 100_000))   # tiktoken's stack has an end
+        return [self.ids[rank] for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
 
     def count_lost(self, _):
         self.lost += 1
@@ -296,7 +305,12 @@ def parse_records(path):
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON: {error}") from None
         return
-    for i, line in enumerate(text.split("\n"), 1):
+    yield from parse_lines(path, text.split("\n"))
+
+
+def parse_lines(path, lines):
+    """Yield ("line 3", value) of lines of JSON, without the empty ones."""
+    for i, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"line {i}", json.loads(line)

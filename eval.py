@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (ASSISTANT, HUMAN, INSTRUCTION, VERDICTS, Sample, Tokenizer, format_answers,
-                  format_input, gold_verdict, pack, parse_records, parse_verdict, read_records)
+from data import (HUMAN, INSTRUCTION, VERDICTS, Sample, Tokenizer, find_answers, format_input, gold_verdict,
+                  pack, parse_lines, parse_records, parse_verdict, read_records)
 from mine_hard import answer_prompts, encode_prompts, generation_arguments, write_lines
-from model import InputError, Llama, common_prefix, generate, join_ranks, pick_dtype, write_json, write_whole
+from model import (InputError, Llama, at_least, common_prefix, generate, join_ranks, pick_dtype, write_json,
+                   write_whole)
 
 # The paper's benchmarks: (name, rows in Table 3, F1 of the 1B, 3B and 8B models: Tables 2, 5 and 8).
 # Table 3 says 499 where the released file has 449 rows; its counts give the printed averages.
@@ -94,7 +95,7 @@ def weighted_average(values, counts):
 
 def reasoning_verdict(text):
     """What the reasoning itself concludes: the last verdict word under each task's heading, or None."""
-    parts = re.split(r"#\s*Task\s*(\d)", text[:max(0, text.lower().rfind("answers:")) or None], flags=re.I)
+    parts = re.split(r"#\s*Task\s*(\d)", text[:max(0, find_answers(text)) or None], flags=re.I)
     sections, said = dict(zip(parts[1::2], parts[2::2])), {}
     for number, (name, words) in zip("123", VERDICTS.items()):
         found = re.findall(rf"\b({'|'.join(words)})\b", sections.get(number, ""), re.I)
@@ -204,7 +205,7 @@ def verdict_probability(model, tokenizer, prompts, texts, name, max_tokens=8192)
 
 def up_to_verdict(text, name):
     """The text as far as "Request:" (or another field) of its last Answers block, written if missing."""
-    at = text.lower().rfind("answers:")
+    at = find_answers(text)
     found = re.search(rf"\b{name}:", text[at:], re.I) if at >= 0 else None
     return text[:at + found.end()] if found else text.rstrip() + f"\n\nAnswers: \n{name.capitalize()}:"
 
@@ -257,6 +258,9 @@ def evaluate_file(args, path, load, tokenizer, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
     records = read_records(path)[:args.limit]
     name = args.dataset or Path(path).stem
+    golds = [labels_of(record["output"], record["input"], name) for record in records]
+    if not any(any(gold.values()) for gold in golds):
+        raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts = encode_prompts(tokenizer, records, args.max_length)
     kept = not args.fast and any((Path(args.out) / name).glob("answers.jsonl*"))   # then nothing is timed
     start = time.time()
@@ -273,9 +277,9 @@ def evaluate_file(args, path, load, tokenizer, rank_info):
         answers = [{**line["samples"][0], "verdict": majority([s["verdict"] for s in line["samples"]]),
                     "tokens": sum(s["tokens"] for s in line["samples"])} for line in lines]
     seconds = time.time() - start
-    rows = [{"file": str(path), "gold": labels_of(record["output"], record["input"], name),
+    rows = [{"file": str(path), "gold": gold,
              **({} if kept else {"ms": 1000 * seconds / len(records)}), "label": record["output"], "prompt": record["instruction"] + "\n" + record["input"], **answer}
-            for record, answer in zip(records, answers)]
+            for record, gold, answer in zip(records, golds, answers)]
     if args.scores and not args.fast:
         for task in [t for t in VERDICTS if any(row["gold"][t] for row in rows)]:
             texts = [up_to_verdict(row["text"], task) for row in rows]
@@ -293,7 +297,7 @@ def read_predictions(path, dataset):
     for place, line in parse_records(Path(path)):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
-        prompt = line.get("prompt", "")
+        prompt = str(line.get("prompt") or "")
         gold = labels_of(line["label"], prompt[max(0, prompt.find(HUMAN)):], dataset)
         rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(line["predict"]), "text": line["predict"]})
     if not any(any(row["gold"].values()) for row in rows):
@@ -312,10 +316,10 @@ def parse_arguments(argv):
     p.add_argument("--dataset", help="name of the data set (default: the file's, or a prediction file's folder's)")
     p.add_argument("--out", help="folder for answers and results.json")
     p.add_argument("--legacy", action="store_true", help="score as the released evaluate.py, to the bit")
-    p.add_argument("--k", type=int, default=1, help="answers to each prompt; more than 1: majority vote at T = 1")
+    p.add_argument("--k", type=at_least(1), default=1, help="answers to a prompt; more than 1: majority vote at T = 1")
     p.add_argument("--fast", action="store_true", help="read the verdicts right after the prompt, no reasoning")
     p.add_argument("--scores", action="store_true", help="also P(verdict) for AUPRC (paper, Table 6)")
-    p.add_argument("--fpr", type=float, help="with --scores: recall at this false-positive rate")
+    p.add_argument("--fpr", type=at_least(0, float), help="with --scores: recall at this false-positive rate")
     p.add_argument("--prompt", help="moderate this request")
     p.add_argument("--response", help="... and this response to it")
     p.add_argument("--moderate", action="store_true", help='JSON lines {"prompt", "response"} in, verdicts out')
@@ -331,23 +335,17 @@ def parse_arguments(argv):
     return args
 
 
-def parse_line(line):
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise InputError(f"--moderate: not a JSON line: {error}") from None
-
-
 def moderate_lines(args, model, tokenizer):
     """Read exchanges from --prompt or standard input, print a verdict for each, in order."""
     if args.prompt is not None:
         exchanges = [{"prompt": args.prompt, "response": args.response}]
     else:
-        exchanges = (parse_line(line) for line in sys.stdin if line.strip())
+        exchanges = (exchange for _, exchange in parse_lines("--moderate", sys.stdin))
     options = dict(max_new_tokens=args.max_new_tokens, max_length=args.max_length, on_unparsable=args.on_unparsable)
     for exchange in exchanges:
-        if not isinstance(exchange, dict) or not isinstance(exchange.get("prompt"), str):
-            raise InputError('--moderate: every line must be an object with a text field "prompt"')
+        if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
+                and isinstance(exchange.get("response"), (str, type(None)))):
+            raise InputError('--moderate: every line must be an object whose "prompt" is a text, and "response", if any')
         print(json.dumps(moderate(model, tokenizer, [exchange], **options)[0], ensure_ascii=False), flush=True)
 
 

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_verdict, read_records)
-from model import (InputError, Llama, generate_iter, join_ranks, pick_dtype, read_json, write_json,
-                   write_whole)
+from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict,
+                  read_records)
+from model import (InputError, Llama, at_least, generate_iter, join_ranks, pick_dtype, read_json,
+                   write_json, write_whole)
 
 # ------------------------------------------------------------------ the method
 
@@ -130,10 +131,10 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **
         if rank == 0:
             lines = [line for i in starts for line in read_lines(parts / f"{i:08d}.jsonl")]
             write_whole(path, partial(write_lines, lines=lines))
-            for i in starts:
-                (parts / f"{i:08d}.jsonl").unlink()
         if ranks > 1:
             dist.barrier()
+    for part in parts.glob("0*.jsonl") if rank == 0 else []:
+        part.unlink()
     return read_lines(path)
 
 
@@ -165,11 +166,12 @@ def check_settings(path, settings, rank):
 
 
 def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")     # half a surrogate pair: as in JSON
 
 
 def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    return [line for _, line in parse_records(Path(path))]
 
 
 class Meter:
@@ -192,13 +194,13 @@ class Meter:
 
 def generation_arguments(p):
     """The arguments of everything that generates."""
-    p.add_argument("--max-length", type=int, default=4096, help="longer prompts are cut inside the user's text")
-    p.add_argument("--max-new-tokens", type=int, default=2048, help="tokens of an answer (released code: 2048)")
-    p.add_argument("--kv-tokens", type=int, help="keys and values held at once (default: what memory allows)")
-    p.add_argument("--block", type=int, default=256, help="prompts that are answered, and redone, together")
+    p.add_argument("--max-length", type=at_least(1), default=4096, help="cut longer prompts inside the user's text")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released code: 2048)")
+    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held (default: what memory allows)")
+    p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
     p.add_argument("--no-share", action="store_true", help="give every sample its own copy of the prompt")
-    p.add_argument("--seed", type=int, default=42, help="of sampling and of picking pairs")
-    p.add_argument("--limit", type=int, help="use the first N records of each file only")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of sampling and of picking pairs")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of weights and products")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -228,14 +230,14 @@ def parse_arguments(argv):
     p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR", help="one model, or an ensemble")
     p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
     p.add_argument("--out", default="out/hard", help="folder for samples.jsonl and hard.jsonl")
-    p.add_argument("--k", type=int, default=4, help="answers to each prompt (released code: 4)")
-    p.add_argument("--temperature", type=float, default=1.0, help="paper: 1.0; released code: 0.7")
-    p.add_argument("--top-p", type=float, default=0.95, help="nucleus (paper: 0.95)")
+    p.add_argument("--k", type=at_least(1), default=4, help="answers to each prompt (released code: 4)")
+    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released code: 0.7")
+    p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="nucleus (paper: 0.95)")
     p.add_argument("--judge", choices=["all", "field"], default="all",
                    help="an output is correct if all labelled verdicts are, or (released code) one field's is")
     p.add_argument("--pair", choices=["random", "longest"], default="random",
                    help="which correct and which incorrect output make the pair (released code: longest)")
-    p.add_argument("--gamma", type=float, default=0.2, help="weights lie in 1 - gamma .. 1 + gamma (paper: 0.2)")
+    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 - gamma .. 1 + gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
     if demo:

@@ -14,6 +14,7 @@ Part II holds fast twins; each names the plain function that it must equal.
 Shape letters, the same everywhere: T tokens of a stream, N scored tokens, D width, H query heads,
 G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded.
 """
+import argparse
 import contextlib
 import hashlib
 import heapq
@@ -39,6 +40,15 @@ from torch.utils.checkpoint import checkpoint
 
 class InputError(SystemExit):
     """An error that a user can cause and mend: a script ends with this one line on stderr."""
+
+
+def at_least(low, kind=int):
+    """An argparse type: a finite number that is not below `low`."""
+    def number(text):
+        if low <= kind(text) < math.inf:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"must be at least {low}")
+    return number
 
 
 def pick_device(name=None):
@@ -85,16 +95,23 @@ def all_sum(value, device):
     return total.item()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Make a full disk, or a folder that cannot be written, one line that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot write: {getattr(error, 'strerror', None) or error}") from None
+
+
 def write_whole(path, write):
     """Call `write(temporary path)`, then rename: `path` is either absent, old, or complete."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror}; nothing was changed") from None
 
 
 def write_json(path, value):
@@ -142,9 +159,9 @@ class LlamaConfig:
         raw = read_json(path)
         if raw.get("model_type") != "llama":
             raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, only 'llama' is known")
-        for name in ("attention_bias", "mlp_bias"):
-            if raw.get(name):
-                raise InputError(f"{path}: {name} is set; LLaMA models have no biases")
+        for name, usual in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+            if (raw.get(name) or usual) != usual:
+                raise InputError(f"{path}: {name} is {raw[name]!r}, only {usual!r} is known")
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -155,9 +172,11 @@ class LlamaConfig:
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         try:
-            return cls(**known)
-        except TypeError as error:
-            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]}") from None
+            config = cls(**known)
+            rope_frequencies(config)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]} (absent or of another type)") from None
+        return config
 
     def to_json(self):
         """The dict to store as config.json, loadable by transformers and vLLM."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import encode_records, pack, read_records
-from model import InputError, all_sum, join_ranks, read_tensors, write_whole
+from model import InputError, all_sum, at_least, join_ranks, read_tensors, write_whole
 from train_sft import (Interrupt, Log, batches, common_arguments, deal, load, lr_at, make_optimizer, resume,
                        save, save_final, start_run, update)
 
@@ -90,11 +90,11 @@ def parse_arguments(argv):
     p.add_argument("--model", default="out/sft", help="folder of the R-SFT model; also the reference")
     p.add_argument("--data", nargs="+", default=["out/hard/hard.jsonl"], metavar="FILE", help="pairs of mine_hard.py")
     p.add_argument("--out", default="out/dpo", help="folder for the trained model")
-    p.add_argument("--lr", type=float, default=5e-6, help="peak learning rate (paper: 5e-6)")
-    p.add_argument("--epochs", type=int, default=2, help="passes over the pairs (paper: 2)")
-    p.add_argument("--batch-size", type=int, default=256, help="pairs in an optimizer step (paper: 256)")
-    p.add_argument("--beta", type=float, default=0.01, help="strength of the reference (paper: 0.01)")
-    p.add_argument("--sft", type=float, default=2.0, help="factor of the SFT term on the chosen (paper: 2.0)")
+    p.add_argument("--lr", type=at_least(0, float), default=5e-6, help="peak learning rate (paper: 5e-6)")
+    p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
+    p.add_argument("--batch-size", type=at_least(1), default=256, help="pairs in an optimizer step (paper: 256)")
+    p.add_argument("--beta", type=at_least(0, float), default=0.01, help="strength of the reference (paper: 0.01)")
+    p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
     if demo:
         p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
@@ -109,14 +109,16 @@ def main(argv=None):
     records = [record for path in args.data for record in
                read_records(path, ("instruction", "input", "chosen", "rejected"))][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
-    weights = torch.tensor([float(r.get("weight", r.get("sample_weight", 1.0))) for r in records],
-                           dtype=torch.float64)
+    weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]
+    if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
+        raise InputError(f"{args.data[0]}: a weight is {wrong[0]!r}; it must be a number and not negative")
+    weights = torch.tensor(weights, dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
-    optimizer = make_optimizer(model, args.lr)              # before a forward pass, which gathers sharded weights
+    optimizer = make_optimizer(model, args.lr)             # before a forward pass, which gathers the weights
     reference = kept_reference(model, samples, args, rank_info)
     plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
-    steps, interrupted = args.max_steps or len(plan), Interrupt(device)
+    steps, interrupted = min(args.max_steps or len(plan), len(plan)), Interrupt(device)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
     log = Log(args, done, steps, rank)
     for step, batch in enumerate(plan[done:steps], done + 1):
@@ -138,7 +140,7 @@ def main(argv=None):
             accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
         stop = bool(interrupted)
         if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank)
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
         if stop:
             raise InputError(f"interrupted after step {step}; the same command with --resume continues")
     save_final(args, model, tokenizer, rank)

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      get_optimizer_state_dict, set_model_state_dict,
                                                      set_optimizer_state_dict)
 
-from data import FORMATS, Pack, Tokenizer, encode_records, pack, read_records
-from model import (InputError, Llama, all_sum, join_ranks, pick_dtype, read_json, read_tensors, weight_files,
-                   write_json, write_whole)
+from data import FORMATS, Pack, Tokenizer, encode_records, pack, parse_records, read_records
+from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
+                   weight_files, write_json, write_whole, writing)
 
 
 def sft_loss(logprobs, count):
@@ -61,11 +61,11 @@ def batches(n, size, epochs, seed):
 
 def common_arguments(p):
     """The arguments that mean the same in both trainers."""
-    p.add_argument("--max-length", type=int, default=2048, help="tokens of one sequence (paper: 2048)")
-    p.add_argument("--max-tokens", type=int, default=8192, help="tokens of a pack; changes speed and memory only")
-    p.add_argument("--max-steps", type=int, help="stop here; the schedule ends here too")
-    p.add_argument("--seed", type=int, default=42, help="order of the data (paper: 42)")
-    p.add_argument("--limit", type=int, help="use the first N records only")
+    p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of one sequence (paper: 2048)")
+    p.add_argument("--max-tokens", type=at_least(1), default=8192, help="tokens of a pack; speed and memory only")
+    p.add_argument("--max-steps", type=at_least(1), help="stop here; the schedule ends here too")
+    p.add_argument("--seed", type=at_least(0), default=42, help="order of the data (paper: 42)")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records only")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
                    help="of products; weights are kept in fp32 (default: bfloat16 where the hardware has it)")
@@ -73,7 +73,8 @@ def common_arguments(p):
     p.add_argument("--recompute", action="store_true", help="compute activations twice: less memory, 4/3 time")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    p.add_argument("--save-every", type=int, default=0, metavar="N", help="checkpoint every N steps")
+    p.add_argument("--save-every", type=at_least(0), default=0, metavar="N", help="checkpoint every N steps")
+    p.add_argument("--keep", type=at_least(1), default=2, metavar="N", help="keep the newest N checkpoints")
 
 
 def load(args, rank_info):
@@ -96,7 +97,7 @@ def shard(model, device, products):
                                   reduce_dtype=torch.promote_types(products, torch.float32))
     for layer in model.model["layers"]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model.to(device), mesh=mesh)          # embedding and head add up many gradients: in fp32
+    return fully_shard(model.to(device), mesh=mesh)         # embedding and head add up their gradient in fp32
 
 
 def make_optimizer(model, lr):
@@ -130,8 +131,8 @@ def update(model, optimizer, lr):
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def save(folder, model, optimizer, step, rank):
-    """Write a checkpoint: fp32 weights, optimizer state and step, under a temporary name, then rename."""
+def save(folder, model, optimizer, step, rank, keep=2):
+    """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, remove all but `keep`."""
     weights, state = get_model_state_dict(model, options=FULL), get_optimizer_state_dict(model, optimizer, options=FULL)
     if rank == 0:
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
@@ -143,21 +144,24 @@ def save(folder, model, optimizer, step, rank):
         write_json(temporary / "state.json", {"step": step})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+        for old in checkpoints(folder.parent)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def save_final(args, model, tokenizer, rank):
     """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
     weights = get_model_state_dict(model, options=FULL)
     if rank == 0:
+        for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
+            left.unlink()
         tokenizer.save_pretrained(args.out)
         model.save_pretrained(args.out, state=weights)
         print(f"wrote {args.out}")
 
 
-def last_checkpoint(out):
-    """The newest complete checkpoint folder of a run, or None."""
-    return max((p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists()),
-               default=None)
+def checkpoints(out):
+    """The complete checkpoint folders of a run, oldest first."""
+    return sorted(p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists())
 
 
 def resume(folder, model, optimizer):
@@ -194,7 +198,7 @@ class Log:
         row.update(seconds=seconds, tokens_per_second=row["tokens"] / seconds, peak_memory=memory / 2 ** 30)
         if self.rank:
             return
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         step = row["step"]
         left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
@@ -232,8 +236,15 @@ class Interrupt:
 
 def start_run(args):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
-    checkpoint = last_checkpoint(args.out) if args.resume else None
-    if not args.resume and (Path(args.out) / "metrics.jsonl").exists():
+    log = Path(args.out) / "metrics.jsonl"
+    checkpoint = (checkpoints(args.out) or [None])[-1] if args.resume else None
+    now = vars(args)
+    old = next(parse_records(log))[1] if checkpoint and log.exists() else now
+    for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
+        if now[name] != old.get(name):
+            raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is {now[name]!r}; "
+                             f"choose another --out")
+    if not args.resume and log.exists():
         raise InputError(f"{args.out}: already holds a run; add --resume to continue it, or choose another --out")
     return checkpoint
 
@@ -258,9 +269,9 @@ def parse_arguments(argv):
     p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
     p.add_argument("--data", nargs="+", metavar="FILE", help="records with instruction, input, output")
     p.add_argument("--out", default="out/sft", help="folder for the trained model")
-    p.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (paper: 5e-5)")
-    p.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
-    p.add_argument("--batch-size", type=int, default=384, help="sequences in an optimizer step (paper: 384)")
+    p.add_argument("--lr", type=at_least(0, float), default=5e-5, help="peak learning rate (paper: 5e-5)")
+    p.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data (paper: 3)")
+    p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in an optimizer step (paper: 384)")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
     if demo:
@@ -284,7 +295,7 @@ def main(argv=None):
         raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
     optimizer, interrupted = make_optimizer(model, args.lr), Interrupt(device)
     plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
-    steps, epoch = args.max_steps or len(plan), math.ceil(len(samples) / args.batch_size)
+    steps, epoch = min(args.max_steps or len(plan), len(plan)), math.ceil(len(samples) / args.batch_size)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
     log = Log(args, done, steps, rank)
     for step, batch in enumerate(plan[done:steps], done + 1):
@@ -305,7 +316,7 @@ def main(argv=None):
         log(device, **row)
         stop = bool(interrupted)
         if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank)
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
         if stop:
             raise InputError(f"interrupted after step {step}; the same command with --resume continues")
     save_final(args, model, tokenizer, rank)

@@ -1,4 +1,4 @@
-"""Run the scripts in processes of their own, forked from one that has torch loaded: a start takes milliseconds."""
+"""Run the scripts in processes of their own, forked from one that has torch loaded: quick to start."""
 import importlib
 import itertools
 import json
@@ -20,7 +20,7 @@ from data import INSTRUCTION, format_answers, format_input  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["processes", "train_sft", "train_dpo", "mine_hard", "eval", "torch.distributed.fsdp"])
+FORK.set_forkserver_preload(["processes", "train_dpo", "eval", "torch.distributed.fsdp"])      # all that is slow
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])            # where the fork server finds them
 
 
@@ -36,7 +36,13 @@ def child(name, arguments, environment, output, stop_at):
     script, steps = importlib.import_module(name), itertools.count(1)
     if stop_at and int(environment["RANK"]) == int(environment["WORLD_SIZE"]) - 1:
         update = script.update
-        script.update = lambda *args: (next(steps) == stop_at and signal.raise_signal(signal.SIGTERM), update(*args))[1]
+
+        def update_and_stop(*args):
+            if next(steps) == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            return update(*args)
+
+        script.update = update_and_stop
     script.main(arguments)
 
 
@@ -49,7 +55,8 @@ def start(name, arguments, output, ranks=1, stop_at=None):
     for rank in range(ranks):
         world = {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(FORK.Process(target=child, args=(name, list(map(str, arguments)), world, f"{output}.{rank}", stop_at)))
+        what = name, list(map(str, arguments)), world, f"{output}.{rank}", stop_at
+        processes.append(FORK.Process(target=child, args=what))
         processes[-1].start()
     return processes
 
@@ -58,18 +65,20 @@ def run(name, arguments, output, ranks=1, stop_at=None, code=0):
     """Start, wait, check the exit status; returns what rank 0 printed."""
     processes = start(name, arguments, output, ranks, stop_at)
     for process in processes:
-        process.join(120)
+        process.join(300)
         process.kill()                                                             # if it hangs
         process.join()
     said = [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
-    assert [p.exitcode for p in processes] == [code] * ranks, "\n".join(said)
+    codes = [process.exitcode for process in processes]
+    assert codes == [code] * ranks, f"{name} ended with {codes}\n" + "\n".join(said)
     return said[0]
 
 
 def tiny_folder(folder, tied=True, seed=1):
     """A model folder of random weights with the toy vocabulary."""
     config = LlamaConfig(vocab_size=761, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, torch_dtype="float64")
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+                         torch_dtype="float64")
     Llama.random(config, seed, std=0.1).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "toy/model" / name, folder)
@@ -80,8 +89,10 @@ def write_records(path, n=12):
     """Records with a short instruction and a one-line answer."""
     with open(path, "w") as file:
         for i in range(n):
-            file.write(json.dumps({"instruction": "Judge.\n", "input": format_input("Please lock the chest. " * (1 + i % 4) + f"{i}"),
-                                   "output": f"Answers: \nRequest: {'harmful' if i % 3 == 0 else 'unharmful'}"}) + "\n")
+            request = "Please lock the chest. " * (1 + i % 4) + str(i)
+            word = "harmful" if i % 3 == 0 else "unharmful"
+            file.write(json.dumps({"instruction": "Judge.\n", "input": format_input(request),
+                                   "output": f"Request: {word}"}) + "\n")
     return path
 
 
@@ -89,13 +100,16 @@ def write_pairs(path, n=11):
     """A hard.jsonl of n pairs whose prompts and weights differ."""
     with open(path, "w") as file:
         for i in range(n):
-            chosen, rejected = (f"# Task 1\nThe aim of {i} is plain.\n\n{format_answers(w)}" for w in ("harmful", "unharmful"))
-            file.write(json.dumps({"instruction": INSTRUCTION, "input": format_input("Please lock the chest. " * (1 + i % 4)),
-                                   "chosen": chosen, "rejected": rejected, "weight": 0.8 + 0.1 * (i % 5)}) + "\n")
+            request = format_input("Please lock the chest. " * (1 + i % 4))
+            chosen, rejected = (f"# Task 1\nThe aim of {i} is plain.\n\n{format_answers(word)}"
+                                for word in ("harmful", "unharmful"))
+            file.write(json.dumps({"instruction": INSTRUCTION, "input": request, "chosen": chosen,
+                                   "rejected": rejected, "weight": 0.8 + 0.1 * (i % 5)}) + "\n")
     return path
 
 
 def rows_of(out):
     """The steps of metrics.jsonl, without timings and memory."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()[1:]]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for row in rows]
+    timings = ("seconds", "tokens_per_second", "peak_memory")
+    return [{k: v for k, v in row.items() if k not in timings} for row in rows]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 EXACT = ["--epochs", 2, "--batch-size", 5, "--lr", "1e-2", "--dtype", "float64", "--device", "cpu"]
 # the short last batch of each epoch makes one pack, the others two or three: neither 2 nor 3 ranks divide them
-STAGES = {"train_sft": ["--data", "toy/dev.json", "--limit", 11, "--max-tokens", 700, "--eval-data", "toy/test.json", *EXACT],
+STAGES = {"train_sft": ["--data", "toy/dev.json", "--limit", 11, "--max-tokens", 700, "--eval-data", "HELD OUT", *EXACT],
           "train_dpo": ["--data", "PAIRS", "--max-tokens", 400, *EXACT]}
 
 
@@ -26,10 +26,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+def arguments(folder, name, tied, out):
+    files = {"PAIRS": folder / "pairs.jsonl", "HELD OUT": folder / "held_out.jsonl"}
+    return ["--model", folder / f"model-{tied}", "--out", folder / out, *(files.get(a, a) for a in STAGES[name])]
+
+
 def train(folder, name, tied, out, *more, **how):
-    swap = {"PAIRS": folder / "pairs.jsonl", "toy/test.json": folder / "held_out.jsonl"}
-    arguments = ["--model", folder / f"model-{tied}", "--out", folder / out, *(swap.get(a, a) for a in STAGES[name])]
-    return run(name, [*arguments, *more], folder / "log", **how)
+    return run(name, [*arguments(folder, name, tied, out), *more], folder / "log", **how)
 
 
 def assert_same_training(folder, name, tied, other):
@@ -37,9 +40,10 @@ def assert_same_training(folder, name, tied, other):
     if not (folder / one).exists():
         train(folder, name, tied, one)
     a, b = (rows_of(folder / out) for out in (one, other))
-    assert len(a) == 6 and [r.keys() for r in a] == [r.keys() for r in b]
+    assert len(a) == len(b) == 6
     for x, y in zip(a, b):
-        assert {k: v for k, v in y.items() if k != "computed"} == pytest.approx({k: v for k, v in x.items() if k != "computed"}, abs=1e-9)
+        del x["computed"], y["computed"]                                           # empty packs and copies count there
+        assert y == pytest.approx(x, abs=1e-9)
     assert a[0]["loss"] > a[5]["loss"] + 0.5                                       # it did train
     a, b = (load_file(folder / out / "model.safetensors") for out in (one, other))
     assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() < 1e-9 for n in a)
@@ -57,7 +61,7 @@ def test_one_then_two_then_one_rank_across_two_stops(folder, name):
     out = f"{name}-stopped"
     for ranks, stop_at, step in ((1, 1, 1), (2, 3, 4)):                            # SIGTERM in the last rank alone
         said = train(folder, name, True, out, "--resume", ranks=ranks, stop_at=stop_at, code=1)
-        assert said.splitlines()[-1] == f"interrupted after step {step}; the same command with --resume continues"
+        assert said.splitlines()[-1].startswith(f"interrupted after step {step}; ")
     train(folder, name, True, out, "--resume")
     assert_same_training(folder, name, True, out)
 
@@ -66,8 +70,9 @@ def test_sharded_embeddings_gather_their_gradient_as_precisely_as_one_rank(folde
     # products in bf16: an embedding that is itself cast to bf16 sums its gradient in bf16 and is 1% off
     norm = []
     for ranks in (1, 2):
-        run("train_sft", ["--model", "toy/model", "--data", "toy/dev.json", "--limit", 8, "--batch-size", 8, "--max-steps", 1,
-                          "--dtype", "bfloat16", "--device", "cpu", "--out", folder / f"bf16-{ranks}"], folder / "log", ranks)
+        run("train_sft", ["--model", "toy/model", "--data", "toy/dev.json", "--limit", 8, "--batch-size", 8,
+                          "--max-steps", 1, "--dtype", "bfloat16", "--device", "cpu",
+                          "--out", folder / f"bf16-{ranks}"], folder / "log", ranks)
         norm.append(rows_of(folder / f"bf16-{ranks}")[0]["grad_norm"])
     assert norm[1] == pytest.approx(norm[0], rel=1e-4)
 
@@ -75,8 +80,9 @@ def test_sharded_embeddings_gather_their_gradient_as_precisely_as_one_rank(folde
 @pytest.fixture(scope="module")
 def guard(folder):
     """A toy guard that gives short verdicts, sometimes right and sometimes wrong."""
-    run("train_sft", ["--model", "toy/model", "--data", folder / "records.jsonl", "--out", folder / "guard", "--epochs", 10,
-                      "--batch-size", 6, "--lr", "3e-3", "--dtype", "float32", "--device", "cpu"], folder / "log")
+    run("train_sft", ["--model", "toy/model", "--data", folder / "records.jsonl", "--out", folder / "guard",
+                      "--epochs", 10, "--batch-size", 6, "--lr", "3e-3", "--dtype", "float32", "--device", "cpu"],
+        folder / "log")
     return folder / "guard"
 
 
@@ -86,9 +92,10 @@ GENERATE = ["--limit", 11, "--max-new-tokens", 24, "--block", 2, "--dtype", "flo
 def test_mining_gives_the_same_files_for_any_number_of_ranks(folder, guard):
     files = []
     for ranks in (1, 2, 3):
-        run("mine_hard", ["--model", guard, "--data", folder / "records.jsonl", "--out", folder / f"hard-{ranks}", *GENERATE],
+        out = folder / f"hard-{ranks}"
+        run("mine_hard", ["--model", guard, "--data", folder / "records.jsonl", "--out", out, *GENERATE],
             folder / "log", ranks)
-        files.append([(folder / f"hard-{ranks}" / name).read_bytes() for name in ("samples.jsonl", "hard.jsonl")])
+        files.append([(out / name).read_bytes() for name in ("samples.jsonl", "hard.jsonl")])
     assert files[0] == files[1] == files[2]
     samples, hard = (file.decode().splitlines() for file in files[0])
     assert [json.loads(line)["prompt"] for line in samples] == list(range(11)) and 0 < len(hard) < 11
@@ -98,9 +105,11 @@ def test_evaluation_gives_the_same_files_for_any_number_of_ranks(folder, guard):
     files = []
     for ranks in (1, 3):
         out = folder / f"eval-{ranks}"
-        run("eval", ["--model", guard, "--data", folder / "records.jsonl", folder / "held_out.jsonl", "--out", out, "--scores",
-                     *GENERATE], folder / "log", ranks)
-        results = [{k: v for k, v in r.items() if k != "ms_per_query"} for r in json.loads((out / "results.json").read_text())]
+        run("eval", ["--model", guard, "--data", folder / "records.jsonl", folder / "held_out.jsonl", "--out", out,
+                     "--scores", *GENERATE], folder / "log", ranks)
+        results = json.loads((out / "results.json").read_text())
+        for result in results:
+            result.pop("ms_per_query", None)
         texts = [(out / name / file).read_bytes() for name in ("records", "held_out") for file in
                  ("answers.jsonl", "generated_predictions.jsonl")]
         files.append((results, texts))
@@ -109,11 +118,9 @@ def test_evaluation_gives_the_same_files_for_any_number_of_ranks(folder, guard):
 
 def test_torchrun_itself(folder):
     """The command line of the README, once."""
-    arguments = ["--model", folder / "model-True", "--out", folder / "torchrun", *STAGES["train_sft"]]
-    arguments[arguments.index("toy/test.json")] = folder / "held_out.jsonl"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "train_sft.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_sft.py"]
+    done = subprocess.run([*torchrun, *map(str, arguments(folder, "train_sft", True, "torchrun"))], capture_output=True,
+                          text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step     1/6") == done.stdout.count("wrote ") == 1   # rank 0 alone speaks
     assert_same_training(folder, "train_sft", True, "torchrun")
