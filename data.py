@@ -62,7 +62,7 @@ def split_input(text):
 
 
 def find_answers(text):
-    """Where the last "Answers:" is, in any case, or -1; lower() would move it: "İ" becomes two characters."""
+    """Where the last "Answers:" is, or -1. (lower() would move it: it makes two characters of "İ".)"""
     return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
 
 
@@ -167,9 +167,9 @@ class Tokenizer:
                 break
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        config = folder / "config.json"
-        if config.exists() and max(tokens.values(), default=0) >= read_json(config).get("vocab_size", 10 ** 9):
-            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; it is another model's")
+        config, last = folder / "config.json", max(tokens.values(), default=0)
+        if config.exists() and last >= read_json(config).get("vocab_size", 10 ** 9):
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):

@@ -260,7 +260,7 @@ def evaluate_file(args, path, load, tokenizer, rank_info):
     name = args.dataset or Path(path).stem
     golds = [labels_of(record["output"], record["input"], name) for record in records]
     if not any(any(gold.values()) for gold in golds):
-        raise InputError(f"{path}: no record has a label (harmful, unharmful, refusal, compliance) as its output")
+        raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts = encode_prompts(tokenizer, records, args.max_length)
     kept = not args.fast and any((Path(args.out) / name).glob("answers.jsonl*"))   # then nothing is timed
     start = time.time()
@@ -316,7 +316,7 @@ def parse_arguments(argv):
     p.add_argument("--dataset", help="name of the data set (default: the file's, or a prediction file's folder's)")
     p.add_argument("--out", help="folder for answers and results.json")
     p.add_argument("--legacy", action="store_true", help="score as the released evaluate.py, to the bit")
-    p.add_argument("--k", type=at_least(1), default=1, help="answers to each prompt; more than 1: majority vote at T = 1")
+    p.add_argument("--k", type=at_least(1), default=1, help="answers to a prompt; more than 1: majority vote at T = 1")
     p.add_argument("--fast", action="store_true", help="read the verdicts right after the prompt, no reasoning")
     p.add_argument("--scores", action="store_true", help="also P(verdict) for AUPRC (paper, Table 6)")
     p.add_argument("--fpr", type=at_least(0, float), help="with --scores: recall at this false-positive rate")
@@ -345,7 +345,7 @@ def moderate_lines(args, model, tokenizer):
     for exchange in exchanges:
         if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
                 and isinstance(exchange.get("response"), (str, type(None)))):
-            raise InputError('--moderate: every line must be an object with a text field "prompt", and "response" a text or null')
+            raise InputError('--moderate: every line must be an object whose "prompt" is a text, and "response", if any')
         print(json.dumps(moderate(model, tokenizer, [exchange], **options)[0], ensure_ascii=False), flush=True)
 
 

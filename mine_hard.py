@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data import FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_records
+from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict,
+                  read_records)
 from model import (InputError, Llama, at_least, generate_iter, join_ranks, pick_dtype, read_json,
                    write_json, write_whole)
 
@@ -166,7 +167,7 @@ def check_settings(path, settings, rank):
 
 def write_lines(path, lines):
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")     # half a surrogate pair, as JSON spells it
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")     # half a surrogate pair: as in JSON
 
 
 def read_lines(path):
@@ -193,10 +194,10 @@ class Meter:
 
 def generation_arguments(p):
     """The arguments of everything that generates."""
-    p.add_argument("--max-length", type=at_least(1), default=4096, help="longer prompts are cut inside the user's text")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="tokens of an answer (released code: 2048)")
-    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what memory allows)")
-    p.add_argument("--block", type=at_least(1), default=256, help="prompts that are answered, and redone, together")
+    p.add_argument("--max-length", type=at_least(1), default=4096, help="cut longer prompts inside the user's text")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released code: 2048)")
+    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held (default: what memory allows)")
+    p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
     p.add_argument("--no-share", action="store_true", help="give every sample its own copy of the prompt")
     p.add_argument("--seed", type=at_least(0), default=42, help="of sampling and of picking pairs")
     p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
@@ -236,7 +237,7 @@ def parse_arguments(argv):
                    help="an output is correct if all labelled verdicts are, or (released code) one field's is")
     p.add_argument("--pair", choices=["random", "longest"], default="random",
                    help="which correct and which incorrect output make the pair (released code: longest)")
-    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights lie in 1 - gamma .. 1 + gamma (paper: 0.2)")
+    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 - gamma .. 1 + gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
     if demo:

@@ -176,7 +176,7 @@ class LlamaConfig:
             config = cls(**known)
             rope_frequencies(config)
         except (TypeError, KeyError) as error:
-            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]} (missing, or of another type)") from None
+            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]} (absent or of another type)") from None
         return config
 
     def to_json(self):

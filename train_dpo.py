@@ -94,7 +94,7 @@ def parse_arguments(argv):
     p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
     p.add_argument("--batch-size", type=at_least(1), default=256, help="pairs in an optimizer step (paper: 256)")
     p.add_argument("--beta", type=at_least(0, float), default=0.01, help="strength of the reference (paper: 0.01)")
-    p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term on the chosen (paper: 2.0)")
+    p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
     if demo:
         p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
@@ -115,7 +115,7 @@ def main(argv=None):
     weights = torch.tensor(weights, dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
-    optimizer = make_optimizer(model, args.lr)              # before a forward pass, which gathers sharded weights
+    optimizer = make_optimizer(model, args.lr)             # before a forward pass, which gathers the weights
     reference = kept_reference(model, samples, args, rank_info)
     plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
     steps, interrupted = min(args.max_steps or len(plan), len(plan)), Interrupt(device)

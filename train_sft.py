@@ -62,7 +62,7 @@ def batches(n, size, epochs, seed):
 def common_arguments(p):
     """The arguments that mean the same in both trainers."""
     p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of one sequence (paper: 2048)")
-    p.add_argument("--max-tokens", type=at_least(1), default=8192, help="tokens of a pack; changes speed and memory only")
+    p.add_argument("--max-tokens", type=at_least(1), default=8192, help="tokens of a pack; speed and memory only")
     p.add_argument("--max-steps", type=at_least(1), help="stop here; the schedule ends here too")
     p.add_argument("--seed", type=at_least(0), default=42, help="order of the data (paper: 42)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records only")
@@ -97,7 +97,7 @@ def shard(model, device, products):
                                   reduce_dtype=torch.promote_types(products, torch.float32))
     for layer in model.model["layers"]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model.to(device), mesh=mesh)          # embedding and head add up many gradients: in fp32
+    return fully_shard(model.to(device), mesh=mesh)         # embedding and head add up their gradient in fp32
 
 
 def make_optimizer(model, lr):
@@ -132,7 +132,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder, model, optimizer, step, rank, keep=2):
-    """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, drop all but the newest `keep`."""
+    """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, remove all but `keep`."""
     weights, state = get_model_state_dict(model, options=FULL), get_optimizer_state_dict(model, optimizer, options=FULL)
     if rank == 0:
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
@@ -236,11 +236,14 @@ class Interrupt:
 
 def start_run(args):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
-    checkpoint, log = (checkpoints(args.out) or [None])[-1] if args.resume else None, Path(args.out) / "metrics.jsonl"
-    for name in ("model", "data", "limit", "batch_size", "max_length", "seed") if checkpoint and log.exists() else ():
-        now, old = getattr(args, name), next(parse_records(log))[1].get(name)
-        if now != old:
-            raise InputError(f"{args.out}: holds a run with {name} = {old!r}, now it is {now!r}; choose another --out")
+    log = Path(args.out) / "metrics.jsonl"
+    checkpoint = (checkpoints(args.out) or [None])[-1] if args.resume else None
+    now = vars(args)
+    old = next(parse_records(log))[1] if checkpoint and log.exists() else now
+    for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
+        if now[name] != old.get(name):
+            raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is {now[name]!r}; "
+                             f"choose another --out")
     if not args.resume and log.exists():
         raise InputError(f"{args.out}: already holds a run; add --resume to continue it, or choose another --out")
     return checkpoint

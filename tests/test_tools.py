@@ -14,7 +14,9 @@ import torch
 import baselines
 import certificate
 import eval as evaluation
+import mutants
 import synthesize
+import traces
 from baselines import (Unanswered, answer_rows, ask, guard_ids, guard_text, is_refusal, parse_guard,
                        retry_after)
 from certificate import logistic, match_pairs, read, shortcut, solve, telling_words
@@ -556,3 +558,26 @@ def test_the_corpus_keeps_its_claims(capsys):
     certificate.main(["--toy", "toy"])
     first = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
     assert first.count("PASS") >= 25 and "FAIL" not in first
+
+
+# ------------------------------------------------------------------ traces, mutants
+
+
+def test_traces_keep_what_is_right(tmp_path, capsys):
+    folder = tmp_path / "AegisSafetyTest"
+    folder.mkdir()
+    prompt = INSTRUCTION + "\n" + format_input("May I?")
+    lines = [{"prompt": prompt, "label": H, "predict": f"Because.\n\n{format_answers(H)}"},
+             {"prompt": prompt.replace("May", "Can"), "label": H, "predict": format_answers(U)},       # wrong
+             {"prompt": prompt.replace("May", "Will"), "label": H, "predict": "I do not know."},       # no verdict
+             {"prompt": "no markers", "label": H, "predict": format_answers(H)}]
+    path = write_jsonl(folder / "generated_predictions.jsonl", lines)
+    traces.main([str(path), "--out", str(tmp_path / "out.json")])
+    assert "1 records; {'right': 1, 'wrong': 2, 'without a request': 1}" in capsys.readouterr().out
+    only, = read_records(tmp_path / "out.json")
+    assert only == record("May I?", None, lines[0]["predict"])
+
+
+def test_every_mutant_still_finds_its_place():
+    for file, right, wrong, _ in mutants.MUTANTS:
+        assert (mutants.ROOT / file).read_text().count(right) == 1 and right != wrong, (file, right)

@@ -165,7 +165,7 @@ class Wording:
         return f"{what} {self.state(a)}, {other} {self.state(b)}: {'the same' if a == b else 'different'}."
 
     def shortcut(self, what, i):
-        return f"{self.rng.choice(['In short', 'In sum'])}, {what} {self.state(i)}."
+        return f"{self.rng.choice(['In short', 'Clearly'])}, {what} {self.state(i)}."
 
 
 def write_trace(rng, f, source, skip):

@@ -1,0 +1,264 @@
+"""Inputs that happen and cannot work: each ends in one line that names the file or argument and the fault."""
+import io
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+from processes import tiny_folder, write_pairs, write_records
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluation
+import mine_hard
+import train_dpo
+import train_sft
+
+SCRIPTS = {"sft": (train_sft, "records.jsonl", ["--batch-size", "6", "--epochs", "1"]), "dpo": (train_dpo, "pairs.jsonl", ["--epochs", "1"]),
+           "mine": (mine_hard, "records.jsonl", ["--max-new-tokens", "3", "--k", "2"]),
+           "eval": (evaluation, "records.jsonl", ["--max-new-tokens", "3"])}
+RECORD = {"instruction": "i", "input": "x", "output": "harmful", "chosen": "a", "rejected": "b"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4943274328\n"       # what a clone without LFS holds
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder where every script works: model/, records.jsonl, pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny_folder(folder / "model")
+    write_records(folder / "records.jsonl", 6)
+    write_pairs(folder / "pairs.jsonl", 4)
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "place")
+
+
+def run(place, stage, *more):
+    script, file, usual = SCRIPTS[stage]
+    script.main(["--model", str(place / "model"), "--data", str(place / file), "--out", str(place / "out"), "--device", "cpu",
+                 "--dtype", "float32", *usual, *(str(a).replace("PLACE", str(place)) for a in more)])
+
+
+def fails(capsys, call, *arguments):
+    """The one line that a call ends in: what InputError says, or argparse after its usage lines."""
+    with pytest.raises(SystemExit) as error:
+        call(*arguments)
+    message = capsys.readouterr().err.strip().splitlines()[-1] if error.value.code == 2 else str(error.value.code)
+    assert "\n" not in message and len(message) > 10
+    return message
+
+
+# ---- what can be wrong with a file: (file, how it becomes wrong, stage, what the line says)
+
+
+def config(**fields):
+    def change(path):
+        raw = json.loads(path.read_text())
+        raw.update(fields)
+        path.write_text(json.dumps({name: value for name, value in raw.items() if value != "GONE"}))
+    return change
+
+
+def text(content):
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def lines(*records):
+    return text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def tensors(change):
+    def edit(path):
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+    return edit
+
+
+def sharded(path):
+    """Two shards, the second of which is cut short, as an interrupted download leaves it."""
+    weights = load_file(path)
+    names = sorted(weights)
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, some in files.items():
+        save_file({name: weights[name] for name in some}, path.with_name(file))
+    path.with_name("b.safetensors").write_bytes(path.with_name("b.safetensors").read_bytes()[:-500])
+    where = {name: file for file, some in files.items() for name in some}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def without_shard(path):
+    sharded(path)
+    path.with_name("b.safetensors").unlink()
+
+
+def without_tokens(path):
+    """A vocabulary that is larger than the model's."""
+    config(vocab_size=700)(path)
+    tensors(lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"][:700].clone()}))(path.with_name("model.safetensors"))
+
+
+def move(name):
+    return lambda path: path.rename(path.with_name(name))
+
+
+FILES = [
+    ("model/config.json", config(num_hidden_layers="GONE"), "sft", "config.json: missing .*'num_hidden_layers'"),
+    ("model/config.json", config(hidden_size="32", head_dim=None), "mine", "config.json: .* another type"),
+    ("model/config.json", config(rope_scaling={"rope_type": "yarn", "factor": 4}), "sft", "config.json: rope scaling 'yarn' is unknown"),
+    ("model/config.json", config(rope_scaling={"type": "linear", "factor": 2}), "eval", "rope scaling 'linear' is unknown"),
+    ("model/config.json", config(rope_scaling={"rope_type": "llama3", "factor": 8}), "sft", "config.json: 'low_freq_factor' .absent"),
+    ("model/config.json", config(attention_bias=True), "mine", "config.json: attention_bias is True"),
+    ("model/config.json", config(hidden_act="gelu"), "eval", "config.json: hidden_act is 'gelu', only 'silu'"),
+    ("model/config.json", config(intermediate_size=48), "sft", "model.safetensors: tensor .*mlp.* has shape .* config.json says"),
+    ("model/config.json", config(num_hidden_layers=3), "dpo", "9 tensors are missing, the first is model.layers.2"),
+    ("model/config.json", config(tie_word_embeddings=False), "sft", "1 tensors are missing, the first is lm_head.weight"),
+    ("model/config.json", text(b"\xff\xfe{}"), "sft", "config.json: not valid JSON: 'utf-8'"),
+    ("model/config.json", without_tokens, "sft", "model: the tokenizer has more tokens than config.json says"),
+    ("model/model.safetensors", tensors(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": w["model.norm.weight"].clone()})), "sft",
+     "tensor model.layers.0.self_attn.q_proj.bias is not part of a LLaMA"),
+    ("model/model.safetensors", sharded, "mine", "b.safetensors: damaged or cut short"),
+    ("model/model.safetensors", without_shard, "eval", "b.safetensors: no such file"),
+    ("model/model.safetensors", move("pytorch_model.bin"), "sft", "model.safetensors: no such file; .* safetensors"),
+    ("model/model.safetensors", text(POINTER), "sft", "model.safetensors: damaged or cut short .* fetch"),
+    ("model/model.safetensors", text(""), "dpo", "model.safetensors: damaged or cut short"),
+    ("model/tokenizer.json", move("vocab.json"), "sft", "neither tokenizer.json nor tokenizer.model"),
+    ("model/tokenizer.json", text(POINTER), "mine", "tokenizer.json: not valid JSON"),
+    ("model/tokenizer.json", text('{"model": {"type": "Unigram", "vocab": []}}'), "sft", "tokenizer.json: only byte-level BPE"),
+    ("model/tokenizer.json", move("tokenizer.model"), "sft", "tokenizer.model: not a Llama 3 tokenizer.model"),
+    ("records.jsonl", text('[{"instruction": "caf\xe9"}]'.encode("latin-1")), "sft", "records.jsonl: cannot read: not UTF-8"),
+    ("records.jsonl", lambda path: (path.unlink(), path.mkdir()), "sft", "records.jsonl: cannot read: Is a directory"),
+    ("records.jsonl", lines("a", "b"), "mine", "records.jsonl: line 1 is not a JSON object"),
+    ("records.jsonl", lines(RECORD, {**RECORD, "output": None}), "sft", "records.jsonl: line 2 has no text in field 'output'"),
+    ("records.jsonl", lines({**RECORD, "output": "  \n"}), "sft", "records.jsonl: no usable record"),
+    ("records.jsonl", lines({**RECORD, "output": "maybe"}), "eval", "records.jsonl: no output is a label .harmful, unharmful"),
+    ("pairs.jsonl", text(""), "dpo", "pairs.jsonl: no usable record"),
+    ("pairs.jsonl", lines({**RECORD, "chosen": ["a"]}), "dpo", "pairs.jsonl: line 1 has no text in field 'chosen'"),
+    ("pairs.jsonl", lines({**RECORD, "rejected": ""}), "dpo", "pairs.jsonl: no usable record"),
+    ("pairs.jsonl", lines({**RECORD, "weight": -0.5}), "dpo", "pairs.jsonl: a weight is -0.5"),
+    ("pairs.jsonl", lines(RECORD, {**RECORD, "weight": float("nan")}), "dpo", "pairs.jsonl: a weight is nan"),
+    ("pairs.jsonl", lines({**RECORD, "sample_weight": None}), "dpo", "pairs.jsonl: a weight is None"),
+    ("out", text("not a folder"), "sft", "out/metrics.jsonl: cannot write: "), ("out", text(""), "dpo", "out/.*: cannot write: "),
+    ("out", text(""), "mine", "out/samples.jsonl.*: cannot write: "), ("out", text(""), "eval", "out/.*: cannot write: ")]
+
+
+@pytest.mark.parametrize("file, spoil, stage, says", FILES, ids=[f"{n}-{row[0]}" for n, row in enumerate(FILES)])
+def test_a_bad_file_is_named(place, capsys, file, spoil, stage, says):
+    spoil(place / file)
+    message = fails(capsys, run, place, stage)
+    assert re.search(says, message), message
+    assert not list(place.rglob("*.tmp")) and not (place / "out/model.safetensors").exists()
+
+
+# ---- arguments that cannot be meant
+
+ARGUMENTS = [("sft", "--batch-size", "0"), ("sft", "--batch-size", "many"), ("sft", "--epochs", "0"), ("sft", "--lr", "-1"),
+             ("sft", "--lr", "nan"), ("sft", "--limit", "0"), ("sft", "--max-tokens", "-8"), ("sft", "--max-steps", "0"),
+             ("sft", "--seed", "-1"), ("sft", "--save-every", "-2"), ("sft", "--keep", "0"), ("dpo", "--beta", "-0.1"),
+             ("dpo", "--sft", "inf"), ("mine", "--k", "0"), ("mine", "--temperature", "-1"), ("mine", "--top-p", "0"),
+             ("mine", "--gamma", "-0.2"), ("mine", "--block", "0"), ("mine", "--max-new-tokens", "0"), ("mine", "--limit", "-3"),
+             ("eval", "--k", "-1"), ("eval", "--kv-tokens", "0"), ("eval", "--dtype", "float8"), ("eval", "--format", "alpaca")]
+
+
+@pytest.mark.parametrize("stage, name, value", ARGUMENTS)
+def test_a_bad_argument_is_named(place, capsys, stage, name, value):
+    assert f"argument {name}: " in fails(capsys, run, place, stage, name, value)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("stage, arguments, says", [
+    ("mine", ["--kv-tokens", 1], "--kv-tokens 1: .* raise it or lower --max-new-tokens"),
+    ("mine", ["--max-length", 5], "--max-length 5 is too short"), ("eval", ["--max-length", 5], "--max-length 5 is too short"),
+    ("dpo", ["--max-length", 5], "pairs.jsonl: no pair fits in --max-length 5"), ("dpo", ["--device", "warp"], "--device warp"),
+    ("eval", ["--device", "cuda:99"], "--device cuda:99"), ("mine", ["--model", "PLACE/model", "PLACE/none"], "none/?.*: neither tokenizer"),
+    ("sft", ["--eval-data", "PLACE/none.json"], "none.json: cannot read"), ("eval", ["--predictions", "PLACE/none"], "none: cannot read")])
+def test_what_does_not_go_together_is_said(place, capsys, stage, arguments, says):
+    message = fails(capsys, run, place, stage, *arguments)
+    assert re.search(says, message), message
+
+
+# ---- going on where another run stopped
+
+
+def interrupted(place, monkeypatch):
+    """out/ with the checkpoint of a run that was stopped after its first step of three."""
+    update = train_sft.update
+    monkeypatch.setattr(train_sft, "update", lambda *args: (signal.raise_signal(signal.SIGTERM), update(*args))[1])
+    with pytest.raises(SystemExit, match="interrupted after step 1"):
+        run(place, "sft", "--batch-size", 2)
+    monkeypatch.setattr(train_sft, "update", update)
+    return place / "out/step-000001"
+
+
+@pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: holds a run with batch_size = 2, now it is 3"),
+                                             (["--batch-size", 2, "--seed", 1], "out: holds a run with seed = 42, now it is 1")])
+def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch, arguments, says):
+    interrupted(place, monkeypatch)
+    assert says in fails(capsys, run, place, "sft", "--resume", *arguments)
+
+
+@pytest.mark.parametrize("file, spoil, says", [
+    ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors: damaged or cut short"),
+    ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors: no such file"),
+    ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json: not valid JSON")])
+def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, says):
+    spoil(interrupted(place, monkeypatch) / file)
+    assert says in fails(capsys, run, place, "sft", "--resume", "--batch-size", 2)
+
+
+def test_a_damaged_samples_file_is_named(place, capsys):
+    run(place, "mine")
+    path = place / "out/samples.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert "samples.jsonl: line 6 is not valid JSON" in fails(capsys, run, place, "mine", "--resume")
+
+
+# ---- the rest
+
+
+@pytest.mark.parametrize("line, says", [
+    ("[1, 2]", 'must be an object whose "prompt" is a text'), ('{"prompt": null}', 'whose "prompt" is a text'),
+    ('{"prompt": "a", "response": 3}', 'and "response", if any'), ("{'prompt': 'a'}", "--moderate: line 1 is not valid JSON")])
+def test_a_bad_exchange_ends_moderation(place, capsys, monkeypatch, line, says):
+    monkeypatch.setattr("sys.stdin", io.StringIO(line + "\n"))
+    assert says in fails(capsys, evaluation.main, ["--model", str(place / "model"), "--moderate", "--device", "cpu"])
+
+
+def test_odd_predictions_are_scored_or_named(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    lines({"prompt": None, "label": "harmful", "predict": "Request: harmful"})(path)
+    evaluation.main(["--predictions", str(path), "--dataset", "x"])
+    assert "100.00" in capsys.readouterr().out
+    text(b"\xff")(path)
+    assert "p.jsonl: cannot read: not UTF-8" in fails(capsys, evaluation.main, ["--predictions", str(path)])
+
+
+def test_half_a_surrogate_pair_goes_through_all_stages(place, capsys):
+    odd = {**RECORD, "instruction": "Judge.\n", "input": data.format_input("a\ud800b")}
+    lines(odd, RECORD)(place / "records.jsonl")
+    run(place, "sft")
+    run(place, "mine", "--model", place / "out", "--out", place / "hard")
+    run(place, "eval", "--out", place / "eval")
+    written = (place / "eval/records/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(written[0])["prompt"].endswith(odd["input"])
+    assert "1 characters not in the vocabulary, replaced" in capsys.readouterr().err
+
+
+def test_fewer_records_than_a_batch_and_more_steps_than_batches_are_fine(place):
+    run(place, "sft", "--batch-size", 100, "--max-steps", 50)
+    row = json.loads((place / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 1
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_folder_that_cannot_be_written(place, capsys, stage):
+    (place / "out").mkdir(mode=0o500)
+    if os.access(place / "out", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    message = fails(capsys, run, place, stage)
+    assert "/out/" in message and "cannot write: " in message and "Permission denied" in message
