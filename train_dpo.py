@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from data import encode_records, pack, read_records
 from model import InputError, all_sum, at_least, join_ranks, read_tensors, write_whole
-from train_sft import (Log, batches, common_arguments, deal, load, lr_at, make_optimizer, resume, save,
-                       save_final, start_run, update, watch_signals)
+from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
@@ -115,11 +114,8 @@ def main(argv=None):
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
     optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights
     reference = kept_reference(model, samples, args, rank_info)
-    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))[:args.max_steps]
-    steps, interrupted = len(plan), watch_signals()
-    done = resume(checkpoint, model, optimizer) if checkpoint else 0
-    log = Log(args, done, steps, rank)
-    for step, batch in enumerate(plan[done:], done + 1):
+    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in left:
         lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, totals = len(batch), torch.zeros(6, dtype=torch.float64)
         packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
@@ -136,12 +132,6 @@ def main(argv=None):
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
             loss_tokens=sum(len(a) for s in chosen for a in s.answers), pairs=count, preference=preference,
             accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
-        stop = all_sum(len(interrupted), device) > 0                           # on any rank
-        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
-        if stop:
-            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-    save_final(args, model, tokenizer, rank)
 
 
 if __name__ == "__main__":

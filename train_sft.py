@@ -143,17 +143,6 @@ def save(folder, model, optimizer, step, rank, keep=2):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def save_final(args, model, tokenizer, rank):
-    """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
-    weights = states.get_model_state_dict(model, options=FULL)
-    if rank == 0:
-        for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
-            left.unlink()
-        tokenizer.save_pretrained(args.out)
-        model.save_pretrained(args.out, state=weights)
-        print(f"wrote {args.out}")
-
-
 def checkpoints(out):
     """The complete checkpoint folders of a run, oldest first."""
     return sorted(p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists())
@@ -209,18 +198,6 @@ class Log:
                   end="\n" if keep else "\r", flush=True)
 
 
-def watch_signals():
-    """A list that SIGTERM or Ctrl-C makes longer: finish the step, save, leave; a second one ends at once."""
-    def notice(number, frame):
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    seen = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, notice)
-    return seen
-
-
 def start_run(args):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
     log = Path(args.out) / "metrics.jsonl"
@@ -234,6 +211,35 @@ def start_run(args):
             raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
                              f"{getattr(args, name)!r}; choose another --out")
     return checkpoint[0] if checkpoint else None
+
+
+def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
+    """Yield (step, steps, sample numbers, log) of each step that is left, then write the model to --out.
+    SIGTERM or Ctrl-C, to any rank, ends the run after the step, with a checkpoint; a second one at once."""
+    def notice(number, frame):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    (device, rank, _), interrupted = rank_info, []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, notice)
+    plan = list(batches(n, args.batch_size, args.epochs, args.seed))[:args.max_steps]
+    done, steps = resume(checkpoint, model, optimizer) if checkpoint else 0, len(plan)
+    log = Log(args, done, steps, rank)
+    for step, batch in enumerate(plan[done:], done + 1):
+        yield step, steps, batch, log
+        stop = all_sum(len(interrupted), device) > 0
+        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
+        if stop:
+            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
+    weights = states.get_model_state_dict(model, options=FULL)
+    if rank == 0:
+        for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
+            left.unlink()
+        tokenizer.save_pretrained(args.out)
+        model.save_pretrained(args.out, state=weights)       # in the base model's dtype
+        print(f"wrote {args.out}")
 
 
 # ---- end of the plumbing ----
@@ -280,12 +286,9 @@ def main(argv=None):
     held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
     if not samples:
         raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
-    optimizer, interrupted = make_optimizer(model, args.lr), watch_signals()
-    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))[:args.max_steps]
-    steps, epoch = len(plan), math.ceil(len(samples) / args.batch_size)
-    done = resume(checkpoint, model, optimizer) if checkpoint else 0
-    log = Log(args, done, steps, rank)
-    for step, batch in enumerate(plan[done:], done + 1):
+    optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
+    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in left:
         lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, loss = sum(len(s.answers[0]) for s in chosen), 0.0
         packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
@@ -301,12 +304,6 @@ def main(argv=None):
         if held_out and (step % epoch == 0 or step == steps):
             row["eval_loss"] = evaluate(model, held_out, args, rank_info)
         log(device, **row)
-        stop = all_sum(len(interrupted), device) > 0                           # on any rank
-        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
-        if stop:
-            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-    save_final(args, model, tokenizer, rank)
 
 
 if __name__ == "__main__":
