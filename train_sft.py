@@ -143,6 +143,17 @@ def save(folder, model, optimizer, step, rank, keep=2):
             shutil.rmtree(old, ignore_errors=True)
 
 
+def save_final(args, model, tokenizer, rank):
+    """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
+    weights = states.get_model_state_dict(model, options=FULL)
+    if rank == 0:
+        for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
+            left.unlink()
+        tokenizer.save_pretrained(args.out)
+        model.save_pretrained(args.out, state=weights)
+        print(f"wrote {args.out}")
+
+
 def checkpoints(out):
     """The complete checkpoint folders of a run, oldest first."""
     return sorted(p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists())
@@ -233,13 +244,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
             save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
         if stop:
             raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-    weights = states.get_model_state_dict(model, options=FULL)
-    if rank == 0:
-        for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
-            left.unlink()
-        tokenizer.save_pretrained(args.out)
-        model.save_pretrained(args.out, state=weights)       # in the base model's dtype
-        print(f"wrote {args.out}")
+    save_final(args, model, tokenizer, rank)
 
 
 # ---- end of the plumbing ----
