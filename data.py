@@ -52,9 +52,8 @@ def format_input(prompt, response=None):
 
 
 def split_input(text):
-    """(prompt, response) of a formatted input; response None where there is none.
-
-    The *last* marker counts: a marker that a user typed into the request stays part of it."""
+    """(prompt, response) of a formatted input; response None where there is none. The *last* marker
+    counts: a marker that a user typed into the request stays part of it."""
     prompt, found, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if not found or not prompt.startswith(HUMAN):
         return text, None
@@ -62,15 +61,14 @@ def split_input(text):
 
 
 def find_answers(text):
-    """Where the last "Answers:" is, or -1. (lower() would move it: it makes two characters of "İ".)"""
+    """Where the last "Answers:" is, in any case, or -1; lower() would move it: "İ" becomes two letters."""
     return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
 
 
 def parse_verdict(text):
-    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent.
-
-    The last "Answers:" block counts; a field that it lacks is taken from the last such line of the
-    whole text. Any word but the two allowed ones is no verdict. Case does not matter."""
+    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent. The last
+    "Answers:" block counts; a field that it lacks is taken from the last such line of the whole text.
+    Any word but the two allowed ones is no verdict. Case does not matter."""
     block = text[max(0, find_answers(text)):]
     verdict = {}
     for name, words in VERDICTS.items():
@@ -87,15 +85,12 @@ def format_answers(request=None, completion=None, response=None):
 
 def gold_verdict(record):
     """The labels of a record: those in its `output`, which is a reasoning trace, a block or one word.
-
-    One word is about the request where there is no response, else about the response."""
+    (un)harmful alone is about the request where there is no response, else about the response."""
     word = record["output"].strip().lower()
-    if word in VERDICTS["completion"]:
-        return {"request": None, "completion": word, "response": None}
-    if word in VERDICTS["request"]:
-        field = "request" if split_input(record["input"])[1] is None else "response"
-        return {**dict.fromkeys(VERDICTS), field: word}
-    return parse_verdict(record["output"])
+    if word not in VERDICTS["completion"] + VERDICTS["request"]:
+        return parse_verdict(record["output"])
+    field = "request" if split_input(record["input"])[1] is None else "response"
+    return {**dict.fromkeys(VERDICTS), "completion" if word in VERDICTS["completion"] else field: word}
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -105,22 +100,21 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGIT_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-                   "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
-                   "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-                   "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+LLAMA3_SPECIALS = [f"<|{name}|>" for name in (                 # in the order of their ids
+    "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+    "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
+    "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248)))]
 
 # format -> (template of a prompt, end mark of an answer, the same as a Jinja template)
 FORMATS = {
     "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n", ["<|eot_id|>"],
                "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-               "'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}{% if "
-               "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
+               "'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_"
+               "prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
     "chatml": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>"],
-               "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
-               "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
-               "{{ '<|im_start|>assistant\n' }}{% endif %}"),
+               "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+               "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
     "raw": ("{}", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"],
             "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
 }
@@ -135,51 +129,48 @@ def byte_letters():
 
 
 class Tokenizer:
-    """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text
-    that looks like one, typed by an attacker, is encoded as plain text.
+    """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text that looks
+    like one, typed by an attacker, is encoded as plain text.
 
     tokens: {bytes: id}; order: the bytes by merge priority; special: {text: id}."""
 
     def __init__(self, tokens, order, pattern, special, format, folder=None):
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
-        self.bpe = tiktoken.Encoding("guard", pat_str=pattern, special_tokens={}, mergeable_ranks={
-            token: rank for rank, token in enumerate(order + missing)})
+        ranks = {token: rank for rank, token in enumerate(order + missing)}
+        self.bpe = tiktoken.Encoding("guard", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
         self.ids = [tokens.get(token) for token in order + missing]            # rank -> id
         self.text = {i: token for token, i in tokens.items()}                  # id -> bytes
         self.special, self.format, self.folder = special, format, folder
         self.missing, self.lost = frozenset(b[0] for b in missing), 0
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
-        ends = [mark for mark in FORMATS[format][1] if mark in special]
-        if not ends:
+        self.end = next((mark for mark in FORMATS[format][1] if mark in special), None)
+        if self.end is None:
             raise InputError(f"{folder}: the vocabulary has no {FORMATS[format][1][0]}; try another --format")
-        self.stop = [special[mark] for mark in ends[:1] + [s for s in STOPS if s in special and s != ends[0]]]
+        self.stop = [special[self.end]] + [special[s] for s in STOPS if s in special and s != self.end]
 
     @classmethod
     def from_pretrained(cls, folder, format=None):
         """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
-
         format: llama3, chatml or raw; default: what the folder's chat template or, without one, its
         control tokens say. InputError names what is missing or unknown."""
         folder = Path(folder)
-        for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_tokenizer_model)):
-            if (folder / name).exists():
-                tokens, order, pattern, special = read(folder / name)
-                break
+        path, config = folder / "tokenizer.json", folder / "config.json"
+        if path.exists():
+            tokens, order, pattern, special = read_tokenizer_json(path)
+        elif path.with_suffix(".model").exists():
+            tokens, order, pattern, special = read_tokenizer_model(path.with_suffix(".model"))
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        config, last = folder / "config.json", max(tokens.values(), default=0)
-        if config.exists() and last >= read_json(config).get("vocab_size", 10 ** 9):
-            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
+        size = read_json(config).get("vocab_size", 10 ** 9) if config.exists() else 10 ** 9
+        if max(tokens.values(), default=0) >= size:
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; "
+                             "it is another model's")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
         """Ids of plain text; a character the vocabulary cannot spell becomes U+FFFD, counted in `lost`."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:                                             # half of a surrogate pair
-            text = re.sub("[\ud800-\udfff]", self.count_lost, text)
-            data = text.encode()
-        if self.missing and not self.missing.isdisjoint(data):
+        text = re.sub("[\ud800-\udfff]", self.count_lost, text)                # half of a surrogate pair
+        if self.missing and not self.missing.isdisjoint(text.encode()):
             text = "".join(c if self.missing.isdisjoint(c.encode()) else self.count_lost(c) for c in text)
         pieces = (text[i:i + 100_000] for i in range(0, len(text), 100_000))   # tiktoken's stack has an end
         return [self.ids[rank] for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
@@ -194,13 +185,11 @@ class Tokenizer:
 
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline, input."""
-        template = FORMATS[self.format][0]
+        template, text, ids = FORMATS[self.format][0], instruction + "\n" + input, []
         if self.format == "raw" and "<|begin_of_text|>" in self.special:
             template = "<|begin_of_text|>" + template
-        ids = []
         for piece in re.split(r"(<\|\w+\|>)", template):                       # the template alone is split
-            ids += ([self.special[piece]] if piece in self.special else
-                    self.encode(piece.replace("{}", instruction + "\n" + input)))
+            ids += [self.special[piece]] if piece in self.special else self.encode(piece.replace("{}", text))
         return ids
 
     def answer_ids(self, text):
@@ -213,10 +202,10 @@ class Tokenizer:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (self.folder / name).exists():
                 write_whole(folder / name, lambda temporary: shutil.copyfile(self.folder / name, temporary))
-        path, names = self.folder / "tokenizer_config.json", {i: text for text, i in self.special.items()}
+        path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-        template, end = FORMATS[self.format][2], names[self.stop[0]]
-        write_json(folder / "tokenizer_config.json", {**config, "eos_token": end, "chat_template": template})
+        config |= {"eos_token": self.end, "chat_template": FORMATS[self.format][2]}
+        write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "generation_config.json", {"eos_token_id": self.stop, "do_sample": False})
 
 
@@ -233,13 +222,11 @@ def read_tokenizer_json(path):
     if model.get("ignore_merges"):                          # made from a tiktoken file: id = priority
         order = sorted(tokens, key=tokens.get)
     else:
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        order = [t for t in tokens if len(t) == 1] + [spell(a + b) for a, b in pairs]
-        order = list(dict.fromkeys(order))
+        merged = [spell("".join(m).replace(" ", "")) for m in model["merges"]]     # "a b" or ["a", "b"]
+        order = list(dict.fromkeys([t for t in tokens if len(t) == 1] + merged))
+    pattern = DIGIT_PATTERN if "Digits" in splitters else GPT2_PATTERN
     if "Split" in splitters:
         pattern = splitters["Split"]["pattern"]["Regex"]
-    else:
-        pattern = DIGIT_PATTERN if "Digits" in splitters else GPT2_PATTERN
     return tokens, order, pattern, special
 
 
@@ -249,9 +236,9 @@ def read_tokenizer_model(path):
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
         tokens = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
-        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMA models used another kind)") from None
-    names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
-    special = {name: len(tokens) + i for i, name in enumerate(names)}
+        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMA models used another kind)"
+                         ) from None
+    special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     return tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special
 
 
@@ -262,18 +249,16 @@ def find_format(folder, special):
     if not says and config.exists():
         says = str(read_json(config).get("chat_template") or "")
     known = says or special
-    return ("llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw")
+    return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 
 
 # ------------------------------------------------------------------ records
 
-
 def read_records(path, fields=("instruction", "input", "output")):
     """The records of a JSON array or JSON-lines file, as dicts that have these non-empty text fields.
-
     InputError names file and record where one is not an object, or lacks a field or has it in another
     type. Records with an empty field are skipped, and their number is printed."""
-    path, records, empty = Path(path), [], Counter()
+    records, empty = [], Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):
             raise InputError(f"{path}: {place} is not a JSON object")
@@ -294,17 +279,17 @@ def read_records(path, fields=("instruction", "input", "output")):
 def parse_records(path):
     """Yield ("record 3" or "line 3", value) of a JSON array or JSON-lines file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        array = json.loads(text) if text.lstrip().startswith("[") else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8 text: {error}"
         raise InputError(f"{path}: cannot read: {reason}") from None
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"record {i}", r) for i, r in enumerate(json.loads(text), 1))
-        except ValueError as error:
-            raise InputError(f"{path}: not valid JSON: {error}") from None
-        return
-    yield from parse_lines(path, text.split("\n"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if array is None:
+        yield from parse_lines(path, text.split("\n"))
+    else:
+        yield from ((f"record {i}", record) for i, record in enumerate(array, 1))
 
 
 def parse_lines(path, lines):
@@ -319,25 +304,22 @@ def parse_lines(path, lines):
 
 @dataclass
 class Sample:
-    """A prompt and its answers, each ending in the end mark. `root` first tokens are the instruction
-    that all prompts of its kind share."""
+    """A prompt and its answers, each ending in the end mark. The first `root` tokens are those of the
+    instruction that all prompts of its kind share."""
     prompt: list
     answers: list
     root: int = 0
 
 
 def fit_prompt(tokenizer, record, room):
-    """(ids of the record's prompt, was it cut?) in at most `room` tokens; ids are None where even an
-    empty exchange is more.
-
-    What is cut is the end of the user's text or of the response, the longer one first; instruction,
-    markers and template stay whole."""
-    ids = tokenizer.prompt_ids(record["instruction"], record["input"])
+    """(ids of the record's prompt, was it cut?) in at most `room` tokens; ids are None where even an empty
+    exchange is more. What is cut is the end of the user's text or of the response, the longer one first;
+    instruction, markers and template stay whole."""
+    instruction, texts = record["instruction"], split_input(record["input"])
+    ids = tokenizer.prompt_ids(instruction, record["input"])
     if len(ids) <= room:
         return ids, False
-    texts = split_input(record["input"])
-    cut = lambda most: tokenizer.prompt_ids(record["instruction"], format_input(
-        *(text and text[:most] for text in texts)))
+    cut = lambda most: tokenizer.prompt_ids(instruction, format_input(*(t and t[:most] for t in texts)))
     low, high = 0, max(len(text or "") for text in texts)                      # fits, does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -348,7 +330,6 @@ def fit_prompt(tokenizer, record, room):
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
-
     The root of each sample is the longest common token prefix of all prompts with its instruction, so
     no token depends on whether prefixes are shared."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
@@ -375,7 +356,6 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
 
 # ------------------------------------------------------------------ the tree packer
 
-
 @dataclass
 class Pack:
     """One stream: tokens (T,), end (T,), and N loss pairs (rows[n], targets[n]) of answer answer[n]."""
@@ -387,26 +367,24 @@ class Pack:
 
     def to(self, device):
         """Move all but `end`, which is read on the host."""
-        return Pack(self.tokens.to(device), self.end, *(x.to(device) for x in
-                                                        (self.rows, self.targets, self.answer)))
+        tokens, *scored = (x.to(device) for x in (self.tokens, self.rows, self.targets, self.answer))
+        return Pack(tokens, self.end, *scored)
 
 
 def pack(samples, max_tokens, share=True):
     """Lay samples out as forests of at most max_tokens each (more only if one sample is longer).
-
     First fit, longest first; a sample stays whole. A pack holds one instruction, once; each prompt once;
     then its answers. share=False is ordinary packing: every answer has a prompt of its own."""
-    items, n = [], 0                                   # (root, [(prompt, [(number, answer)])]) a sample
+    items, n = [], 0                            # (tokens, root, [(prompt, [(number, answer)])]) a sample
     for sample in samples:
         answers = list(enumerate(sample.answers, n))
         n += len(answers)
         copies = [(sample.prompt, answers)] if share else [(sample.prompt, [a]) for a in answers]
-        items.append((sample.prompt[:sample.root] if share else [], copies))
-    own = lambda root, copies: sum(len(prompt) - len(root) + sum(len(ids) - 1 for _, ids in answers)
-                                   for prompt, answers in copies)
+        root = sample.prompt[:sample.root] if share else []
+        size = len(copies) * (len(sample.prompt) - len(root)) + sum(len(ids) - 1 for ids in sample.answers)
+        items.append((size, root, copies))
     bins = []                                                              # [tokens, root, copies]
-    for root, copies in sorted(items, key=lambda item: own(*item), reverse=True):
-        size = own(root, copies)
+    for size, root, copies in sorted(items, key=lambda item: -item[0]):
         place = next((b for b in bins if b[0] + size <= max_tokens and b[1] == root), None)
         if place is None:
             place = [len(root), root, []]
@@ -418,16 +396,14 @@ def pack(samples, max_tokens, share=True):
 
 def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
-
     The token before an answer's first is the prompt's last, so that row is scored once for each answer;
     the end mark is a target and never fed."""
     tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []
     for prompt, answers in copies:
-        rest = prompt[len(root):]
-        tokens += rest
+        tokens += prompt[len(root):]
         last = len(tokens) - 1                                                 # the prompt's last row
         stop = len(tokens) + sum(len(ids) - 1 for _, ids in answers)
-        end += [stop] * len(rest)
+        end += [stop] * (len(tokens) - len(end))
         for number, ids in answers:
             rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]
             targets += ids
@@ -440,7 +416,6 @@ def lay_out(root, copies):
 
 # ------------------------------------------------------------------ python data.py FILE
 
-
 def shorten(text):
     """One line of at most about 60 characters."""
     text = text.replace("\n", "\\n")
@@ -450,23 +425,23 @@ def shorten(text):
 def show(tokenizer, samples):
     """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
     p = pack(samples, 10 ** 9)[0]
-    T, plan = len(p.tokens), tree_plan(p.end, whole=0)
+    T, plan, tokens = len(p.tokens), tree_plan(p.end, whole=0), p.tokens.tolist()
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
-          f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n")
-    print("    rows        position      end   text, the scored part in [ ]")
+          f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n\n"
+          "    rows        position      end   text, the scored part in [ ]")
     scored, start = set((p.rows + 1).tolist()), 0           # row r is asked for the token at r + 1
     for length, path in zip(plan.lengths, plan.paths):
         stop = start + length
         first = next((i for i in range(start, stop) if i in scored), stop)
-        text, answer = (shorten(tokenizer.decode(p.tokens[a:b].tolist())) for a, b in ((start, first), (first, stop)))
-        print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} {p.end[start]:5}   "
-              f"{'  ' * (len(path) - 1)}{text}{f'[{answer}]' if answer else ''}")
+        text, answer = (shorten(tokenizer.decode(ids)) for ids in (tokens[start:first], tokens[first:stop]))
+        indent, answer = "  " * (len(path) - 1), f"[{answer}]" if answer else ""
+        print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} "
+              f"{p.end[start]:5}   {indent}{text}{answer}")
         start = stop
     if T <= 40:
-        i = torch.arange(T)
-        sees = (i[None] <= i[:, None]) & (i[:, None] < p.end[None])
         print("\nquery i sees key j iff j <= i < end[j]:\n")
-        print("\n".join("".join("#" if x else "." for x in row) for row in sees.tolist()))
+        for i in range(T):
+            print("".join("#" if j <= i < p.end[j] else "." for j in range(T)))
 
 
 def main(argv=None):
@@ -479,10 +454,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     for path in args.files:
-        first = next(iter(parse_records(Path(path))), ("", {}))[1]
+        first = next(parse_records(path), ("", {}))[1]
         answers = ("chosen", "rejected") if isinstance(first, dict) and "chosen" in first else ("output",)
-        records = read_records(path, ("instruction", "input", *answers))
-        records = records[args.number:args.number + args.count]
+        records = read_records(path, ("instruction", "input", *answers))[args.number:args.number + args.count]
         if not records:
             raise InputError(f"{path}: has no record {args.number}")
         show(tokenizer, encode_records(tokenizer, records, 10 ** 6, answers)[0])

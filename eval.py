@@ -17,32 +17,32 @@ import re
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import (HUMAN, INSTRUCTION, VERDICTS, Sample, Tokenizer, find_answers, format_input, gold_verdict,
-                  pack, parse_lines, parse_records, parse_verdict, read_records)
-from mine_hard import answer_prompts, encode_prompts, generation_arguments, write_lines
-from model import (InputError, Llama, at_least, common_prefix, generate, join_ranks, pick_dtype, write_json,
-                   write_whole)
+from data import (HUMAN, INSTRUCTION, VERDICTS, Sample, find_answers, format_input, gold_verdict, pack,
+                  parse_lines, parse_records, parse_verdict, read_records)
+from mine_hard import (answer_prompts, encode_prompts, generation_arguments, generation_options, lazy_model,
+                       write_lines)
+from model import InputError, at_least, common_prefix, generate, join_ranks, write_json
 
 # The paper's benchmarks: (name, rows in Table 3, F1 of the 1B, 3B and 8B models: Tables 2, 5 and 8).
 # Table 3 says 499 where the released file has 449 rows; its counts give the printed averages.
-PAPER = {
-    "request": [("ToxicChat", 2853, 72.43, 78.20, 78.79), ("HarmBenchPrompt", 239, 96.31, 89.10, 91.86),
-                ("OpenAIModeration", 1680, 70.06, 71.87, 72.00), ("AegisSafetyTest", 359, 89.34, 91.39, 90.18),
-                ("SimpleSafetyTests", 100, 98.99, 100.00, 99.50), ("WildGuardTest", 1756, 87.37, 89.01, 89.17)],
-    "response": [("HarmBenchResponse", 602, 84.75, 85.66, 85.47), ("SafeRLHF", 2000, 68.39, 69.02, 70.04),
-                 ("BeaverTails", 3021, 85.84, 86.72, 87.60), ("XSTestReponseHarmful", 446, 90.12, 91.36, 94.34),
-                 ("WildGuardTest", 1768, 74.81, 79.70, 78.20)],
-    "completion": [("XSTestResponseRefusal", 499, 91.34, 80.31, 93.68), ("WildGuardTest", 1777, 87.71, 87.54, 88.91)]}
+PAPER = {"request": [
+    ("ToxicChat", 2853, 72.43, 78.20, 78.79), ("HarmBenchPrompt", 239, 96.31, 89.10, 91.86),
+    ("OpenAIModeration", 1680, 70.06, 71.87, 72.00), ("AegisSafetyTest", 359, 89.34, 91.39, 90.18),
+    ("SimpleSafetyTests", 100, 98.99, 100.00, 99.50), ("WildGuardTest", 1756, 87.37, 89.01, 89.17)
+], "response": [
+    ("HarmBenchResponse", 602, 84.75, 85.66, 85.47), ("SafeRLHF", 2000, 68.39, 69.02, 70.04),
+    ("BeaverTails", 3021, 85.84, 86.72, 87.60), ("XSTestReponseHarmful", 446, 90.12, 91.36, 94.34),
+    ("WildGuardTest", 1768, 74.81, 79.70, 78.20)
+], "completion": [
+    ("XSTestResponseRefusal", 499, 91.34, 80.31, 93.68), ("WildGuardTest", 1777, 87.71, 87.54, 88.91)]}
 TITLES = {"request": "prompt harmfulness", "response": "response harmfulness", "completion": "refusal"}
 
 # ------------------------------------------------------------------ scoring
-
 
 def confusion(gold, predicted, positive):
     """(tp, fp, fn, tn); a prediction of None is wrong: fn where gold is positive, else fp."""
@@ -62,7 +62,6 @@ def f1_of(tp, fp, fn, tn=0):
 
 def bootstrap(cells, draws=2000, seed=0):
     """95% interval of F1 under resampling of rows with replacement: (low, high) in percent.
-
     Rows of one outcome are alike, so a resample is a multinomial draw of the four cells."""
     n = sum(cells)
     drawn = np.random.default_rng(seed).multinomial(n, np.array(cells) / n, draws)
@@ -72,7 +71,6 @@ def bootstrap(cells, draws=2000, seed=0):
 def auprc(positive, score):
     """Area under the precision-recall curve in percent, as average precision:
     the sum over falling thresholds of (recall gained) x precision   (paper, Table 6)
-
     positive (n,) bool, score (n,): P(positive class); equal scores share one threshold."""
     order = np.argsort(-np.asarray(score), kind="stable")
     hit, score = np.asarray(positive, float)[order], np.asarray(score)[order]
@@ -122,13 +120,14 @@ def score(rows, dataset, legacy=False, wished=None):
         if not some:
             continue
         gold, predicted = [row["gold"][name] for row in some], [row["verdict"][name] for row in some]
+        concluded = [(reasoning_verdict(row["text"])[name], row["verdict"][name]) for row in some]
         if legacy:
             gold, predicted = legacy_pairs(gold, [row["text"] for row in some], name)
         tp, fp, fn, tn = cells = confusion(gold, predicted, positive)
-        concluded = [(reasoning_verdict(row["text"])[name], row["verdict"][name]) for row in some]
-        result = {"file": rows[0]["file"], "dataset": dataset, "task": name, "n": len(gold), "f1": float(f1_of(*cells)),
-                  "precision": 100 * tp / max(tp + fp, 1), "recall": 100 * tp / max(tp + fn, 1),
-                  "unparsable": predicted.count(None), "ci95": bootstrap(cells), "tp": tp, "fp": fp, "fn": fn, "tn": tn,
+        result = {"file": rows[0]["file"], "dataset": dataset, "task": name, "n": len(gold),
+                  "f1": float(f1_of(*cells)), "precision": 100 * tp / max(tp + fp, 1),
+                  "recall": 100 * tp / max(tp + fn, 1), "unparsable": predicted.count(None),
+                  "ci95": bootstrap(cells), "tp": tp, "fp": fp, "fn": fn, "tn": tn,
                   "reasoning_disagrees": sum(a != b for a, b in concluded if a and b)}
         for key in ("tokens", "ms"):
             if all(key in row for row in some):
@@ -137,9 +136,9 @@ def score(rows, dataset, legacy=False, wished=None):
             hit, p = [g == positive for g in gold], [row["p"][name] for row in some]
             result["auprc"] = auprc(hit, p)
             if wished is not None:
-                t = threshold_for(hit, p, wished)
-                result["threshold"] = t
-                result["recall_at_threshold"] = 100 * float(np.mean([x >= t for x, h in zip(p, hit) if h]))
+                result["threshold"] = threshold_for(hit, p, wished)
+                found = [x >= result["threshold"] for x, h in zip(p, hit) if h]
+                result["recall_at_threshold"] = 100 * float(np.mean(found))
         results.append(result)
     return results
 
@@ -151,26 +150,28 @@ def print_tables(results):
         some = [r for r in results if r["task"] == task]
         if not some:
             continue
-        print(f"\n{title:24}     n      F1   95% interval   precision  recall  none   AUPRC    paper 1B / 3B / 8B")
+        print(f"\n{title:24}     n      F1   95% interval   precision  recall  none   AUPRC    "
+              "paper 1B / 3B / 8B")
         for r in some:
             known = [row for row in PAPER[task] if simple(row[0]) == simple(r["dataset"])]
             paper = "  /  ".join(f"{x:.2f}" for x in known[0][2:]) if known else ""
-            print(f"{r['dataset'][:24]:24} {r['n']:5}  {r['f1']:6.2f}   {r['ci95'][0]:5.1f} - {r['ci95'][1]:5.1f}   "
-                  f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['unparsable']:5}  "
-                  f"{r.get('auprc', float('nan')):6.2f}    {paper}".replace("   nan", "     -"))
-        averages.append({"task": task, "weighted_f1": weighted_average([r["f1"] for r in some], [r["n"] for r in some])})
-        print(f"{'weighted average':24} {sum(r['n'] for r in some):5}  {averages[-1]['weighted_f1']:6.2f}")
+            area = f"{r['auprc']:6.2f}" if "auprc" in r else "     -"
+            low, high = r["ci95"]
+            print(f"{r['dataset'][:24]:24} {r['n']:5}  {r['f1']:6.2f}   {low:5.1f} - {high:5.1f}   "
+                  f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['unparsable']:5}  {area}    {paper}")
+        counts = [r["n"] for r in some]
+        averages.append({"task": task, "weighted_f1": weighted_average([r["f1"] for r in some], counts)})
+        print(f"{'weighted average':24} {sum(counts):5}  {averages[-1]['weighted_f1']:6.2f}")
     if len(averages) == 3:
         averages.append({"task": "mean", "weighted_f1": float(np.mean([a["weighted_f1"] for a in averages]))})
         print(f"\nmean of the three tasks         {averages[-1]['weighted_f1']:6.2f}")
-    odd = sum(r["reasoning_disagrees"] for r in results)
-    print(f"\n{odd} answers contradict the conclusion of their own reasoning; "
-          f"{sum(r['unparsable'] for r in results)} have no verdict, counted as wrong")
+    print(f"\n{sum(r['reasoning_disagrees'] for r in results)} answers contradict the conclusion of their "
+          f"own reasoning; {sum(r['unparsable'] for r in results)} have no verdict, counted as wrong")
     return averages
 
 
 def simple(name):
-    """A data set's name without the accidents of spelling: 0_6_xstest_response_harmful = XSTestReponseHarmful."""
+    """A data set's name, whatever its spelling: 0_6_xstest_response_harmful = XSTestReponseHarmful."""
     return re.sub(r"^\d+_\d+_|[^a-z]", "", name.lower()).replace("reponse", "response")
 
 
@@ -184,22 +185,19 @@ def labels_of(label, input, dataset):
 
 # ------------------------------------------------------------------ asking the model
 
-
 def verdict_probability(model, tokenizer, prompts, texts, name, max_tokens=8192):
     """P(positive class) of task `name` for each text, which ends just before the verdict: two branches.
-
     p = exp(a) / (exp(a) + exp(b)), a and b the log-probabilities of the two words after prompt + text."""
     words = [tokenizer.encode(" " + word) for word in VERDICTS[name]]
-    samples = [Sample(prompt + tokenizer.encode(text), words) for prompt, text in zip(prompts, texts)]
-    root = common_prefix([s.prompt for s in samples])
-    for sample in samples:
-        sample.root = root
+    starts = [prompt + tokenizer.encode(text) for prompt, text in zip(prompts, texts)]
+    samples = [Sample(start, words, common_prefix(starts)) for start in starts]
     total = torch.zeros(2 * len(samples), dtype=torch.float64)
     with torch.inference_mode():
         for i in range(0, len(samples), 64):
             for p in pack(samples[i:i + 64], max_tokens):
                 p = p.to(model.device)
-                total.index_add_(0, p.answer.cpu() + 2 * i, model(p.tokens, p.end, p.rows, p.targets).double().cpu())
+                logprobs = model(p.tokens, p.end, p.rows, p.targets).double().cpu()
+                total.index_add_(0, p.answer.cpu() + 2 * i, logprobs)
     return total.view(-1, 2).softmax(1)[:, 0].tolist()
 
 
@@ -230,64 +228,62 @@ def majority(verdicts):
     return result
 
 
-def moderate(model, tokenizer, exchanges, max_new_tokens=2048, max_length=4096, on_unparsable=None, **options):
+def moderate(model, tokenizer, exchanges, max_new_tokens=2048, max_length=4096, on_unparsable=None,
+             **options):
     """Verdicts on exchanges [{"prompt", "response" or None}]: a list of dicts with request, completion,
-    response, parsed, p_harmful (of request and response) and reasoning.
-
-    Only the generated text is read. An answer without a needed verdict has parsed=False and None there,
-    or the word on_unparsable; it is never taken for a safe one."""
-    records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))} for e in exchanges]
+    response, parsed, p_harmful (of request and response) and reasoning. Only the generated text is read.
+    An answer without a needed verdict has parsed=False and None there, or the word on_unparsable; it is
+    never taken for a safe one."""
+    inputs = [format_input(e["prompt"], e.get("response")) for e in exchanges]
+    records = [{"instruction": INSTRUCTION, "input": text} for text in inputs]
     prompts = encode_prompts(tokenizer, records, max_length)
-    answers = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, stop=tokenizer.stop, **options)
-    texts = [tokenizer.decode(ids) for ids, in answers]
+    options = {"max_new_tokens": max_new_tokens, "temperature": 0, "stop": tokenizer.stop, **options}
+    texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, **options)]
     p = {name: verdict_probability(model, tokenizer, prompts, [up_to_verdict(t, name) for t in texts], name)
          for name in ("request", "response")}
     results = []
     for i, (text, exchange) in enumerate(zip(texts, exchanges)):
-        verdict, needed = parse_verdict(text), ["request"] if exchange.get("response") is None else list(VERDICTS)
+        verdict = parse_verdict(text)
+        needed = ["request"] if exchange.get("response") is None else list(VERDICTS)
         parsed = all(verdict[name] for name in needed)
         for name in needed:
             if verdict[name] is None and name != "completion":
                 verdict[name] = on_unparsable
-        results.append({**verdict, "parsed": parsed, "p_harmful": {n: round(p[n][i], 4) for n in p if n in needed},
-                        "reasoning": text})
+        harmful = {name: round(p[name][i], 4) for name in p if name in needed}
+        results.append({**verdict, "parsed": parsed, "p_harmful": harmful, "reasoning": text})
     return results
 
 
-def evaluate_file(args, path, load, tokenizer, rank_info):
+def evaluate_file(args, path, name, tokenizer, load, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
-    records = read_records(path)[:args.limit]
-    name = args.dataset or Path(path).stem
+    records, out = read_records(path)[:args.limit], Path(args.out) / name
     golds = [labels_of(record["output"], record["input"], name) for record in records]
     if not any(any(gold.values()) for gold in golds):
-        raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
+        raise InputError(f"{path}: no record has a label (harmful, unharmful, refusal, compliance) "
+                         "as its output")
     prompts = encode_prompts(tokenizer, records, args.max_length)
-    kept = not args.fast and any((Path(args.out) / name).glob("answers.jsonl*"))   # then nothing is timed
-    start = time.time()
+    start, kept = time.time(), not args.fast and any(out.glob("answers.jsonl*"))   # then nothing is timed
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
-                   for text, p in answer_fast(load()[0], tokenizer, prompts)]
+                   for text, p in answer_fast(*load(), prompts)]
     else:
-        settings = {key: getattr(args, key) for key in ("model", "limit", "k", "seed", "max_new_tokens",
-                                                        "max_length", "format", "dtype")}
-        lines = answer_prompts(load, prompts, Path(args.out) / name / "answers.jsonl", rank_info, args.block,
-                               {**settings, "data": str(path)}, label=f"{name}: ", k=args.k,
-                               temperature=0 if args.k == 1 else 1.0, seed=args.seed, kv_tokens=args.kv_tokens,
-                               max_new_tokens=args.max_new_tokens, share=not args.no_share)
+        names = "model limit k seed max_new_tokens max_length format dtype".split()
+        settings = {**{name: getattr(args, name) for name in names}, "data": str(path)}
+        lines = answer_prompts(load, prompts, out / "answers.jsonl", rank_info, args.block, settings,
+                               f"{name}: ", temperature=1.0 if args.k > 1 else 0, **generation_options(args))
         answers = [{**line["samples"][0], "verdict": majority([s["verdict"] for s in line["samples"]]),
                     "tokens": sum(s["tokens"] for s in line["samples"])} for line in lines]
-    seconds = time.time() - start
-    rows = [{"file": str(path), "gold": gold,
-             **({} if kept else {"ms": 1000 * seconds / len(records)}), "label": record["output"], "prompt": record["instruction"] + "\n" + record["input"], **answer}
-            for record, gold, answer in zip(records, golds, answers)]
+    timing = {} if kept else {"ms": 1000 * (time.time() - start) / len(records)}
+    rows = [{"file": str(path), "gold": gold, **timing, **answer} for gold, answer in zip(golds, answers)]
     if args.scores and not args.fast:
-        for task in [t for t in VERDICTS if any(row["gold"][t] for row in rows)]:
+        for task in [t for t in VERDICTS if any(gold[t] for gold in golds)]:
             texts = [up_to_verdict(row["text"], task) for row in rows]
-            for row, p in zip(rows, verdict_probability(load()[0], tokenizer, prompts, texts, task)):
+            for row, p in zip(rows, verdict_probability(*load(), prompts, texts, task)):
                 row.setdefault("p", {})[task] = p
-    lines = [{"prompt": row["prompt"], "label": row["label"], "predict": row["text"]} for row in rows]
     if rank_info[1] == 0:
-        write_whole(Path(args.out) / name / "generated_predictions.jsonl", partial(write_lines, lines=lines))
+        write_lines(out / "generated_predictions.jsonl", [
+            {"prompt": record["instruction"] + "\n" + record["input"], "label": record["output"],
+             "predict": row["text"]} for record, row in zip(records, rows)])
     return rows
 
 
@@ -299,7 +295,8 @@ def read_predictions(path, dataset):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
         prompt = str(line.get("prompt") or "")
         gold = labels_of(line["label"], prompt[max(0, prompt.find(HUMAN)):], dataset)
-        rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(line["predict"]), "text": line["predict"]})
+        rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(line["predict"]),
+                     "text": line["predict"]})
     if not any(any(row["gold"].values()) for row in rows):
         raise InputError(f"{path}: no line has a label (harmful, unharmful, refusal, compliance)")
     return rows
@@ -307,22 +304,21 @@ def read_predictions(path, dataset):
 
 # ------------------------------------------------------------------ the script
 
-
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="model folder")
-    p.add_argument("--data", nargs="+", metavar="FILE", help="benchmark files: records whose output is a label")
+    p.add_argument("--data", nargs="+", metavar="FILE", help="benchmarks: records whose output is a label")
     p.add_argument("--predictions", nargs="+", metavar="FILE", help="score these answers; no model is needed")
-    p.add_argument("--dataset", help="name of the data set (default: the file's, or a prediction file's folder's)")
+    p.add_argument("--dataset", help="its name (default: the file's, or a prediction file's folder's)")
     p.add_argument("--out", help="folder for answers and results.json")
     p.add_argument("--legacy", action="store_true", help="score as the released evaluate.py, to the bit")
-    p.add_argument("--k", type=at_least(1), default=1, help="answers to a prompt; more than 1: majority vote at T = 1")
-    p.add_argument("--fast", action="store_true", help="read the verdicts right after the prompt, no reasoning")
+    p.add_argument("--k", type=at_least(1), default=1, help="answers to a prompt; from 2 on a vote at T = 1")
+    p.add_argument("--fast", action="store_true", help="verdicts right after the prompt, no reasoning")
     p.add_argument("--scores", action="store_true", help="also P(verdict) for AUPRC (paper, Table 6)")
     p.add_argument("--fpr", type=at_least(0, float), help="with --scores: recall at this false-positive rate")
     p.add_argument("--prompt", help="moderate this request")
     p.add_argument("--response", help="... and this response to it")
-    p.add_argument("--moderate", action="store_true", help='JSON lines {"prompt", "response"} in, verdicts out')
+    p.add_argument("--moderate", action="store_true", help='JSON lines {"prompt", "response"} to verdicts')
     p.add_argument("--on-unparsable", choices=["harmful"], help="say this where an answer has no verdict")
     generation_arguments(p)
     args = p.parse_args(argv)
@@ -341,45 +337,41 @@ def moderate_lines(args, model, tokenizer):
         exchanges = [{"prompt": args.prompt, "response": args.response}]
     else:
         exchanges = (exchange for _, exchange in parse_lines("--moderate", sys.stdin))
-    options = dict(max_new_tokens=args.max_new_tokens, max_length=args.max_length, on_unparsable=args.on_unparsable)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "max_length", "on_unparsable")}
     for exchange in exchanges:
         if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
                 and isinstance(exchange.get("response"), (str, type(None)))):
-            raise InputError('--moderate: every line must be an object whose "prompt" is a text, and "response", if any')
-        print(json.dumps(moderate(model, tokenizer, [exchange], **options)[0], ensure_ascii=False), flush=True)
+            raise InputError('--moderate: every line must be an object with a text field "prompt", '
+                             'and "response" a text or null')
+        verdict, = moderate(model, tokenizer, [exchange], **options)
+        print(json.dumps(verdict, ensure_ascii=False), flush=True)
 
 
 def demo():
     """Both models of the demo on the same 600 records that no stage has seen."""
     for name, title in (("sft", "R-SFT"), ("dpo", "R-SFT + HS-DPO")):
         print(f"\n==== {title}: out/{name} on toy/test.json")
-        main(["--model", f"out/{name}", "--data", "toy/test.json", "--limit", "600", "--max-new-tokens", "224",
-              "--out", f"out/eval_{name}"])
+        main(["--model", f"out/{name}", "--data", "toy/test.json", "--out", f"out/eval_{name}",
+              "--limit", "600", "--max-new-tokens", "224"])
 
 
 def main(argv=None):
     if not (sys.argv[1:] if argv is None else argv):
         return demo()
     args = parse_arguments(argv)
-    results = []
+    results, rank_info = [], (None, 0, 1)
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
         results += score(read_predictions(path, dataset), dataset, args.legacy)
-    rank_info = (None, 0, 1)
     if args.model:
         rank_info = join_ranks(args.device)
-        device, tokenizer, model = rank_info[0], Tokenizer.from_pretrained(args.model, args.format), []
-
-        def load():
-            if not model:
-                model.append(Llama.from_pretrained(args.model, device, pick_dtype(device, args.dtype)))
-            return model[0], tokenizer
-
+        tokenizer, load = lazy_model(args, args.model, rank_info[0])
         if args.prompt is not None or args.moderate:
             return moderate_lines(args, *load())
         for path in args.data:
             dataset = args.dataset or Path(path).stem
-            results += score(evaluate_file(args, path, load, tokenizer, rank_info), dataset, args.legacy, args.fpr)
+            rows = evaluate_file(args, path, dataset, tokenizer, load, rank_info)
+            results += score(rows, dataset, args.legacy, args.fpr)
     if rank_info[1] == 0:
         averages = print_tables(results)
         if args.out:

@@ -21,19 +21,15 @@ from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict,
                   read_records)
-from model import (InputError, Llama, at_least, generate_iter, join_ranks, pick_dtype, read_json,
+from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
                    write_json, write_whole)
 
 # ------------------------------------------------------------------ the method
 
-
 def judge(verdict, gold):
     """Is this output correct: is every verdict that the record labels right? No verdict is not.
-
     verdict, gold: dicts as parse_verdict gives them; gold is None where there is no label."""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
@@ -46,7 +42,6 @@ def judge_all(samples, gold):
 
 def judge_by_field(samples, gold):
     """The released code's rule: [correct, wrong or (None) dropped, for each sample] on one field.
-
     The first of request, response, completion on which the samples differ decides, and the others are
     not looked at; a sample that lacks any verdict is dropped."""
     whole = [all(s["verdict"].values()) for s in samples]
@@ -58,16 +53,15 @@ def judge_by_field(samples, gold):
 
 
 def pick_pair(samples, right, rule, rng):
-    """(chosen, rejected) texts: one correct and one incorrect sample, at random or (released code)
-    the longest of each."""
+    """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the longest."""
     good = [s["text"] for s, ok in zip(samples, right) if ok is True]
     bad = [s["text"] for s, ok in zip(samples, right) if ok is False]
-    return (max(good, key=len), max(bad, key=len)) if rule == "longest" else (rng.choice(good), rng.choice(bad))
+    pick = partial(max, key=len) if rule == "longest" else rng.choice
+    return pick(good), pick(bad)
 
 
 def sample_weights(differences, gamma):
     """alpha = 1 + Norm(k_incorrect - k_correct, gamma)   (GuardReasoner, Eq. 2)
-
     Norm maps the differences of the mined set linearly to [-gamma, gamma]; all equal: alpha = 1."""
     low, high = min(differences, default=0), max(differences, default=0)
     return [1 + gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0 for d in differences]
@@ -75,32 +69,29 @@ def sample_weights(differences, gamma):
 
 def select(records, sources, answers, judging, pairing, gamma, seed):
     """hard.jsonl from all models' answers [(model, {prompt number: samples})], and a count of outcomes.
-
     A prompt is hard if it has correct and incorrect answers. An input that is hard for several models,
     or occurs twice, is taken once: from the model named first."""
     rule = {"all": judge_all, "field": judge_by_field}[judging]
-    hard, differences, seen, count = [], [], set(), Counter()
+    hard, count = {}, Counter()
     for model, by_prompt in answers:
         for number, samples in sorted(by_prompt.items()):
             record = records[number]
             right = rule(samples, gold_verdict(record))
             good, bad = right.count(True), right.count(False)
-            count["all right" if good and not bad else "hard" if good and bad else "all wrong"] += 1
+            count["all wrong" if not good else "hard" if bad else "all right"] += 1
             count["answers without verdict"] += sum(not any(s["verdict"].values()) for s in samples)
-            if not (good and bad) or record["input"] in seen:
-                continue
-            seen.add(record["input"])
-            chosen, rejected = pick_pair(samples, right, pairing, random.Random(f"{seed} {model} {number}"))
-            hard.append({"instruction": record["instruction"], "input": record["input"], "chosen": chosen,
-                         "rejected": rejected, "k_correct": good, "k_incorrect": bad, "source": sources[number]})
-            differences.append(bad - good)
-    for pair, weight in zip(hard, sample_weights(differences, gamma)):
-        pair["weight"] = weight
-    return hard, count
+            if good and bad and record["input"] not in hard:
+                rng = random.Random(f"{seed} {model} {number}")
+                chosen, rejected = pick_pair(samples, right, pairing, rng)
+                hard[record["input"]] = {
+                    "instruction": record["instruction"], "input": record["input"], "chosen": chosen,
+                    "rejected": rejected, "k_correct": good, "k_incorrect": bad, "source": sources[number]}
+    pairs = list(hard.values())
+    weights = sample_weights([pair["k_incorrect"] - pair["k_correct"] for pair in pairs], gamma)
+    return [{**pair, "weight": weight} for pair, weight in zip(pairs, weights)], count
 
 
 # ------------------------------------------------------------------ answering all prompts (eval.py too)
-
 
 def encode_prompts(tokenizer, records, max_length):
     """The prompt ids of each record; InputError where not even an empty exchange fits."""
@@ -110,13 +101,19 @@ def encode_prompts(tokenizer, records, max_length):
     return prompts
 
 
+def lazy_model(args, folder, device):
+    """(tokenizer, load) of a folder; load() -> (model, tokenizer) reads the weights at its first call."""
+    tokenizer = Tokenizer.from_pretrained(folder, args.format)
+    dtype = pick_dtype(device, args.dtype)
+    return tokenizer, lru_cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
+
+
 def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **options):
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
-
     load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
     whole into path.parts, whichever rank and run answers them, and joined in order at the end; InputError
     if the parts were made with other settings."""
-    _, rank, ranks = rank_info
+    device, rank, ranks = rank_info
     parts = Path(f"{path}.parts")
     check_settings(parts / "settings.json", {**settings, "block": block, "prompts": len(prompts)}, rank)
     if not Path(path).exists():
@@ -125,14 +122,11 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **
         meter = Meter(sum(len(prompts[i:i + block]) for i in todo), label, rank)
         for start in todo:
             lines = answer_block(*load(), prompts[start:start + block], start, settings, meter, options)
-            write_whole(parts / f"{start:08d}.jsonl", partial(write_lines, lines=lines))
-        if ranks > 1:
-            dist.barrier()
+            write_lines(parts / f"{start:08d}.jsonl", lines)
+        all_sum(0, device)                                                     # wait for every rank's blocks
         if rank == 0:
-            lines = [line for i in starts for line in read_lines(parts / f"{i:08d}.jsonl")]
-            write_whole(path, partial(write_lines, lines=lines))
-        if ranks > 1:
-            dist.barrier()
+            write_lines(path, [line for i in starts for line in read_lines(parts / f"{i:08d}.jsonl")])
+        all_sum(0, device)                                                     # wait for the whole file
     for part in parts.glob("0*.jsonl") if rank == 0 else []:
         part.unlink()
     return read_lines(path)
@@ -142,61 +136,59 @@ def answer_block(model, tokenizer, prompts, first, settings, meter, options):
     """The lines of one block, in the order of its prompts."""
     lines = [None] * len(prompts)
     for i, answers in generate_iter(model, prompts, stop=tokenizer.stop, **options):
-        samples = []
-        for ids in answers:
-            text = tokenizer.decode(ids)
-            samples.append({"text": text, "finish": "stop" if ids[-1] in tokenizer.stop else "length",
-                            "tokens": len(ids), "verdict": parse_verdict(text)})
-        lines[i] = {"prompt": first + i, "model": settings["model"], "seed": settings["seed"], "samples": samples}
+        texts = [tokenizer.decode(ids) for ids in answers]
+        samples = [{"text": text, "finish": "stop" if ids[-1] in tokenizer.stop else "length",
+                    "tokens": len(ids), "verdict": parse_verdict(text)} for text, ids in zip(texts, answers)]
+        made = {"model": settings["model"], "seed": settings["seed"]}
+        lines[i] = {"prompt": first + i, **made, "samples": samples}
         meter.add(sum(map(len, answers)))
     return lines
 
 
 def check_settings(path, settings, rank):
     """Remember what a file is made with; refuse to continue it with something else."""
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = read_json(path)
-        other = [name for name in settings if old.get(name) != settings[name]]
-        if other:
-            raise InputError(f"{path}: was made with {other[0]} = {old.get(other[0])!r}, now it is "
-                             f"{settings[other[0]]!r}; choose another --out")
-    elif rank == 0:
+    settings = json.loads(json.dumps(settings))                                # as the file gives them back
+    old = read_json(path) if path.exists() else settings
+    for name, now in settings.items():
+        if old.get(name) != now:
+            raise InputError(f"{path}: was made with {name} = {old.get(name)!r}, now it is {now!r}; "
+                             "choose another --out")
+    if rank == 0 and old is settings:
         write_json(path, settings)
 
 
 def write_lines(path, lines):
+    """Write a JSON value a line, whole; half a surrogate pair is written as JSON spells it."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")     # half a surrogate pair: as in JSON
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def read_lines(path):
-    return [line for _, line in parse_records(Path(path))]
+    return [line for _, line in parse_records(path)]
 
 
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
 
     def __init__(self, total, label, rank):
-        self.total, self.label, self.quiet = total, label, rank > 0 or not total
+        self.total, self.label, self.quiet = total, label, rank > 0
         self.done, self.tokens, self.start, self.shown = 0, 0, time.time(), 0.0
 
     def add(self, tokens):
         self.done, self.tokens = self.done + 1, self.tokens + tokens
-        now, over = time.time(), self.done == self.total
-        if self.quiet or not (over or (sys.stdout.isatty() and now > self.shown + 1)):
+        now, left = time.time(), self.total - self.done
+        if self.quiet or (left and not (sys.stdout.isatty() and now > self.shown + 1)):
             return
         self.shown, spent = now, now - self.start
         print(f"\r{self.label}{self.done}/{self.total} prompts  {self.tokens / spent:,.0f} tokens/s  "
-              f"{spent / self.done * (self.total - self.done) / 60:.1f} min left  ",
-              end="\n" if over else "", flush=True)
+              f"{spent / self.done * left / 60:.1f} min left  ", end="" if left else "\n", flush=True)
 
 
 def generation_arguments(p):
     """The arguments of everything that generates."""
-    p.add_argument("--max-length", type=at_least(1), default=4096, help="cut longer prompts inside the user's text")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released code: 2048)")
-    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held (default: what memory allows)")
+    p.add_argument("--max-length", type=at_least(1), default=4096, help="user texts are cut to fit in it")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
+    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
     p.add_argument("--no-share", action="store_true", help="give every sample its own copy of the prompt")
     p.add_argument("--seed", type=at_least(0), default=42, help="of sampling and of picking pairs")
@@ -206,42 +198,43 @@ def generation_arguments(p):
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
-# ------------------------------------------------------------------ the script
+def generation_options(args):
+    """The options of generate_iter that --k and generation_arguments set."""
+    return dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, kv_tokens=args.kv_tokens,
+                share=not args.no_share)
 
+
+# ------------------------------------------------------------------ the script
 
 def mine(args, folder, records, path, rank_info):
     """{prompt number: k judged samples} of one model."""
-    device = rank_info[0]
-    tokenizer = Tokenizer.from_pretrained(folder, args.format)
+    tokenizer, load = lazy_model(args, folder, rank_info[0])
     prompts = encode_prompts(tokenizer, records, args.max_length)
-    load = lru_cache(lambda: (Llama.from_pretrained(folder, device, pick_dtype(device, args.dtype)), tokenizer))
-    settings = {name: getattr(args, name) for name in ("data", "limit", "k", "temperature", "top_p", "seed",
-                                                       "max_new_tokens", "max_length", "format", "dtype")}
-    lines = answer_prompts(load, prompts, path, rank_info, args.block, {"model": str(folder), **settings},
-                           label=f"{folder}: ", k=args.k, temperature=args.temperature, top_p=args.top_p,
-                           seed=args.seed, max_new_tokens=args.max_new_tokens, kv_tokens=args.kv_tokens,
-                           share=not args.no_share)
+    names = "data limit k temperature top_p seed max_new_tokens max_length format dtype".split()
+    settings = {"model": str(folder), **{name: getattr(args, name) for name in names}}
+    lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ",
+                           temperature=args.temperature, top_p=args.top_p, **generation_options(args))
     return {line["prompt"]: line["samples"] for line in lines}
 
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = not (sys.argv[1:] if argv is None else argv)
     p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR", help="one model, or an ensemble")
     p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
     p.add_argument("--out", default="out/hard", help="folder for samples.jsonl and hard.jsonl")
     p.add_argument("--k", type=at_least(1), default=4, help="answers to each prompt (released code: 4)")
-    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released code: 0.7")
+    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released: 0.7")
     p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="nucleus (paper: 0.95)")
     p.add_argument("--judge", choices=["all", "field"], default="all",
-                   help="an output is correct if all labelled verdicts are, or (released code) one field's is")
+                   help="an output is correct if all labelled verdicts are, or (released) one field's is")
     p.add_argument("--pair", choices=["random", "longest"], default="random",
                    help="which correct and which incorrect output make the pair (released code: longest)")
-    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 - gamma .. 1 + gamma (paper: 0.2)")
+    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
-    if demo:
-        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), max_new_tokens=224, limit=100)
+    if not (sys.argv[1:] if argv is None else argv):
+        toy = sorted(map(str, Path("toy").glob("train_*.json")))
+        p.set_defaults(data=toy, max_new_tokens=224, limit=100)
     args = p.parse_args(argv)
     if not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")
@@ -254,11 +247,8 @@ def main(argv=None):
     if out.exists() and any(out.glob("samples*")) and not args.resume:
         raise InputError(f"{out}: already holds samples; add --resume to continue, or choose another --out")
     rank_info = join_ranks(args.device)
-    records, sources = [], []
-    for path in args.data:
-        some = read_records(path)[:args.limit]
-        records += some
-        sources += [Path(path).stem] * len(some)
+    found = [(record, Path(path).stem) for path in args.data for record in read_records(path)[:args.limit]]
+    records, sources = zip(*found)
     answers = []
     for n, folder in enumerate(args.model):
         path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
@@ -266,11 +256,11 @@ def main(argv=None):
     if rank_info[1] > 0:
         return
     hard, count = select(records, sources, answers, args.judge, args.pair, args.gamma, args.seed)
-    n = sum(count[what] for what in ("all right", "hard", "all wrong"))
+    n = len(records) * len(args.model)
     for what in ("all right", "hard", "all wrong"):
         print(f"{count[what]:7} of {n} prompts {what} ({100 * count[what] / n:.1f}%)")
     print(f"{count['answers without verdict']:7} of {n * args.k} answers without verdict")
-    write_whole(out / "hard.jsonl", partial(write_lines, lines=hard))
+    write_lines(out / "hard.jsonl", hard)
     print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights "
           + ", ".join(f"{w:.2f} x {c}" for w, c in sorted(Counter(p["weight"] for p in hard).items())))
 

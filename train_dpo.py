@@ -20,13 +20,11 @@ from safetensors.torch import save_file
 
 from data import encode_records, pack, read_records
 from model import InputError, all_sum, at_least, join_ranks, read_tensors, write_whole
-from train_sft import (Interrupt, Log, batches, common_arguments, deal, load, lr_at, make_optimizer, resume,
-                       save, save_final, start_run, update)
+from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     """-alpha log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
-
     Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2). All (B,): log-probabilities
     *summed* over an answer's tokens, end mark included; w is the chosen, l the rejected answer."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)             # (B,)
@@ -41,7 +39,6 @@ def answer_sums(logprobs, answer, answers):
 def pairs_loss(logprobs, answer, samples, reference, weight, args):
     """The summed loss of a pack's pairs, and the sums that are logged, (6,): loss, preference term,
     accuracy, margin, chosen and rejected log-probability.
-
     loss = dpo_loss + sft * (-log pi_w / |w|): the SFT term is a mean over each chosen answer's tokens."""
     here = torch.unique(answer // 2)                                       # pairs of this pack
     policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[here]
@@ -76,7 +73,8 @@ def kept_reference(model, samples, args, rank_info):
     if args.resume and path.exists():
         kept = dict(read_tensors(path))["logprobs"]
         if len(kept) != len(samples):
-            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; resume with the same data")
+            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; "
+                             "resume with the same data")
         return kept
     reference = reference_logprobs(model, samples, args, rank_info)
     if rank_info[1] == 0:
@@ -86,17 +84,16 @@ def kept_reference(model, samples, args, rank_info):
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = not (sys.argv[1:] if argv is None else argv)
     p.add_argument("--model", default="out/sft", help="folder of the R-SFT model; also the reference")
-    p.add_argument("--data", nargs="+", default=["out/hard/hard.jsonl"], metavar="FILE", help="pairs of mine_hard.py")
+    p.add_argument("--data", nargs="+", default=["out/hard/hard.jsonl"], metavar="FILE", help="hard samples")
     p.add_argument("--out", default="out/dpo", help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-6, help="peak learning rate (paper: 5e-6)")
     p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
-    p.add_argument("--batch-size", type=at_least(1), default=256, help="pairs in an optimizer step (paper: 256)")
-    p.add_argument("--beta", type=at_least(0, float), default=0.01, help="strength of the reference (paper: 0.01)")
+    p.add_argument("--batch-size", type=at_least(1), default=256, help="pairs in a step (paper: 256)")
+    p.add_argument("--beta", type=at_least(0, float), default=0.01, help="DPO temperature (paper: 0.01)")
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
-    if demo:
+    if not (sys.argv[1:] if argv is None else argv):
         p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
     return p.parse_args(argv)
 
@@ -106,8 +103,8 @@ def main(argv=None):
     checkpoint = start_run(args)
     rank_info = device, rank, ranks = join_ranks(args.device)
     model, tokenizer = load(args, rank_info)
-    records = [record for path in args.data for record in
-               read_records(path, ("instruction", "input", "chosen", "rejected"))][:args.limit]
+    fields = ("instruction", "input", "chosen", "rejected")
+    records = [record for path in args.data for record in read_records(path, fields)][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
     weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]
     if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
@@ -115,13 +112,10 @@ def main(argv=None):
     weights = torch.tensor(weights, dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
-    optimizer = make_optimizer(model, args.lr)             # before a forward pass, which gathers the weights
+    optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights
     reference = kept_reference(model, samples, args, rank_info)
-    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
-    steps, interrupted = min(args.max_steps or len(plan), len(plan)), Interrupt(device)
-    done = resume(checkpoint, model, optimizer) if checkpoint else 0
-    log = Log(args, done, steps, rank)
-    for step, batch in enumerate(plan[done:steps], done + 1):
+    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in left:
         lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, totals = len(batch), torch.zeros(6, dtype=torch.float64)
         packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
@@ -138,12 +132,6 @@ def main(argv=None):
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
             loss_tokens=sum(len(a) for s in chosen for a in s.answers), pairs=count, preference=preference,
             accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
-        stop = bool(interrupted)
-        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
-        if stop:
-            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-    save_final(args, model, tokenizer, rank)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint import state_dict as states
 
-from data import FORMATS, Pack, Tokenizer, encode_records, pack, parse_records, read_records
+from data import FORMATS, Tokenizer, encode_records, lay_out, pack, parse_records, read_records
 from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
                    weight_files, write_json, write_whole, writing)
 
 
 def sft_loss(logprobs, count):
     """L = -(1/count) sum_n log p(target_n)   (GuardReasoner Eq. 1, as a mean over tokens)
-
     logprobs (N,) of one pack; count: the answer tokens of the whole step, over all packs and ranks."""
     return -logprobs.sum() / count
 
@@ -61,8 +58,8 @@ def batches(n, size, epochs, seed):
 
 def common_arguments(p):
     """The arguments that mean the same in both trainers."""
-    p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of one sequence (paper: 2048)")
-    p.add_argument("--max-tokens", type=at_least(1), default=8192, help="tokens of a pack; speed and memory only")
+    p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of a sequence (paper: 2048)")
+    p.add_argument("--max-tokens", type=at_least(1), default=8192, help="of a pack: speed and memory only")
     p.add_argument("--max-steps", type=at_least(1), help="stop here; the schedule ends here too")
     p.add_argument("--seed", type=at_least(0), default=42, help="order of the data (paper: 42)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records only")
@@ -70,7 +67,7 @@ def common_arguments(p):
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
                    help="of products; weights are kept in fp32 (default: bfloat16 where the hardware has it)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--recompute", action="store_true", help="compute activations twice: less memory, 4/3 time")
+    p.add_argument("--recompute", action="store_true", help="activations twice: less memory, 4/3 time")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--save-every", type=at_least(0), default=0, metavar="N", help="checkpoint every N steps")
@@ -97,7 +94,7 @@ def shard(model, device, products):
                                   reduce_dtype=torch.promote_types(products, torch.float32))
     for layer in model.model["layers"]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model.to(device), mesh=mesh)         # embedding and head add up their gradient in fp32
+    return fully_shard(model.to(device), mesh=mesh)      # embedding and head add up many gradients: in fp32
 
 
 def make_optimizer(model, lr):
@@ -107,15 +104,12 @@ def make_optimizer(model, lr):
 
 def deal(packs, rank, ranks):
     """This rank's packs of a step: longest first to the lightest rank, the same number to each.
-
     Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
     hands = [[] for _ in range(ranks)]
     most = -(-len(packs) // ranks)
     for p in sorted(packs, key=lambda p: -len(p.tokens)):
         min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
-    none = torch.zeros(0, dtype=torch.long)
-    empty = Pack(torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long), none, none, none)
-    return hands[rank] + [empty] * (most - len(hands[rank]))
+    return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
 
 
 def update(model, optimizer, lr):
@@ -128,16 +122,17 @@ def update(model, optimizer, lr):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder, model, optimizer, step, rank, keep=2):
-    """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, remove all but `keep`."""
-    weights, state = get_model_state_dict(model, options=FULL), get_optimizer_state_dict(model, optimizer, options=FULL)
+    """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, keep the newest `keep`."""
+    weights = states.get_model_state_dict(model, options=FULL)
+    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
     if rank == 0:
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        moments = {f"{name}:{key}": value.contiguous() for name, values in state["state"].items()
+        moments = {f"{name}:{key}": value.contiguous() for name, values in moments.items()
                    for key, value in values.items()}
         model.save_pretrained(temporary, torch.promote_types(model.head.dtype, torch.float32), weights)
         write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
@@ -150,7 +145,7 @@ def save(folder, model, optimizer, step, rank, keep=2):
 
 def save_final(args, model, tokenizer, rank):
     """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
-    weights = get_model_state_dict(model, options=FULL)
+    weights = states.get_model_state_dict(model, options=FULL)
     if rank == 0:
         for left in Path(args.out).glob(".tmp*"):            # what a kill leaves when safetensors writes
             left.unlink()
@@ -167,13 +162,13 @@ def checkpoints(out):
 def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
     weights = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
-    set_model_state_dict(model, weights, options=FULL)
-    state = {}
+    states.set_model_state_dict(model, weights, options=FULL)
+    state = states.get_optimizer_state_dict(model, optimizer)               # (FULL tells rank 0 alone)
+    state["state"] = {}
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):
         parameter, key = name.rsplit(":", 1)
-        state.setdefault(parameter, {})[key] = tensor
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]     # (FULL tells rank 0 alone)
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=FULL)
+        state["state"].setdefault(parameter, {})[key] = tensor
+    states.set_optimizer_state_dict(model, optimizer, state, options=FULL)
     return read_json(folder / "state.json")["step"]
 
 
@@ -181,72 +176,75 @@ class Log:
     """metrics.jsonl (first line: arguments and versions; then one object a step) and the console line."""
 
     def __init__(self, args, step, steps, rank):
-        self.path, self.steps, self.first, self.started = Path(args.out) / "metrics.jsonl", steps, step, time.time()
-        self.rank, self.tick = rank, time.time()
+        self.path, self.first, self.steps, self.rank = Path(args.out) / "metrics.jsonl", step, steps, rank
+        self.started = self.tick = time.time()
         if rank:
             return
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                                capture_output=True, text=True).stdout.strip()
         old = self.path.read_text().splitlines()[1:] if step and self.path.exists() else []
-        lines = [json.dumps({**vars(args), "torch": torch.__version__, "git": git_commit()}, default=str)]
+        lines = [json.dumps({**vars(args), "torch": torch.__version__, "git": commit or None}, default=str)]
         lines += [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
         write_whole(self.path, lambda path: path.write_text("".join(line + "\n" for line in lines)))
 
-    def __call__(self, device, **row):
-        """Write one step; row has step, loss, lr, grad_norm, tokens and what else the stage counts."""
-        seconds, self.tick = time.time() - self.tick, time.time()
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-        row.update(seconds=seconds, tokens_per_second=row["tokens"] / seconds, peak_memory=memory / 2 ** 30)
+    def __call__(self, device, step, **row):
+        """Write one step; row has loss, lr, grad_norm, tokens and what else the stage counts."""
         if self.rank:
             return
+        now, unit = time.time(), 1 if sys.platform == "darwin" else 1024
+        seconds, self.tick = now - self.tick, now
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        row.update(seconds=seconds, tokens_per_second=row["tokens"] / seconds, peak_memory=memory / 2 ** 30)
         with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        step = row["step"]
-        left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
-        extra = f"  accuracy {row['accuracy']:.2f}" if "accuracy" in row else ""
-        extra += f"  eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+            file.write(json.dumps({"step": step, **row}) + "\n")
         keep = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row
-        if not keep and not sys.stdout.isatty():
-            return
-        print(f"step {step:5}/{self.steps}  loss {row['loss']:.4f}{extra}  lr {row['lr']:.1e}  "
-              f"grad {row['grad_norm']:6.2f}  {row['tokens_per_second']:8,.0f} tokens/s  "
-              f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ", end="\n" if keep else "\r", flush=True)
-
-
-def git_commit():
-    """The commit of this code, or None outside a checkout."""
-    run = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or None
-
-
-class Interrupt:
-    """True once SIGTERM or Ctrl-C came to any rank: finish the step, save, leave."""
-
-    def __init__(self, device):
-        self.seen, self.device = False, device
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.notice)
-
-    def notice(self, number, frame):
-        self.seen = True
-        signal.signal(number, signal.SIG_DFL)                # a second time ends at once
-
-    def __bool__(self):
-        return all_sum(self.seen, self.device) > 0
+        if keep or sys.stdout.isatty():
+            extra = f"  accuracy {row['accuracy']:.2f}" if "accuracy" in row else ""
+            extra += f"  eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+            left = (now - self.started) / (step - self.first) * (self.steps - step)
+            print(f"step {step:5}/{self.steps}  loss {row['loss']:.4f}{extra}  lr {row['lr']:.1e}  "
+                  f"grad {row['grad_norm']:6.2f}  {row['tokens_per_second']:8,.0f} tokens/s  "
+                  f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ",
+                  end="\n" if keep else "\r", flush=True)
 
 
 def start_run(args):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
     log = Path(args.out) / "metrics.jsonl"
-    checkpoint = (checkpoints(args.out) or [None])[-1] if args.resume else None
-    now = vars(args)
-    old = next(parse_records(log))[1] if checkpoint and log.exists() else now
-    for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
-        if now[name] != old.get(name):
-            raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is {now[name]!r}; "
-                             f"choose another --out")
     if not args.resume and log.exists():
-        raise InputError(f"{args.out}: already holds a run; add --resume to continue it, or choose another --out")
-    return checkpoint
+        raise InputError(f"{args.out}: already holds a run; add --resume to continue it, "
+                         "or choose another --out")
+    checkpoint = checkpoints(args.out)[-1:] if args.resume else []
+    old = next(parse_records(log))[1] if checkpoint and log.exists() else vars(args)
+    for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
+        if old.get(name) != getattr(args, name):
+            raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
+                             f"{getattr(args, name)!r}; choose another --out")
+    return checkpoint[0] if checkpoint else None
+
+
+def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
+    """Yield (step, steps, sample numbers, log) of each step that is left, then write the model to --out.
+    SIGTERM or Ctrl-C, to any rank, ends the run after the step, with a checkpoint; a second one at once."""
+    def notice(number, frame):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    (device, rank, _), interrupted = rank_info, []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, notice)
+    plan = list(batches(n, args.batch_size, args.epochs, args.seed))[:args.max_steps]
+    done, steps = resume(checkpoint, model, optimizer) if checkpoint else 0, len(plan)
+    log = Log(args, done, steps, rank)
+    for step, batch in enumerate(plan[done:], done + 1):
+        yield step, steps, batch, log
+        stop = all_sum(len(interrupted), device) > 0
+        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
+            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
+        if stop:
+            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
+    save_final(args, model, tokenizer, rank)
 
 
 # ---- end of the plumbing ----
@@ -265,17 +263,17 @@ def evaluate(model, samples, args, rank_info):
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = not (sys.argv[1:] if argv is None else argv)
     p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
     p.add_argument("--data", nargs="+", metavar="FILE", help="records with instruction, input, output")
     p.add_argument("--out", default="out/sft", help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-5, help="peak learning rate (paper: 5e-5)")
     p.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data (paper: 3)")
-    p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in an optimizer step (paper: 384)")
+    p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in a step (paper: 384)")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
-    if demo:
-        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))), lr=2e-3, epochs=2, batch_size=32)
+    if not (sys.argv[1:] if argv is None else argv):
+        toy = sorted(map(str, Path("toy").glob("train_*.json")))
+        p.set_defaults(data=toy, lr=2e-3, epochs=2, batch_size=32)
     args = p.parse_args(argv)
     if not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")
@@ -293,12 +291,9 @@ def main(argv=None):
     held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
     if not samples:
         raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
-    optimizer, interrupted = make_optimizer(model, args.lr), Interrupt(device)
-    plan = list(batches(len(samples), args.batch_size, args.epochs, args.seed))
-    steps, epoch = min(args.max_steps or len(plan), len(plan)), math.ceil(len(samples) / args.batch_size)
-    done = resume(checkpoint, model, optimizer) if checkpoint else 0
-    log = Log(args, done, steps, rank)
-    for step, batch in enumerate(plan[done:steps], done + 1):
+    optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
+    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in left:
         lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, loss = sum(len(s.answers[0]) for s in chosen), 0.0
         packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
@@ -314,12 +309,6 @@ def main(argv=None):
         if held_out and (step % epoch == 0 or step == steps):
             row["eval_loss"] = evaluate(model, held_out, args, rank_info)
         log(device, **row)
-        stop = bool(interrupted)
-        if stop or (args.save_every and step % args.save_every == 0 and step < steps):
-            save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
-        if stop:
-            raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-    save_final(args, model, tokenizer, rank)
 
 
 if __name__ == "__main__":

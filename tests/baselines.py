@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache, partial
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
@@ -348,7 +348,7 @@ def main(argv=None):
         lines = run_guard(args, path, name, load, tokenizer) if args.guard else run_address(args, path, name)
         if lines:
             target = Path(args.out) / name / "generated_predictions.jsonl"
-            write_whole(target, partial(write_lines, lines=lines))
+            write_lines(target, lines)
             print(f"wrote {target}: {len(lines)} predictions")
 
 

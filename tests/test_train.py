@@ -112,7 +112,7 @@ def test_an_unfinished_checkpoint_is_not_taken_for_a_whole_one(tmp_path):
     run(tmp_path / "a", "--max-steps", 4, "--save-every", 2)
     (tmp_path / "a/step-000003.tmp").mkdir()
     (tmp_path / "a/step-000004").mkdir()
-    assert [p.name for p in train_sft.checkpoints(tmp_path / "a")] == ["step-000002"]
+    assert train_sft.checkpoints(tmp_path / "a")[-1].name == "step-000002"
 
 
 @pytest.mark.parametrize("arguments, says", [
