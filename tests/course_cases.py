@@ -1,8 +1,8 @@
 """The instructor's cases: each exercise on random inputs, against its formula written down here once more.
 
-`run(name, seed)` raises where the function of that name is wrong. What is expected comes from loops over numbers in
-NumPy, from a property that a right answer must have, or from one sequence at a time; never from the function itself.
-WRONG holds plausible mistakes, which must not pass.
+`run(name, seed)` raises where the function of that name is wrong. What is expected comes from loops over
+numbers in NumPy, from a property that a right answer must have, or from one sequence at a time; never from
+the function itself. WRONG holds plausible mistakes, which must not pass.
 """
 import math
 import random
@@ -123,7 +123,8 @@ def _(rng):
     large = (300 * tensor(rng, 4, 512)).half()                               # squares overflow half precision
     got = rms_norm(large, torch.ones(512), 1e-5)
     holds(got.dtype == torch.float16, "the result has the dtype of x")
-    close(got, numbers(large) / np.sqrt((numbers(large) ** 2).mean(-1, keepdims=True)), "mean in at least float32", 2e-3)
+    close(got, numbers(large) / np.sqrt((numbers(large) ** 2).mean(-1, keepdims=True)),
+          "mean in at least float32", 2e-3)
 
 
 @case("rope_frequencies")
@@ -132,12 +133,13 @@ def _(rng):
     for scaled in (False, True):
         E, theta = 2 * int(rng.integers(8, 65)), float(rng.uniform(5e3, 1e6))
         low = float(rng.uniform(0.5, 2))
-        scaling = dict(factor=float(rng.uniform(2, 40)), low_freq_factor=low, high_freq_factor=low + float(rng.uniform(1, 4)),
+        scaling = dict(factor=float(rng.uniform(2, 40)), low_freq_factor=low,
+                       high_freq_factor=low + float(rng.uniform(1, 4)),
                        original_max_position_embeddings=int(rng.integers(1000, 9000)))
         want = []
         for i in range(E // 2):
             f = theta ** (-2 * i / E)
-            turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)      # = original / wavelength
+            turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)    # original / wavelength
             if scaled and turns < scaling["low_freq_factor"]:
                 f /= scaling["factor"]
             elif scaled and turns < scaling["high_freq_factor"]:
@@ -163,14 +165,16 @@ def _(rng):
     for T, heads, groups in ((1, 1, 1), (40, 4, 2), (50, 3, 3)):
         end = forest(rng, 0, T)
         q, k, v = 2 * tensor(rng, T, heads, 4), 2 * tensor(rng, T, groups, 4), tensor(rng, T, groups, 4)
-        close(attention_by_mask(q, k, v, tree_plan(torch.tensor(end))), attend_by_hand(q, k, v, end), "attention_by_mask")
+        close(attention_by_mask(q, k, v, tree_plan(torch.tensor(end))), attend_by_hand(q, k, v, end),
+              "attention_by_mask")
 
 
 @case("Attention.forward")
 def _(rng):
     from model import Attention, rope_tables
     c, T, asked = config(), 9, []
-    layer, x, position = Attention(c).double(), tensor(rng, T, c.hidden_size), torch.arange(T) + int(rng.integers(1, 99))
+    layer, x = Attention(c).double(), tensor(rng, T, c.hidden_size)
+    position = torch.arange(T) + int(rng.integers(1, 99))
 
     def attend(q, k, v):
         asked.append((q, k, v))
@@ -204,7 +208,8 @@ def _(rng):
     cos, sin = rope_tables(c, torch.arange(6), x.dtype)
     attend = lambda q, k, v: q.cumsum(0) + k.repeat_interleave(3, 1) * v.repeat_interleave(3, 1)
     middle = x + layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
-    close(layer(x, cos, sin, attend), middle + layer.mlp(layer.post_attention_layernorm(middle)), "Block.forward")
+    close(layer(x, cos, sin, attend), middle + layer.mlp(layer.post_attention_layernorm(middle)),
+          "Block.forward")
 
 
 # ------------------------------------------------------------------ set 2
@@ -228,11 +233,13 @@ def _(rng):
             holds(path[-1] == p, "a path ends in the piece itself")
             holds(bool(forked) == (len({end[i] for i in range(starts[p], starts[p + 1])}) > 1),
                   "forked: does a piece hold more than one segment?")
-            holds(not forked or plan.lengths[p] <= whole, "no piece of several segments is longer than `whole`")
+            holds(not forked or plan.lengths[p] <= whole,
+                  "no piece of several segments is longer than `whole`")
             for i in range(starts[p], starts[p + 1]):
                 want = np.flatnonzero(sees[i]).tolist()
                 holds(set(want) <= set(keys), "a row sees keys that are not on its piece's path")
-                holds(forked or want == keys[:len(keys) - (starts[p + 1] - 1 - i)], "in one segment all of the path is seen")
+                holds(forked or want == keys[:len(keys) - (starts[p + 1] - 1 - i)],
+                      "in one segment all of the path is seen")
     a = int(rng.integers(1, 6))
     for bad in ([a + 2] + [a + 3] * (a + 2), [a + 1] * a, list(range(a)), [2, 2, 3, 3, 5, 4]):
         try:
@@ -249,13 +256,17 @@ def _(rng):
         end = forest(rng, 0, 60)
         plan = tree_plan(torch.tensor(end), whole)
         q, k, v = 2 * tensor(rng, 60, 4, 4), 2 * tensor(rng, 60, 2, 4), tensor(rng, 60, 2, 4)
-        for first in (0, int(rng.integers(1, 60)), 59):                      # the last rows only, as after a cached prefix
-            close(attention(q[first:], k, v, plan), attend_by_hand(q[first:], k, v, end), f"attention, rows from {first}")
-    end = torch.arange(640) // 16 * 16 + 16                                  # 40 sequences: 1/40 of the square is needed
+        # the last rows only, as after a cached prefix
+        for first in (0, int(rng.integers(1, 60)), 59):
+            close(attention(q[first:], k, v, plan), attend_by_hand(q[first:], k, v, end),
+                  f"attention, rows from {first}")
+    # 40 sequences: 1/40 of the square is needed
+    end = torch.arange(640) // 16 * 16 + 16
     q, k, v = tensor(rng, 640, 4, 4), tensor(rng, 640, 2, 4), tensor(rng, 640, 2, 4)
     with Largest() as largest:
         attention(q, k, v, tree_plan(end, 0))
-    holds(largest.size < 640 * 640 // 8, f"a tensor of {largest.size} numbers: the whole square was computed or masked")
+    holds(largest.size < 640 * 640 // 8,
+          f"a tensor of {largest.size} numbers: the whole square was computed or masked")
 
 
 def scores_by_hand(rng, N, D, V, scale=1.0):
@@ -266,7 +277,8 @@ def scores_by_hand(rng, N, D, V, scale=1.0):
     top = z.max(1, keepdims=True)
     total = top[:, 0] + np.log(np.exp(z - top).sum(1))
     dz = g[:, None] * (np.eye(V)[targets] - np.exp(z - total[:, None]))
-    return (torch.from_numpy(x) for x in (hidden, head, targets, g, z[range(N), targets] - total, dz @ head, dz.T @ hidden))
+    return (torch.from_numpy(x)
+            for x in (hidden, head, targets, g, z[range(N), targets] - total, dz @ head, dz.T @ hidden))
 
 
 def check_logprobs(rng, gradient):
@@ -307,17 +319,18 @@ def random_samples(rng, roots=1, n=8):
     ids = lambda low, high: rng.integers(0, 50, rng.integers(low, high)).tolist()
     starts = [ids(3, 8) for _ in range(roots)]
     chosen = [starts[int(rng.integers(roots))] for _ in range(n)]
-    return [Sample(start + ids(1, 12), [ids(1, 9) for _ in range(rng.integers(1, 4))], len(start)) for start in chosen]
+    return [Sample(start + ids(1, 12), [ids(1, 9) for _ in range(rng.integers(1, 4))], len(start))
+            for start in chosen]
 
 
 def check_pack(p, wanted):
-    """Every loss pair must see its prompt and the answer so far, and nothing else; wanted: {number: (prompt, ids)}."""
+    """Every loss pair must see its prompt and the answer so far, no more; wanted: {number: (prompt, ids)}."""
     sees, tokens, got = visible(p.end.tolist()), p.tokens.numpy(), {}
     for row, target, answer in zip(p.rows.tolist(), p.targets.tolist(), p.answer.tolist(), strict=True):
         prompt, ids = wanted[answer]
         done = got.setdefault(answer, [])
-        holds(tokens[sees[row]].tolist() == prompt + ids[:len(done)], f"answer {answer}: row {row} sees other tokens than its "
-              "prompt and the answer so far")
+        holds(tokens[sees[row]].tolist() == prompt + ids[:len(done)],
+              f"answer {answer}: row {row} sees other tokens than its prompt and the answer so far")
         done.append(target)
     for answer, targets in got.items():
         holds(targets == wanted[answer][1], f"answer {answer}: {targets} is scored, not {wanted[answer][1]}")
@@ -337,8 +350,10 @@ def _(rng):
             number += len(answers)
         p = lay_out(root, copies)
         holds(check_pack(p, wanted).keys() == wanted.keys(), "an answer is not scored")
-        size = len(root) + sum(len(s.prompt) - len(root) + sum(len(a) - 1 for a in s.answers) for s in samples)
-        holds(len(p.tokens) == len(p.end) == size, f"{len(p.tokens)} tokens; with the shared prefix once there are {size}")
+        size = len(root) + sum(len(s.prompt) - len(root) + sum(len(a) - 1 for a in s.answers)
+                               for s in samples)
+        holds(len(p.tokens) == len(p.end) == size,
+              f"{len(p.tokens)} tokens; with the shared prefix once there are {size}")
 
 
 @case("pack")
@@ -355,18 +370,23 @@ def _(rng):
                 seen += here
                 owners = {answers[n][0] for n in here}
                 holds(here == [n for n, a in enumerate(answers) if a[0] in owners], "a sample is torn apart")
-                holds(len(p.tokens) <= most or len(owners) == 1, f"{len(p.tokens)} tokens in a pack of several samples")
+                holds(len(p.tokens) <= most or len(owners) == 1,
+                      f"{len(p.tokens)} tokens in a pack of several samples")
                 holds(not share or len({tuple(samples[i].prompt[:samples[i].root]) for i in owners}) == 1,
                       "a pack holds one instruction")
-                own = sum(len(samples[i].prompt) - samples[i].root + sum(len(a) - 1 for a in samples[i].answers) for i in owners)
+                own = sum(len(samples[i].prompt) - samples[i].root
+                          + sum(len(a) - 1 for a in samples[i].answers) for i in owners)
                 if share:
-                    holds(len(p.tokens) == own + samples[min(owners)].root, "the instruction once, each prompt once")
+                    holds(len(p.tokens) == own + samples[min(owners)].root,
+                          "the instruction once, each prompt once")
             holds(sorted(seen) == sorted(wanted), "every answer in exactly one pack")
-            for a in packs:                                                  # first fit: no two packs would fit into one
+            # first fit: no two packs would fit into one
+            for a in packs:
                 for b in packs:
-                    root = len(samples[answers[int(a.answer[0])][0]].prompt[:samples[answers[int(a.answer[0])][0]].root])
-                    same = a is not b and (not share or a.tokens[:root].tolist() == b.tokens[:root].tolist())
-                    holds(not same or len(a.tokens) + len(b.tokens) - (root if share else 0) > most, "two packs would fit into one")
+                    root = answers[int(a.answer[0])][1].root if share else 0
+                    same = a is not b and a.tokens[:root].tolist() == b.tokens[:root].tolist()
+                    both = len(a.tokens) + len(b.tokens) - root
+                    holds(not same or both > most, "two packs would fit into one")
 
 
 @case("sft_loss")
@@ -382,7 +402,8 @@ def _(rng):
     from train_sft import lr_at
     steps, peak = int(rng.integers(3, 500)), float(rng.uniform(1e-5, 1))
     for step in {0, 1, steps // 2, steps - 1, int(rng.integers(steps))}:
-        close(lr_at(step, steps, peak), peak * math.cos(math.pi * step / steps / 2) ** 2, f"lr_at({step}, {steps}, {peak})")
+        close(lr_at(step, steps, peak), peak * math.cos(math.pi * step / steps / 2) ** 2,
+              f"lr_at({step}, {steps}, {peak})")
 
 
 @case("batches")
@@ -390,7 +411,8 @@ def _(rng):
     from train_sft import batches
     n, size, seed = int(rng.integers(40, 90)), int(rng.integers(3, 20)), int(rng.integers(10 ** 6))
     got, a = list(batches(n, size, 2, seed)), -(-n // size)
-    holds(len(got) == 2 * a and all(len(b) == size for b in got[:a - 1]), "batches of `size`, the last of an epoch may be short")
+    holds(len(got) == 2 * a and all(len(b) == size for b in got[:a - 1]),
+          "batches of `size`, the last of an epoch may be short")
     epochs = [[i for b in part for i in b] for part in (got[:a], got[a:])]
     holds(all(sorted(e) == list(range(n)) for e in epochs), "every sample once an epoch")
     holds(epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]), "another order in each epoch")
@@ -416,7 +438,8 @@ def _(rng):
             r = min((r for r in range(ranks) if counts[r] < most), key=lambda r: loads[r])
             loads[r], counts[r] = loads[r] + n, counts[r] + 1
         got = [sum(len(p.tokens) for p in h if len(p.rows)) for h in hands]
-        holds(sorted(got) == sorted(loads), f"loads {sorted(got)}; longest first to the lightest gives {sorted(loads)}")
+        holds(sorted(got) == sorted(loads),
+              f"loads {sorted(got)}; longest first to the lightest gives {sorted(loads)}")
 
 
 # ------------------------------------------------------------------ set 3
@@ -442,13 +465,15 @@ def _(rng):
     rows = torch.from_numpy(rng.choice(n, 20, replace=False))
     many = 2 * tensor(rng, 20, 1000)
     together = draw_token(many, key[rows], position[rows], T, 0.9)
-    alone = [draw_token(many[i:i + 1], key[rows[i:i + 1]], position[rows[i:i + 1]], T, 0.9).item() for i in range(20)]
+    alone = [draw_token(many[i:i + 1], key[rows[i:i + 1]], position[rows[i:i + 1]], T, 0.9).item()
+             for i in range(20)]
     holds(together.tolist() == alone, "what a row draws depends on the other rows")
-    holds(draw_token(many, key[rows], position[rows], 0, 0.9).tolist() == many.argmax(-1).tolist(), "temperature 0 is argmax")
+    holds(draw_token(many, key[rows], position[rows], 0, 0.9).tolist() == many.argmax(-1).tolist(),
+          "temperature 0 is argmax")
 
 
 def random_answer(rng):
-    """Lines of a generated text: verdict lines in many spellings, prose, and now and then an "Answers:" line."""
+    """A generated text: verdict lines in many spellings, prose, and now and then an "Answers:" line."""
     lines = []
     for _ in range(rng.integers(0, 14)):
         name = str(rng.choice(list(FIELDS)))
@@ -456,7 +481,8 @@ def random_answer(rng):
         line = f"{name.capitalize()}: {word}"
         style = rng.integers(9)
         lines.append([line, line, line.lower(), line.upper(), "- " + line, "### " + line + "!",
-                      f"**{name.capitalize()}:** {word}.", f"the {line} was weighed", "Step 1: a plain sentence"][style])
+                      f"**{name.capitalize()}:** {word}.", f"the {line} was weighed",
+                      "Step 1: a plain sentence"][style])
         if rng.random() < 0.15:
             lines.append("Answers: ")
     return "\n".join(lines)
@@ -493,12 +519,15 @@ def _(rng):
     empty = dict.fromkeys(FIELDS)
     for _ in range(60):
         name = str(rng.choice(list(FIELDS)))
-        word, response = str(rng.choice(FIELDS[name])), str(rng.choice(["a", "None said", "b\n\nAI assistant:\nc"]))
-        one = {"request": format_input("x"), "completion": format_input("x", response), "response": format_input("x", response)}
+        word = str(rng.choice(FIELDS[name]))
+        response = str(rng.choice(["a", "None said", "b\n\nAI assistant:\nc"]))
+        one = {"request": format_input("x"), "completion": format_input("x", response),
+               "response": format_input("x", response)}
         got = gold_verdict({"input": one[name], "output": f" {word.capitalize()}\n"})
         holds(got == {**empty, name: word}, f"one word, {word}, is about the {name}")
         verdict = {n: [None, *words][rng.integers(3)] for n, words in FIELDS.items()}
-        got = gold_verdict({"input": one[name], "output": "# Task 1\nA reason.\n\n" + format_answers(**verdict)})
+        got = gold_verdict({"input": one[name],
+                            "output": "# Task 1\nA reason.\n\n" + format_answers(**verdict)})
         holds(got == verdict, "a block of answers is read by parse_verdict")
 
 
@@ -518,7 +547,8 @@ def _(rng):
 
 def random_sample(rng, text="t", gaps=0.1):
     verdict = {n: None if rng.random() < gaps else str(rng.choice(words)) for n, words in FIELDS.items()}
-    return {"text": text, "finish": "stop" if rng.random() < 0.9 else "length", "verdict": verdict, "tokens": 3}
+    return {"text": text, "finish": "stop" if rng.random() < 0.9 else "length", "verdict": verdict,
+            "tokens": 3}
 
 
 @case("judge_by_field")
@@ -526,14 +556,17 @@ def _(rng):
     from mine_hard import judge_by_field
     golds = all_verdicts()
     for _ in range(400):
-        samples, gold = [random_sample(rng) for _ in range(rng.integers(1, 6))], golds[rng.integers(len(golds))]
+        samples = [random_sample(rng) for _ in range(rng.integers(1, 6))]
+        gold = golds[rng.integers(len(golds))]
         want = [None] * len(samples)
         for name in ("request", "response", "completion"):
-            right = [None if None in s["verdict"].values() else s["verdict"][name] == gold[name] for s in samples]
+            right = [None if None in s["verdict"].values() else s["verdict"][name] == gold[name]
+                     for s in samples]
             if gold[name] is not None and {True, False} <= set(right):
                 want = right
                 break
-        holds(list(judge_by_field(samples, gold)) == want, f"judge_by_field({[s['verdict'] for s in samples]}, {gold}) is {want}")
+        holds(list(judge_by_field(samples, gold)) == want,
+              f"judge_by_field({[s['verdict'] for s in samples]}, {gold}) is {want}")
 
 
 @case("pick_pair")
@@ -544,9 +577,11 @@ def _(rng):
     right = [True, False, None] * 3
     rng.shuffle(right)
     part = lambda value: {s["text"] for s, ok in zip(samples, right) if ok is value}
-    holds(pick_pair(samples, right, "longest", random.Random(0)) == tuple(max(part(v), key=len) for v in (True, False)), "longest")
+    longest = tuple(max(part(value), key=len) for value in (True, False))
+    holds(pick_pair(samples, right, "longest", random.Random(0)) == longest, "longest")
     drawn = Counter(pick_pair(samples, right, "random", random.Random(i)) for i in range(600))
-    holds(set(drawn) == {(a, b) for a in part(True) for b in part(False)}, "random: every correct with every incorrect sample")
+    holds(set(drawn) == {(a, b) for a in part(True) for b in part(False)},
+          "random: every correct with every incorrect sample")
     holds(min(drawn.values()) > 600 / 9 / 3, "random: all pairs about equally often")
     again = [pick_pair(samples, right, "random", random.Random(5)) for _ in range(3)]
     holds(len(set(again)) == 1, "random: the given generator decides")
@@ -558,7 +593,8 @@ def _(rng):
     for n in (2, 5, 40):
         d, gamma = rng.integers(-4, 5, n).tolist(), float(rng.uniform(0.05, 0.9))
         d[:2] = [-5, 6]
-        close(sample_weights(d, gamma), np.interp(d, [-5, 6], [1 - gamma, 1 + gamma]), f"sample_weights({d}, {gamma})")
+        close(sample_weights(d, gamma), np.interp(d, [-5, 6], [1 - gamma, 1 + gamma]),
+              f"sample_weights({d}, {gamma})")
     holds(list(sample_weights([3, 3], 0.2)) == [1, 1] and list(sample_weights([], 0.2)) == [], "all equal: 1")
 
 
@@ -567,9 +603,11 @@ def _(rng):
     from data import format_answers
     from mine_hard import select
     n, k, golds = 30, 4, all_verdicts()[:-1]
-    records = [{"instruction": "i", "input": f"x{rng.integers(24)}", "output": format_answers(**golds[rng.integers(len(golds))])}
+    records = [{"instruction": "i", "input": f"x{rng.integers(24)}",
+                "output": format_answers(**golds[rng.integers(len(golds))])}
                for _ in range(n)]
-    answers = [(model, {int(i): [random_sample(rng, f"{model} {i} {s}", 0.2) for s in range(k)] for i in rng.permutation(n)[:20]})
+    answers = [(model, {int(i): [random_sample(rng, f"{model} {i} {s}", 0.2) for s in range(k)]
+                        for i in rng.permutation(n)[:20]})
                for model in ("a", "b")]
     want, count, seen = [], Counter(), set()
     for model, by_prompt in answers:
@@ -579,7 +617,8 @@ def _(rng):
                      all(s["verdict"][f] == gold[f] for f in FIELDS if gold[f]) for s in by_prompt[i]}
             good = sum(right.values())
             count["all right" if good == k else "hard" if good else "all wrong"] += 1
-            count["answers without verdict"] += sum(set(s["verdict"].values()) == {None} for s in by_prompt[i])
+            count["answers without verdict"] += sum(set(s["verdict"].values()) == {None}
+                                                    for s in by_prompt[i])
             if 0 < good < k and records[i]["input"] not in seen:
                 seen.add(records[i]["input"])
                 want.append((i, good, right))
@@ -587,15 +626,17 @@ def _(rng):
     hard, got = select(records, [f"s{i}" for i in range(n)], answers, "all", "random", 0.3, 0)
     for what in ("all right", "hard", "all wrong", "answers without verdict"):
         holds(got[what] == count[what], f"{what}: {got[what]}, expected {count[what]}")
-    holds([p["input"] for p in hard] == [records[i]["input"] for i, _, _ in want], "one entry for each hard input, in order")
+    holds([p["input"] for p in hard] == [records[i]["input"] for i, _, _ in want],
+          "one entry for each hard input, in order")
     for pair, (i, good, right) in zip(hard, want):
         holds(right[pair["chosen"]] and not right[pair["rejected"]], "chosen is correct, rejected is not")
-        holds((pair["k_correct"], pair["k_incorrect"], pair["source"], pair["instruction"]) == (good, k - good, f"s{i}", "i"),
-              "k_correct, k_incorrect, source, instruction")
+        got = [pair[name] for name in ("k_correct", "k_incorrect", "source", "instruction")]
+        holds(got == [good, k - good, f"s{i}", "i"], "k_correct, k_incorrect, source, instruction")
     d = [k - 2 * good for _, good, _ in want]
     alpha = np.interp(d, [min(d), max(d)], [0.7, 1.3]) if min(d) < max(d) else np.ones(len(d))
     close([p["weight"] for p in hard], alpha, "weights")
-    holds(select(records, ["s"] * n, answers, "all", "random", 0.3, 0)[0][0]["chosen"] == hard[0]["chosen"], "seeded")
+    holds(select(records, ["s"] * n, answers, "all", "random", 0.3, 0)[0][0]["chosen"] == hard[0]["chosen"],
+          "seeded")
 
 
 @case("dpo_loss")
@@ -605,7 +646,8 @@ def _(rng):
     margin = numbers((x[0] - x[2]) - (x[1] - x[3]))
     close(dpo_loss(*x, beta, weight), numbers(weight) * np.logaddexp(0, -beta * margin), "dpo_loss")
     far = torch.tensor([1e4, -1e4], dtype=torch.float64)                     # exp of these is 0 or infinite
-    close(dpo_loss(far, 0 * far, 0 * far, 0 * far, 1.0, torch.ones(2)), [0, 1e4], "dpo_loss of margins of 10000")
+    close(dpo_loss(far, 0 * far, 0 * far, 0 * far, 1.0, torch.ones(2)), [0, 1e4],
+          "dpo_loss of margins of 10000")
 
 
 @case("answer_sums")
@@ -624,7 +666,8 @@ def _(rng):
     n = 6
     samples = [Sample([1], [[0] * int(m) for m in rng.integers(1, 9, 2)]) for _ in range(n)]
     here = sorted(rng.choice(n, 3, replace=False).tolist())                  # the pairs of this pack
-    answer = [a for i in rng.permutation(here).tolist() for a in (2 * i, 2 * i + 1) for _ in samples[i].answers[a % 2]]
+    answer = [a for i in rng.permutation(here).tolist() for a in (2 * i, 2 * i + 1)
+              for _ in samples[i].answers[a % 2]]
     answer, logprobs = torch.tensor(answer), -tensor(rng, len(answer)).abs()
     logprobs.requires_grad_()
     reference, weight = -5 * tensor(rng, n, 2).abs(), tensor(rng, n).abs()
@@ -632,7 +675,8 @@ def _(rng):
     want, gradient = np.zeros(6), np.zeros(len(answer))
     for i in here:
         w, l = (numbers(logprobs)[answer.numpy() == 2 * i + b].sum() for b in (0, 1))
-        margin, length = (w - reference[i, 0].item()) - (l - reference[i, 1].item()), len(samples[i].answers[0])
+        length = len(samples[i].answers[0])
+        margin = (w - reference[i, 0].item()) - (l - reference[i, 1].item())
         preference = weight[i].item() * np.logaddexp(0, -args.beta * margin)
         want += [preference - args.sft * w / length, preference, margin > 0, args.beta * margin, w, l]
         slope = weight[i].item() * args.beta / (1 + np.exp(args.beta * margin))
@@ -649,11 +693,13 @@ def _(rng):
 def _(rng):
     from data import Sample
     from train_dpo import reference_logprobs
-    ids, scale = lambda n: rng.integers(0, 50, n).tolist(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    ids, scale = lambda n: rng.integers(0, 50, n).tolist(), torch.ones(()).double().requires_grad_()
     root = ids(3)
-    samples = [Sample(root + ids(int(rng.integers(1, 9))), [ids(int(m)) for m in rng.integers(1, 7, 2)], 3) for _ in range(8)]
-    model = lambda tokens, end, rows, targets: -scale * (tokens[rows].double() * 0.7 + targets.double() * 0.11 + 1)
-    want = [[-sum(a * 0.7 + b * 0.11 + 1 for a, b in zip([s.prompt[-1], *answer], answer)) for answer in s.answers] for s in samples]
+    samples = [Sample(root + ids(int(rng.integers(1, 9))), [ids(int(m)) for m in rng.integers(1, 7, 2)], 3)
+               for _ in range(8)]
+    f = lambda last, target: -(last * 0.7 + target * 0.11 + 1)               # log p of a token after another
+    model = lambda tokens, end, rows, targets: scale * f(tokens[rows].double(), targets.double())
+    want = [[sum(map(f, [s.prompt[-1], *answer[:-1]], answer)) for answer in s.answers] for s in samples]
     for batch_size, max_tokens, no_share in ((3, 40, False), (100, 10 ** 6, False), (2, 1, True)):
         args = SimpleNamespace(batch_size=batch_size, max_tokens=max_tokens, no_share=no_share)
         got = reference_logprobs(model, samples, args, (torch.device("cpu"), 0, 1))
@@ -682,7 +728,8 @@ def _(rng):
     from eval import confusion
     for n in (1, 7, 90):
         gold, predicted = labels(rng, n), labels(rng, n, 0.2)
-        holds(tuple(confusion(gold, predicted, H)) == cells_by_hand(gold, predicted), f"confusion({gold}, {predicted})")
+        holds(tuple(confusion(gold, predicted, H)) == cells_by_hand(gold, predicted),
+              f"confusion({gold}, {predicted})")
 
 
 @case("f1")
@@ -692,7 +739,8 @@ def _(rng):
         gold, predicted = labels(rng, n), labels(rng, n, 0.2)
         tp, fp, fn, _ = cells_by_hand(gold, predicted)
         precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
-        close(f1(gold, predicted, H), 200 * precision * recall / max(precision + recall, 1e-300) if tp else 0, "f1")
+        close(f1(gold, predicted, H), 200 * precision * recall / max(precision + recall, 1e-300) if tp else 0,
+              "f1")
     close(f1([U, U], [U, U], H), 0, "f1 where nothing is positive")
 
 
@@ -704,7 +752,8 @@ def _(rng):
     drawn = [np.bincount(rng.choice(rows, len(rows)), minlength=4) for _ in range(3000)]
     want = np.percentile([200 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in drawn], [2.5, 97.5])
     got = bootstrap(tuple(cells))
-    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 1.2, f"bootstrap({cells}) is about {want.round(1)}, not {got}")
+    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 1.2,
+          f"bootstrap({cells}) is about {want.round(1)}, not {got}")
     holds(bootstrap(tuple(cells)) == got, "the same seed gives the same interval")
     holds(np.isfinite(bootstrap((0, 0, 0, 9))).all(), "no positives: still a number")
 
@@ -731,21 +780,24 @@ def _(rng):
         t, allowed = threshold_for(hit.tolist(), score.tolist(), float(rate)), rate * (~hit).sum()
         holds(wrong(t) <= allowed, f"rate {rate}: {wrong(t)} negatives at or above the threshold")
         holds(wrong(np.nextafter(t, 0)) > allowed, f"rate {rate}: a lower threshold keeps the rate too")
-    holds(wrong(threshold_for(hit.tolist(), score.tolist(), 1.0)) == (~hit).sum(), "rate 1: everything may be above")
+    holds(wrong(threshold_for(hit.tolist(), score.tolist(), 1.0)) == (~hit).sum(),
+          "rate 1: everything may be above")
 
 
 @case("weighted_average")
 def _(rng):
     from eval import weighted_average
     values, counts = rng.uniform(0, 100, 6).tolist(), rng.integers(1, 3000, 6).tolist()
-    close(weighted_average(values, counts), sum(v * c for v, c in zip(values, counts)) / sum(counts), "weighted_average")
+    close(weighted_average(values, counts), sum(v * c for v, c in zip(values, counts)) / sum(counts),
+          "weighted_average")
 
 
 @case("majority")
 def _(rng):
     from eval import majority
     for _ in range(100):
-        votes = [{n: None if rng.random() < 0.3 else str(rng.choice(w)) for n, w in FIELDS.items()} for _ in range(rng.integers(1, 6))]
+        votes = [{n: None if rng.random() < 0.3 else str(rng.choice(w)) for n, w in FIELDS.items()}
+                 for _ in range(rng.integers(1, 6))]
         for name, got in majority(votes).items():
             said = [v[name] for v in votes if v[name]]
             want = max(dict.fromkeys(said), key=said.count) if said else None
@@ -759,7 +811,8 @@ def _(rng):
         text, want = "", dict.fromkeys(FIELDS)
         for number, (name, words) in enumerate(FIELDS.items(), 1):
             if rng.random() < 0.85:
-                said = [str(rng.choice([*words, "plain", "harmfully", words[1].upper(), "text.", "\n"])) for _ in range(rng.integers(0, 8))]
+                said = [str(rng.choice([*words, "plain", "harmfully", words[1].upper(), "text.", "\n"]))
+                        for _ in range(rng.integers(0, 8))]
                 text += f"# Task {number}\n## Reasoning Step 1: {' '.join(said)}.\n\n"
                 found = [w.lower() for w in said if w.lower() in words]
                 want[name] = found[-1] if found else None
@@ -773,8 +826,10 @@ def _(rng):
     for name, (positive, other) in FIELDS.items():
         gold, texts = [str(rng.choice([positive, other])) for _ in range(40)], []
         for _ in gold:
-            first, second = (f"{name}:{' ' * int(rng.integers(3))}{rng.choice([positive, other])}\n" for _ in range(2))
-            texts.append(["nothing", first + "x" * 300, "x" * 400 + first.upper(), first.title() + second][rng.integers(4)])
+            first, second = (f"{name}:{' ' * int(rng.integers(3))}{rng.choice([positive, other])}\n"
+                             for _ in range(2))
+            texts.append(["nothing", first + "x" * 300, "x" * 400 + first.upper(),
+                          first.title() + second][rng.integers(4)])
         got, want = legacy_pairs(gold, texts, name), zip(*legacy_by_hand(gold, texts, name))
         holds([list(x) for x in got] == [list(x) for x in want], f"legacy_pairs for {name}")
 
@@ -797,14 +852,18 @@ def legacy_by_hand(gold, texts, name):
 def _(rng):
     from eval import up_to_verdict
     for _ in range(100):
-        name, lead = str(rng.choice(list(FIELDS))), random_answer(rng).replace("Answers", "Notes") + " so.\n\n"
+        name = str(rng.choice(list(FIELDS)))
+        lead = random_answer(rng).replace("Answers", "Notes") + " so.\n\n"
         shown = [n for n in FIELDS if rng.random() < 0.7]
         block = "Answers: \n" + "".join(f"{n.capitalize()}: {FIELDS[n][0]}\n" for n in shown)
-        want = lead + block
         field = f"{name.capitalize()}:"
-        want = want[:len(lead) + block.index(field) + len(field)] if name in shown else want.rstrip() + f"\n\nAnswers: \n{field}"
-        holds(up_to_verdict(lead + block, name) == want, f"up_to_verdict({lead + block!r}, {name!r}) is {want!r}")
-        holds(up_to_verdict(lead, name) == lead.rstrip() + f"\n\nAnswers: \n{field}", "no block: it is written")
+        want = (lead + block).rstrip() + f"\n\nAnswers: \n{field}"
+        if name in shown:
+            want = lead + block[:block.index(field) + len(field)]
+        holds(up_to_verdict(lead + block, name) == want,
+              f"up_to_verdict({lead + block!r}, {name!r}) is {want!r}")
+        holds(up_to_verdict(lead, name) == lead.rstrip() + f"\n\nAnswers: \n{field}",
+              "no block: it is written")
 
 
 @case("verdict_probability")
@@ -815,8 +874,10 @@ def _(rng):
     tokenizer = Tokenizer.from_pretrained("toy/model")
     size = LlamaConfig.from_json("toy/model/config.json").vocab_size
     model = Llama.random(config(vocab_size=size), int(rng.integers(10 ** 6)), 0.3).double()
-    prompts = [tokenizer.encode(" ".join(rng.choice(["please", "open", "the", "gate", "now"], 5))) for _ in range(5)]
-    texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"])) for _ in prompts]
+    prompts = [tokenizer.encode(" ".join(rng.choice(["please", "open", "the", "gate", "now"], 5)))
+               for _ in range(5)]
+    texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]))
+             for _ in prompts]
     for name in ("request", "completion"):
         got = verdict_probability(model, tokenizer, prompts, texts, name)
         want = []
@@ -878,23 +939,27 @@ def _(rng):
 # ------------------------------------------------------------------ plausible mistakes
 
 WRONG = {
-    "rms_norm": "def rms_norm(x, weight, eps):\n    return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
+    "rms_norm": "def rms_norm(x, weight, eps):\n"
+                "    return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
     "apply_rope": "def apply_rope(x, cos, sin):\n    a, b = x.chunk(2, -1)\n"
                   "    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
     "attention": "def attention(q, k, v, plan):\n    rest = k.new_zeros(len(k) - len(q), *q.shape[1:])\n"
                  "    return attention_by_mask(torch.cat([rest, q]), k, v, plan)[len(rest):]",
-    "common_prefix": "def common_prefix(sequences):\n    same = 0\n"
-                     "    while len({tuple(s[:same + 1]) for s in sequences}) == 1 and same < min(map(len, sequences)):\n"
+    "common_prefix": "def common_prefix(sequences):\n    same, most = 0, min(map(len, sequences))\n"
+                     "    while same < most and len({tuple(s[:same + 1]) for s in sequences}) == 1:\n"
                      "        same += 1\n    return same",
     "sft_loss": "def sft_loss(logprobs, count):\n    return -logprobs.mean()",
     "lr_at": "def lr_at(step, steps, peak):\n    return peak * (1 - step / steps)",
     "judge": "def judge(verdict, gold):\n    return any(verdict[n] == gold[n] for n in gold if gold[n])",
-    "sample_weights": "def sample_weights(differences, gamma):\n    low, high = min(differences, default=0), max(differences, default=0)\n"
-                      "    return [1 - gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0 for d in differences]",
+    "sample_weights": "def sample_weights(differences, gamma):\n"
+                      "    low, high = min(differences, default=0), max(differences, default=0)\n"
+                      "    norm = lambda d: 2 * (d - low) / (high - low) - 1\n"
+                      "    return [1 - gamma * norm(d) if high > low else 1.0 for d in differences]",
     "dpo_loss": "def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):\n"
                 "    margin = (chosen - ref_chosen) - (rejected - ref_rejected)\n"
                 "    return -weight * F.logsigmoid(-beta * margin)",
-    "answer_sums": "def answer_sums(logprobs, answer, answers):\n    return logprobs.new_zeros(answers).index_copy(0, answer, logprobs)",
+    "answer_sums": "def answer_sums(logprobs, answer, answers):\n"
+                   "    return logprobs.new_zeros(answers).index_copy(0, answer, logprobs)",
     "confusion": "def confusion(gold, predicted, positive):\n"
                  "    cells = Counter((g == positive, p == positive) for g, p in zip(gold, predicted))\n"
                  "    return cells[True, True], cells[False, True], cells[True, False], cells[False, False]",

@@ -3,13 +3,13 @@
     python tests/grade.py STUDENT                       points of each exercise, of each set, and the total
     python tests/grade.py STUDENT --sets 1 2 --seed 7   only these sets; other random cases
     python tests/grade.py STUDENT --only dpo_loss       one exercise, with the output of its tests
-    python tests/grade.py --self-check                  nothing for blanks and mistakes, everything for our code
+    python tests/grade.py --self-check                  0 for blanks and mistakes, all points for our code
 
-Every exercise is graded in a copy of *our* checkout in which only that function is the student's (with what else
-their file has at top level that ours has not: helpers, imports). So a blank or broken function costs its own points
-and no others, and edited tests do not matter. Where two functions agree on something between them (a forward and
-its backward pass), the student's pair counts as well. Each runs in a process of its own, for at most --seconds of
-CPU time. That guards against mistakes, not against malice: grade strangers in a container.
+Every exercise is graded in a copy of *our* checkout in which only that function is the student's (with what
+else their file has at top level that ours has not: helpers, imports). So a blank or broken function costs its
+own points and no others, and edited tests do not matter. Where functions agree on something between them (a
+forward and its backward pass), the student's own together count as well. Each runs in a process of its own,
+for at most --seconds of CPU time. That guards against mistakes, not malice: grade strangers in a container.
 """
 import argparse
 import ast
@@ -24,15 +24,18 @@ import tempfile
 import textwrap
 import time
 import traceback
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # a forked process must not need its parent's threads
 
-from make_assignment import EXERCISES, ROOT, SCRIPTS, SETS, blank, copy_repository, find, first_line, is_blank  # noqa: E402
+from make_assignment import (EXERCISES, ROOT, SCRIPTS, SETS, blank, copy_repository, find,  # noqa: E402
+                             first_line, is_blank)
 
-# ------------------------------------------------------------------ putting a student's function into our file
+# ------------------------------------------------------------------ a student's function in our file
 
 
+@lru_cache
 def parse(source):
     """The syntax tree of a file, or None where it has a mistake in syntax."""
     try:
@@ -44,7 +47,7 @@ def parse(source):
 def lines_of(source, name):
     """The text of a function or method, decorators included and not indented; None where it is not there.
 
-    A file with a mistake in syntax is searched by indentation: one broken function must not cost the others."""
+    A file with a mistake in syntax is searched by indentation: one broken function must not cost others."""
     lines, tree = source.split("\n"), parse(source)
     if tree:
         node = find(tree, name)
@@ -75,7 +78,7 @@ def bound(node):
 
 
 def extras(ours, theirs):
-    """The statements at top level of the student's file that bind a name which ours does not have, as text."""
+    """The statements at top level of the student's file that bind a name which ours has not, as text."""
     ours, tree, lines = parse(ours), parse(theirs), theirs.split("\n")
     known = set().union(*map(bound, ours.body))
     nodes = [] if tree is None else [n for n in tree.body if isinstance(
@@ -102,8 +105,9 @@ def child(folder, exercise, seed, seconds, result):
     with open(folder.parent / "log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    elsewhere = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests", ROOT / "toy")]
+    sys.path[:] = [str(folder), str(folder / "tests"), str(folder / "toy"), *elsewhere]
     os.chdir(folder)
-    sys.path[:] = [str(folder), str(folder / "tests"), str(folder / "toy")] + [p for p in sys.path if not under_root(p)]
     sys.dont_write_bytecode, options = True, []
     if exercise.set == 5:                               # before Triton is imported
         os.environ["TRITON_INTERPRET"], options = "1", ["-o", "python_functions=check_*"]
@@ -111,8 +115,9 @@ def child(folder, exercise, seed, seconds, result):
         import course_cases
         course_cases.run(exercise.name, seed)
         import pytest
-        code = pytest.main(["-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(folder), "--basetemp",
-                            str(folder.parent / "tmp"), *options, f"tests/{exercise.tests}", "-k", exercise.keys])
+        options += ["-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+        options += ["--basetemp", str(folder.parent / "tmp")]
+        code = pytest.main([*options, f"tests/{exercise.tests}", "-k", exercise.keys])
         wrong = {0: "", 5: "no test matches the table in make_assignment.py"}.get(
             int(code), f"fails in {exercise.tests} -k \"{exercise.keys}\"")
     except BaseException as error:                      # SystemExit too: whatever a student's function does
@@ -124,12 +129,8 @@ def child(folder, exercise, seed, seconds, result):
     os._exit(0)
 
 
-def under_root(path):
-    return Path(path or ".").resolve() in (ROOT, ROOT / "tests", ROOT / "toy")
-
-
 def attempt(exercise, functions, seed, seconds, show=False):
-    """"" where our checkout passes with these functions {(file, name): (text, extras)} in it, else what is wrong."""
+    """What is wrong with our checkout once it has these functions, {(file, name): (text, extras)}; or ""."""
     with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
         folder = Path(scratch).resolve() / "copy"
         copy_repository(folder)
@@ -202,26 +203,29 @@ def grade(folder, exercises, seed, seconds, show=False):
         for e in some:
             start = time.time()
             points[e.name], remark = grade_one(e, read, seed, seconds, show)
-            print(f"   {e.name:24}{points[e.name]:3} /{e.points:3}  {time.time() - start:5.1f} s   {remark}", flush=True)
+            print(f"   {e.name:24}{points[e.name]:3} /{e.points:3}  {time.time() - start:5.1f} s   {remark}",
+                  flush=True)
         print(f"   {'':24}{sum(points[e.name] for e in some):3} /{sum(e.points for e in some):3}")
     print(f"\ntotal {sum(points.values())} of {sum(e.points for e in exercises)} points (seed {seed})")
     return points
 
 
 def self_check(exercises, seed, seconds):
-    """Each exercise blank, with our own body, and with a known mistake; returns how many come out otherwise."""
+    """Each exercise blank, with our body, and with a known mistake; returns how many come out otherwise."""
     from course_cases import WRONG
     surprises = 0
     for e in exercises:
         ours, start = (ROOT / e.file).read_text(encoding="utf-8"), time.time()
-        tries = [("blank", lines_of(blank(ours, [e.name]), e.name), False), ("ours", lines_of(ours, e.name), True)]
+        tries = [("blank", lines_of(blank(ours, [e.name]), e.name), False),
+                 ("ours", lines_of(ours, e.name), True)]
         tries += [("mistake", WRONG[e.name], False)] if e.name in WRONG else []
         said = []
         for what, text, good in tries:
             wrong = attempt(e, {(e.file, e.name): (text, [])}, seed, seconds)
             surprises += (wrong == "") != good
-            said.append(f"{what} {0 if wrong else e.points}" + (f" ({wrong})" if (wrong == "") != good else ""))
-        print(f"   set {e.set}  {e.name:24}{e.points:3} points: {', '.join(said)}   {time.time() - start:.1f} s", flush=True)
+            said.append(f"{what} {0 if wrong else e.points}" + (f" ({wrong})" if good and wrong else ""))
+        print(f"   set {e.set}  {e.name:24}{e.points:3} points: {', '.join(said)}   "
+              f"{time.time() - start:.1f} s", flush=True)
     print(f"{len(exercises)} exercises, {sum(e.points for e in exercises)} points; {surprises} surprises")
     return surprises
 
@@ -229,7 +233,8 @@ def self_check(exercises, seed, seconds):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("student", nargs="?", metavar="STUDENT", help="folder of a student")
-    p.add_argument("--sets", nargs="+", type=int, choices=SETS, default=[1, 2, 3, 4], help="what to grade (default: 1 2 3 4)")
+    p.add_argument("--sets", nargs="+", type=int, choices=SETS, default=[1, 2, 3, 4],
+                   help="what to grade (default: 1 2 3 4)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these exercises, whatever their set")
     p.add_argument("--seed", type=int, default=0, help="of the random cases")
     p.add_argument("--seconds", type=int, default=60, help="CPU time an exercise may take")
@@ -240,7 +245,8 @@ def main(argv=None):
     if unknown:
         p.error(f"no exercise is called {', '.join(sorted(unknown))}")
     some = [e for e in EXERCISES if (e.name in args.only if args.only else e.set in args.sets)]
-    if not args.self_check and not (args.student and any((Path(args.student) / file).exists() for file in SCRIPTS)):
+    if not args.self_check and not (args.student
+                                    and any((Path(args.student) / file).exists() for file in SCRIPTS)):
         p.error("STUDENT must be a folder that holds the six scripts")
     preload(some)
     if args.self_check:

@@ -1,7 +1,7 @@
-"""A student's copy of the repository: functions blanked out in four problem sets, and a handout that lists them.
+"""A student's copy of the repository: functions blanked out in problem sets, and a handout that lists them.
 
     python tests/make_assignment.py OUT              all sets, and the voluntary fifth
-    python tests/make_assignment.py OUT --sets 1 2   these; everything else stays as it is
+    python tests/make_assignment.py OUT --sets 2     this one; everything else stays as it is
 
 A blanked function keeps its signature, its docstring (which is the exercise) and comments above its first
 statement; its body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is made from the table below, and
@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["model.py", "data.py", "train_sft.py", "mine_hard.py", "train_dpo.py", "eval.py"]
 PARTS = [*SCRIPTS, "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "toy", "tests"]
-KEPT_BACK = ["make_assignment.py", "grade.py", "course_cases.py", "test_course.py", "mutants.py", "test_forks.py", "forks"]
+KEPT_BACK = ["make_assignment.py", "grade.py", "course_cases.py", "test_course.py", "mutants.py",
+             "test_forks.py", "forks"]
 
 # set -> (title, hours, prerequisites, what to read first, what to do beside the functions)
 SETS = {
@@ -25,22 +26,25 @@ SETS = {
         "Draw the scores of one head with and without RoPE as a function of the distance of two tokens."),
     2: ("Masks, the prefix tree, and supervised fine-tuning", 10, "set 1; the chain rule for softmax",
         "The prefix tree in README.md; `python data.py toy/train_wildguard.json`",
-        "By hand: how many tokens does a pack save for k answers to one prompt? Check with `python data.py`."),
+        "By hand: how many tokens does a pack save for k answers to one prompt? Check with "
+        "`python data.py`."),
     3: ("Mining hard samples, and DPO", 8, "set 2; maximum likelihood; sampling from a distribution",
         "The method in README.md, formulas 2 and 3; Rafailov et al. 2023, section 4",
-        "Show that the first loss of a DPO run is mean(alpha) ln 2 plus the SFT term, then find it in metrics.jsonl."),
+        "Show that the first loss of a DPO run is mean(alpha) ln 2 plus the SFT term, then find it in "
+        "metrics.jsonl."),
     4: ("Evaluation and ablation", 6, "set 3; precision and recall; the bootstrap",
         "F1 in README.md; the header of eval.py",
         "One ablation of your own on the embedded corpus (`--gamma 0`, `--sft 0`, `--pair longest`, `--k 8`, "
-        "`--judge field`, or a change of the loss): F1 of the three tasks with 95% intervals, and one honest sentence "
-        "on what they show."),
-    5: ("Kernels (voluntary)", 15, "set 2; a first look at Triton's tutorials; no GPU is needed, an interpreter runs them",
+        "`--judge field`, or a change of the loss): F1 of the three tasks with 95% intervals, and one "
+        "honest sentence on what they show."),
+    5: ("Kernels (voluntary)", 15,
+        "set 2; a first look at Triton's tutorials; no GPU is needed, an interpreter runs them",
         "part II of model.py down to `paged_attention`; each kernel names its twin in part I",
         "On a GPU: time `attention` with and without the kernel for sequences of 512, 2048 and 8192 tokens."),
 }
 
-# tests, keys: the pytest file and -k expression that a student can run and that the grader runs too, beside its own
-# random cases; together: functions that may agree on something between them, so that they may be graded as one
+# tests, keys: the pytest file and -k expression that a student can run, and that the grader runs beside its
+# own random cases; together: functions that may agree on something between them, and are then graded as one
 Exercise = namedtuple("Exercise", "name file set points tests keys together", defaults=[()])
 M, D, S, H, P, E = SCRIPTS
 EXERCISES = [Exercise(*row) for row in [
@@ -105,9 +109,10 @@ EXERCISES = [Exercise(*row) for row in [
 
 
 def find(tree, name):
-    """The ast node of a function or method ("Class.method"), or None; the last definition wins, as in Python."""
+    """The ast node of a function or method ("Class.method"), or None; the last one wins, as in Python."""
     for part in name.split("."):
-        tree = next((node for node in reversed(getattr(tree, "body", [])) if getattr(node, "name", None) == part), None)
+        tree = next((node for node in reversed(getattr(tree, "body", []))
+                     if getattr(node, "name", None) == part), None)
     return tree
 
 
@@ -135,9 +140,11 @@ def blank(source, names):
         if node is None or not statements(node):
             raise SystemExit(f"no function {name} to blank; correct the table in tests/make_assignment.py")
         nodes.append(node)
-    for node in sorted(nodes, key=lambda node: -node.lineno):               # from below: line numbers above stay right
+    # from below: line numbers above stay right
+    for node in sorted(nodes, key=lambda node: -node.lineno):
         start, indent = first_line(statements(node)[0]), " " * (node.col_offset + 4)
-        before = lines[start - 1][:statements(node)[0].col_offset].rstrip()    # the signature, in a def of one line
+        # the signature, in a def of one line
+        before = lines[start - 1][:statements(node)[0].col_offset].rstrip()
         lines[start - 1:node.end_lineno] = [*filter(None, [before]), indent + "raise NotImplementedError"]
     return "\n".join(lines)
 
@@ -156,36 +163,64 @@ def copy_repository(out, without=()):
             shutil.copyfile(ROOT / part, out / part)
 
 
+NOTES = {                                               # where a function has no docstring of its own
+    "Attention.forward": "x (T, D) -> (T, D): queries, keys and values are x times the three projections, "
+                         "split into heads of E; queries and keys are turned by `apply_rope`; "
+                         "`attend(q, k, v)` gives what each head reads, (T, H, E); the heads side by side go through `o_proj`",
+    "MLP.forward": "see the docstring of the class; x (T, D) -> (T, D)",
+    "Block.forward": "see the docstring of the class; x (T, D) -> (T, D)",
+    "TokenLogprobs.forward": "see the docstring of the class; `chunks` says which rows are looked at "
+                             "together. Save hidden, head, targets and the log-sum-exp of every row",
+    "TokenLogprobs.backward": "see the docstring of the class; gradients of hidden and head, in their shapes"}
+
+HEAD = """# Assignment
+
+Write the functions below. Each has a signature and a docstring, which says what it is to do, with its formula
+and shapes; its body is `raise NotImplementedError`. Everything around them works and is there to be read.
+Keep to plain PyTorch, NumPy and the standard library.
+
+| set | | hours | points | prerequisites |
+|---|---|---|---|---|
+"""
+
+CHECK = """
+## How to check yourself
+
+`make setup` once (or `pip install -r requirements.txt`), then the tests named beside an exercise, for example
+
+    python -m pytest -q tests/test_model.py -k rms_norm_by_hand
+
+A test may use other functions of this list: where it ends in NotImplementedError inside another one, that one
+comes first. Grading does not have this problem: each function is graded alone, put among finished ones, by
+the named tests and by random cases of the instructor. A function gives all its points or none. So keep
+signatures, and put helpers at the top level of the same file; changes elsewhere, and to tests, are not looked
+at.
+"""
+
+
 def handout(sets):
     """The text of ASSIGNMENT.md."""
-    some = [e for e in EXERCISES if e.set in sets]
-    lines = ["# Assignment", "", "Write the functions below. Each has a signature and a docstring, which says what it is to do, "
-             "with its formula and shapes;", "its body is `raise NotImplementedError`. Everything around them works and is "
-             "there to be read. Keep to plain PyTorch,", "NumPy and the standard library.", "",
-             "| set | | hours | points | prerequisites |", "|---|---|---|---|---|"]
+    some, text = [e for e in EXERCISES if e.set in sets], HEAD
     for number in sets:
         title, hours, needs, _, _ = SETS[number]
-        lines.append(f"| {number} | {title} | {hours} | {sum(e.points for e in some if e.set == number)} | {needs} |")
-    lines += ["", f"Together {sum(e.points for e in some)} points" + (", those of set 5 beside the others." if 5 in sets else "."), "",
-              "## How to check yourself", "",
-              "`make setup` once (or `pip install -r requirements.txt`), then the tests named beside an exercise:", "",
-              "    python -m pytest -q tests/test_model.py -k rms_norm_by_hand", "",
-              "Work from top to bottom: a test may use functions of lines above, and of earlier sets. Grading does not "
-              "have this", "problem: each function is graded alone, put among finished ones, by the named tests and by "
-              "random cases of the", "instructor. A function gives all its points or none. So keep signatures, and put "
-              "helpers at the top level of the", "same file; changes elsewhere, and to tests, are not looked at."]
+        points = sum(e.points for e in some if e.set == number)
+        text += f"| {number} | {title} | {hours} | {points} | {needs} |\n"
+    text += f"\nTogether {sum(e.points for e in some)} points"
+    text += (", of which those of set 5 are extra.\n" if 5 in sets else ".\n") + CHECK
     for number in sets:
         title, _, _, reading, more = SETS[number]
-        lines += ["", f"## Set {number}: {title}", "", f"Read first: {reading}.", "",
-                  "| function | file | points | `python -m pytest -q tests/...` |", "|---|---|---|---|"]
-        for e in [e for e in some if e.set == number]:
-            keys = f'-k "{e.keys}"' if " " in e.keys else f"-k {e.keys}"
-            lines.append(f"| `{e.name}` | {e.file} | {e.points} | `{e.tests} {keys}` |")
+        text += f"\n## Set {number}: {title}\n\nRead first: {reading}.\n\n"
+        text += "| function | file | points | `python -m pytest -q tests/...` |\n|---|---|---|---|\n"
+        mine = [e for e in some if e.set == number]
+        for e in mine:
+            keys = f'"{e.keys}"' if " " in e.keys else e.keys
+            text += f"| `{e.name}` | {e.file} | {e.points} | `{e.tests} -k {keys}` |\n"
         if number == 5:
-            lines += ["", "These tests run by Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest -q -o "
-                      "python_functions='check_*' tests/...`"]
-        lines += ["", f"Beside the code (marked by hand): {more}"]
-    return "\n".join(lines) + "\n"
+            text += ("\nThese tests run by Triton's interpreter: "
+                     "`TRITON_INTERPRET=1 python -m pytest -q -o 'python_functions=check_*' tests/...`\n")
+        text += "".join(f"\n- `{e.name}`: {NOTES[e.name]}." for e in mine if e.name in NOTES)
+        text += "\n" * any(e.name in NOTES for e in mine) + f"\nBeside the code (marked by hand): {more}\n"
+    return text
 
 
 def make(out, sets):
@@ -203,11 +238,13 @@ def make(out, sets):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", metavar="OUT", help="a new folder")
-    p.add_argument("--sets", nargs="+", type=int, choices=SETS, default=list(SETS), help="which problem sets to blank")
+    p.add_argument("--sets", nargs="+", type=int, choices=SETS, default=list(SETS),
+                   help="which problem sets to blank")
     args = p.parse_args(argv)
     make(args.out, sorted(set(args.sets)))
     some = [e for e in EXERCISES if e.set in args.sets]
-    print(f"wrote {args.out}: {len(some)} exercises, {sum(e.points for e in some)} points; see {Path(args.out) / 'ASSIGNMENT.md'}")
+    print(f"wrote {args.out}: {len(some)} exercises, {sum(e.points for e in some)} points; "
+          f"see {Path(args.out) / 'ASSIGNMENT.md'}")
 
 
 if __name__ == "__main__":
