@@ -166,7 +166,8 @@ def copy_repository(out, without=()):
 NOTES = {                                               # where a function has no docstring of its own
     "Attention.forward": "x (T, D) -> (T, D): queries, keys and values are x times the three projections, "
                          "split into heads of E; queries and keys are turned by `apply_rope`; "
-                         "`attend(q, k, v)` gives what each head reads, (T, H, E); the heads side by side go through `o_proj`",
+                         "`attend(q, k, v)` gives what each head reads, (T, H, E); the heads side by side go "
+                         "through `o_proj`",
     "MLP.forward": "see the docstring of the class; x (T, D) -> (T, D)",
     "Block.forward": "see the docstring of the class; x (T, D) -> (T, D)",
     "TokenLogprobs.forward": "see the docstring of the class; `chunks` says which rows are looked at "

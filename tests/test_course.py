@@ -162,3 +162,19 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     out = run_grader(tmp_path, "--seconds", 5, "--json", tmp_path / "points.json", "--only", *want)
     assert json.loads((tmp_path / "points.json").read_text()) == want, out
     assert "took more than 5 s" in out and "a mistake in syntax" in out and "not attempted" in out
+
+
+def test_a_forward_and_its_backward_count_together(monkeypatch):
+    """What the one saves the other reads: a student's pair may agree on something else than ours does."""
+    backward, tried = next(e for e in EXERCISES if e.name == "TokenLogprobs.backward"), []
+
+    def attempt(exercise, functions, *_):
+        tried.append([name for _, name in functions])
+        return "" if len(functions) == 2 else "gradients are wrong"
+
+    monkeypatch.setattr(grade, "attempt", attempt)
+    both = lambda file: (ROOT / file).read_text()
+    assert grade.grade_one(backward, both, 0, 1) == (backward.points, "")
+    assert tried == [["TokenLogprobs.backward"], ["TokenLogprobs.backward", "TokenLogprobs.forward"]]
+    one = lambda file: blank(both(file), ["TokenLogprobs.forward"] if file == "model.py" else [])
+    assert grade.grade_one(backward, one, 0, 1) == (0, "gradients are wrong") and len(tried) == 3
