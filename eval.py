@@ -341,8 +341,8 @@ def moderate_lines(args, model, tokenizer):
     for exchange in exchanges:
         if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
                 and isinstance(exchange.get("response"), (str, type(None)))):
-            raise InputError('--moderate: every line must be an object with a text field "prompt", '
-                             'and "response" a text or null')
+            raise InputError('--moderate: every line must be an object whose "prompt" is a text, '
+                             'and "response", if any')
         verdict, = moderate(model, tokenizer, [exchange], **options)
         print(json.dumps(verdict, ensure_ascii=False), flush=True)
 

@@ -99,6 +99,8 @@ class Cell:
 
     def dpo(self, name, pairs):
         out, tokenizer = self.folder / name, Tokenizer.from_pretrained(self.args.model)
+        if not pairs:
+            raise SystemExit(f"{self.folder}: no prompt was hard; raise --mine or --train")
         if not (out / "config.json").exists():
             write_json(self.folder / f"{name}_pairs.json", pairs)
             length = np.mean([len(tokenizer.answer_ids(p["chosen"])) for p in pairs])

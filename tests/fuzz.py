@@ -98,7 +98,7 @@ def fuzz(n, seed=0):
             prompts.append(check(tokenizer, control, text, response, verdict))
             if i % 100 == 0:                                                       # cutting to a limit is slow
                 record = {"instruction": INSTRUCTION, "input": format_input(text, response)}
-                cut, marks = fit_prompt(tokenizer, record, 300), [j for j in prompts[-1] if j in control]
+                (cut, _), marks = fit_prompt(tokenizer, record, 300), [j for j in prompts[-1] if j in control]
                 assert cut and len(cut) <= 300 and [j for j in cut if j in control] == marks, "a bad cut"
         except BaseException as error:
             raise AssertionError(f"text {i} of seed {seed}, {text[:300]!r}: {error!r}") from error

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # (file, right, wrong, test that must notice)
 MUTANTS = [
     ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_pieces"),
-    ("model.py", "n, m, dtype=torch.bool, device=q.device).tril(m - n)", "n, m, dtype=torch.bool, device=q.device).tril(m - n - 1)",
+    ("model.py", "torch.ones(n, m, dtype=torch.bool).tril(m - n)", "torch.ones(n, m, dtype=torch.bool).tril(m - n + 1)",
      "test_model.py -k by_pieces"),
-    ("model.py", "while path and ends[starts[path[-1]]] <= start:", "while path and ends[starts[path[-1]]] < start:",
+    ("model.py", "while above and above[-1][0] <= start:", "while above and above[-1][0] < start:",
      "test_model.py -k readme_example"),
     ("model.py", "    a, b = x.chunk(2, -1)\n    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
      "    a, b = x[..., ::2], x[..., 1::2]\n    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)",

@@ -43,8 +43,9 @@ def test_shuffled_keeps_source_and_verdicts_and_moves_the_reasoning():
 
 
 def test_a_small_ablation_runs(tmp_path, capsys):
-    ablation.main(["--out", str(tmp_path), "--skips", "0.25", "--train", "48", "--test", "24", "--mine", "12", "--epochs", "16",
-                   "--model", str(ROOT / "toy/model"), "--variants", "labels_1x", "r_sft", "hs_dpo", "swapped"])
+    ablation.main(["--out", str(tmp_path), "--skips", "0.25", "--train", "48", "--test", "12", "--epochs", "2",
+                   "--model", str(ROOT / "toy/model"), "--variants", "labels_1x", "shuffled", "r_sft"])
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["labels_1x", "r_sft", "hs_dpo", "swapped"]
-    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in rows) and "minus_r_sft" in capsys.readouterr().out
+    assert [row["variant"] for row in rows] == ["labels_1x", "shuffled", "r_sft"]
+    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in rows)
+    assert "variant" in capsys.readouterr().out
