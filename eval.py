@@ -259,8 +259,7 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
     records, out = read_records(path)[:args.limit], Path(args.out) / name
     golds = [labels_of(record["output"], record["input"], name) for record in records]
     if not any(any(gold.values()) for gold in golds):
-        raise InputError(f"{path}: no record has a label (harmful, unharmful, refusal, compliance) "
-                         "as its output")
+        raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts = encode_prompts(tokenizer, records, args.max_length)
     start, kept = time.time(), not args.fast and any(out.glob("answers.jsonl*"))   # then nothing is timed
     if args.fast:
