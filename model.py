@@ -39,7 +39,6 @@ from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ errors, devices, files
 
-
 class InputError(SystemExit):
     """An error that a user can cause and mend: a script ends with this one line on stderr."""
 
@@ -133,7 +132,6 @@ def read_json(path):
 
 # ------------------------------------------------------------------ configuration
 
-
 @dataclass
 class LlamaConfig:
     """The fields of a LLaMA config.json that shape the computation, under Hugging Face's names."""
@@ -171,9 +169,8 @@ class LlamaConfig:
         raw["rope_scaling"] = rope if kind == "llama3" else None
         raw["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "float32"
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         try:
-            config = cls(**known)
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
             rope_frequencies(config)
         except (TypeError, KeyError) as error:
             what = str(error).split("__init__() ")[-1]
@@ -189,7 +186,6 @@ class LlamaConfig:
 
 # ------------------------------------------------------------------ the plain operations
 
-
 def full_precision(x):
     """x in float32, or in float64 if it has that already: for sums, exponentials and norms."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -197,7 +193,6 @@ def full_precision(x):
 
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
-
     x (..., D), weight (D,) -> (..., D); the mean is taken in at least float32."""
     wide = full_precision(x)
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -206,7 +201,6 @@ def rms_norm(x, weight, eps):
 
 def rope_frequencies(config):
     """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
-
     Waves longer than original/low are slowed down by `factor`, those shorter than original/high are
     kept, and between the two the change is linear in original/wavelength."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
@@ -229,7 +223,6 @@ def rope_tables(config, position, dtype):
 
 def apply_rope(x, cos, sin):
     """Turn each pair (x_i, x_{i+E/2}) by its position's angle   (Su et al. 2021, Eq. 34)
-
     x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E). Hugging Face weights pair the two *halves* of
     a head; Meta's original weights pair neighbours instead, and are not what these files hold."""
     a, b = x.chunk(2, -1)
@@ -237,7 +230,6 @@ def apply_rope(x, cos, sin):
 
 
 # ------------------------------------------------------------------ the prefix tree
-
 
 @dataclass
 class TreePlan:
@@ -281,7 +273,6 @@ def tree_plan(end, whole=512):
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
-
     q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once; its (T, T) mask is only for
     reading and for tests."""
     i = torch.arange(len(q), device=q.device)
@@ -292,7 +283,6 @@ def attention_by_mask(q, k, v, plan):
 
 def attention(q, k, v, plan):
     """attention_by_mask one piece at a time, so that hardly anything hidden is computed.
-
     q may hold only the last rows of the stream (a prompt after a cached instruction)."""
     if use_triton(q) and q.shape[-1] in WIDTHS:
         return attention_triton(q, k, v, plan)
@@ -318,10 +308,8 @@ def attention(q, k, v, plan):
 
 # ------------------------------------------------------------------ log-probabilities
 
-
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
-
     Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
     LOGITS = 2 ** 26                                                       # per chunk: 256 MiB in fp32
 
@@ -368,7 +356,6 @@ def token_logprobs(hidden, head, targets):
 
 
 # ------------------------------------------------------------------ the model
-
 
 class Linear(nn.Linear):
     """y = x W'; the weight is cast to x's dtype for the product."""
@@ -465,7 +452,6 @@ class Llama(nn.Module):
 
     def forward(self, tokens, end, rows=None, targets=None):
         """Run a stream that holds a forest (see tree_plan): tokens (T,), end (T,) -> hidden (T, D).
-
         With rows (N,) and targets (N,): log p(targets[n] | all that rows[n] sees), (N,) in nats."""
         plan = tree_plan(end)
         attend = partial(attention, plan=plan)
@@ -475,8 +461,7 @@ class Llama(nn.Module):
     @classmethod
     def random(cls, config, seed=0, std=0.02):
         """A model with fresh weights: normal with deviation std, norms 1."""
-        generator = torch.Generator().manual_seed(seed)
-        model = cls(config)
+        model, generator = cls(config), torch.Generator().manual_seed(seed)
         for weight in model.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=std, generator=generator)
@@ -485,7 +470,6 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None):
         """Load a Hugging Face folder, strictly by name, one tensor at a time.
-
         dtype is both storage and products (default: pick_dtype). InputError names the file and the
         tensor that is missing, unexpected, cut short or of another shape."""
         device, folder = pick_device(device), Path(folder)
@@ -501,8 +485,8 @@ class Llama(nn.Module):
                 if name not in wanted:
                     raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
                 if tensor.shape != wanted[name].shape:
-                    raise InputError(f"{path}: tensor {name} has shape {list(tensor.shape)}, config.json "
-                                     f"says {list(wanted[name].shape)}")
+                    shapes = f"{list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
+                    raise InputError(f"{path}: tensor {name} has shape {shapes}")
                 found[name] = tensor.to(device, dtype)
         missing = sorted(wanted.keys() - found.keys())
         if missing:
@@ -512,7 +496,6 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, state=None, shard_bytes=5 * 10 ** 9):
         """Write config.json and safetensors that transformers and vLLM load; dtype: default config's.
-
         state: the weights to write where `self` holds only a part of them (see train_sft.save)."""
         dtype, folder, shards = dtype or getattr(torch, self.config.torch_dtype), Path(folder), [{}]
         nbytes = lambda shard: sum(tensor.nbytes for tensor in shard.values())
@@ -553,7 +536,6 @@ def read_tensors(path):
 
 # ------------------------------------------------------------------ sampling
 
-
 def row_key(seed, prompt, sample):
     """A number of 32 bits for one sampled answer: a hash of (seed, prompt ids, sample number)."""
     text = f"{seed} {sample} {' '.join(map(str, prompt))}".encode()
@@ -562,7 +544,6 @@ def row_key(seed, prompt, sample):
 
 def uniform(key, position, draw):
     """Numbers in (0, 1) that depend on nothing but key (B,), position (B,) and the draw's number.
-
     A 32-bit integer mixer in int64 arithmetic: the same bits on every device, in any batch."""
     x = key + position * 0x9E3779B9 + draw * 0x85EBCA6B
     for multiplier in (0x7FEB352D, 0x846CA68B, 1):
@@ -872,7 +853,6 @@ class Engine:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- rows and pages, on the host
-
     def take_pages(self, n):
         """Claim the n lowest free pages; low numbers keep the visited range short."""
         pages = [heapq.heappop(self.free_pages) for _ in range(n)]
@@ -911,7 +891,6 @@ class Engine:
 
     def reserve(self):
         """Give every row pages for its next POLL tokens; where none are left, put jobs back and return them.
-
         Putting back the youngest job lets the oldest always finish; as random numbers belong to the
         row, a job that starts again draws the same answer again."""
         back = []
@@ -937,7 +916,6 @@ class Engine:
         return answers
 
     # ---- the model, on the device
-
     def read(self, tokens, end, keep):
         """Hidden states of a forest after the instruction; keep(n, k, v) stores what layer n computes."""
         I = self.instruction.shape[2]
@@ -996,7 +974,7 @@ class Engine:
         """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), (own, *reads) = self.ints(rows).T, self.visits()
-        _, _, pages, low, high = reads
+        pages, low, high = reads[2:]
         readers = low[:, None] + torch.arange(self.width, device=self.device)
         readers = torch.where(readers <= high[:, None], readers, len(rows))    # one row too many: nobody
         reads = reads if use_triton(self.k) and self.E in WIDTHS else None
