@@ -300,7 +300,7 @@ def attention(q, k, v, plan):
             plan.masks[name] = sees.to(q.device)
         mask = plan.masks.get(name)                                        # None: plainly causal
         rows = queries[path[-1]], *(torch.cat([x[s] for s in path]) for x in (keys, values))
-        rows = [x.transpose(0, 1)[None] for x in rows]                     # (1, H or G, n or m, E)
+        rows = (x.transpose(0, 1)[None] for x in rows)                     # (1, H or G, n or m, E)
         seen = F.scaled_dot_product_attention(*rows, mask, is_causal=mask is None, enable_gqa=True)
         out.append(seen[0].transpose(0, 1))
     return torch.cat(out)                                                  # (T, H, E)
