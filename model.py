@@ -26,6 +26,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -37,7 +38,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ errors, devices, files
-
 
 class InputError(SystemExit):
     """An error that a user can cause and mend: a script ends with this one line on stderr."""
@@ -55,8 +55,7 @@ def at_least(low, kind=int):
 def pick_device(name=None):
     """The torch.device to run on: `name` if given, else CUDA, else Apple's MPS, else the CPU."""
     if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -67,7 +66,7 @@ def pick_dtype(device, name=None):
     """The dtype of products: `name` if given, else bfloat16 where the hardware multiplies it."""
     if name is not None:
         return getattr(torch, name)
-    if device.type == "cuda":  # is_bf16_supported() also says True where bf16 is only emulated
+    if device.type == "cuda":       # is_bf16_supported() also says True where bf16 is only emulated
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and native() else torch.float32
@@ -82,8 +81,8 @@ def join_ranks(name=None):
     if ranks > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=2))                     # some ranks mine for longer
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=2))            # some ranks mine for longer
     return device, dist.get_rank() if ranks > 1 else 0, ranks
 
 
@@ -133,7 +132,6 @@ def read_json(path):
 
 # ------------------------------------------------------------------ configuration
 
-
 @dataclass
 class LlamaConfig:
     """The fields of a LLaMA config.json that shape the computation, under Hugging Face's names."""
@@ -171,12 +169,12 @@ class LlamaConfig:
         raw["rope_scaling"] = rope if kind == "llama3" else None
         raw["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "float32"
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         try:
-            config = cls(**known)
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
             rope_frequencies(config)
         except (TypeError, KeyError) as error:
-            raise InputError(f"{path}: {str(error).split('__init__() ')[-1]} (absent or of another type)") from None
+            what = str(error).split("__init__() ")[-1]
+            raise InputError(f"{path}: {what} (absent or of another type)") from None
         return config
 
     def to_json(self):
@@ -188,7 +186,6 @@ class LlamaConfig:
 
 # ------------------------------------------------------------------ the plain operations
 
-
 def full_precision(x):
     """x in float32, or in float64 if it has that already: for sums, exponentials and norms."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -196,7 +193,6 @@ def full_precision(x):
 
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
-
     x (..., D), weight (D,) -> (..., D); the mean is taken in at least float32."""
     wide = full_precision(x)
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -205,7 +201,6 @@ def rms_norm(x, weight, eps):
 
 def rope_frequencies(config):
     """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
-
     Waves longer than original/low are slowed down by `factor`, those shorter than original/high are
     kept, and between the two the change is linear in original/wavelength."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
@@ -228,7 +223,6 @@ def rope_tables(config, position, dtype):
 
 def apply_rope(x, cos, sin):
     """Turn each pair (x_i, x_{i+E/2}) by its position's angle   (Su et al. 2021, Eq. 34)
-
     x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E). Hugging Face weights pair the two *halves* of
     a head; Meta's original weights pair neighbours instead, and are not what these files hold."""
     a, b = x.chunk(2, -1)
@@ -236,7 +230,6 @@ def apply_rope(x, cos, sin):
 
 
 # ------------------------------------------------------------------ the prefix tree
-
 
 @dataclass
 class TreePlan:
@@ -280,7 +273,6 @@ def tree_plan(end, whole=512):
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
-
     q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once; its (T, T) mask is only for
     reading and for tests."""
     i = torch.arange(len(q), device=q.device)
@@ -291,52 +283,47 @@ def attention_by_mask(q, k, v, plan):
 
 def attention(q, k, v, plan):
     """attention_by_mask one piece at a time, so that hardly anything hidden is computed.
-
     q may hold only the last rows of the stream (a prompt after a cached instruction)."""
     if use_triton(q) and q.shape[-1] in WIDTHS:
         return attention_triton(q, k, v, plan)
-    skip, counts, start, out = len(k) - len(q), [], 0, []
-    for n in plan.lengths:                                                 # rows of each piece in q
-        counts.append(max(0, n - skip))
-        skip -= n - counts[-1]
+    skip, stops, out = len(k) - len(q), list(accumulate(plan.lengths)), []
+    counts = [min(length, max(0, stop - skip)) for length, stop in zip(plan.lengths, stops)]   # rows in q
     queries, keys, values = q.split(counts), k.split(plan.lengths), v.split(plan.lengths)
-    for path, forked, length, n in zip(plan.paths, plan.forked, plan.lengths, counts):
-        m, start = sum(plan.lengths[s] for s in path), start + length      # n rows see m keys
+    for path, forked, length, stop, n in zip(plan.paths, plan.forked, plan.lengths, stops, counts):
         if n == 0:
             continue
-        name = (start, n, m) if forked else (n, m)
-        if name not in plan.masks:                                         # causal from the right
-            sees = None if n == m and not forked else torch.ones(n, m, dtype=torch.bool).tril(m - n)
-            if forked:
-                sees[:, m - length:] &= torch.arange(start - n, start)[:, None] < plan.end[start - length:start]
-            plan.masks[name] = sees if sees is None else sees.to(q.device)
+        m = sum(plan.lengths[s] for s in path)                             # n rows see m keys
+        name = (stop, n, m) if forked else (n, m)
+        if name not in plan.masks and (forked or n < m):                   # causal from the right
+            sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            sees[:, m - length:] &= torch.arange(stop - n, stop)[:, None] < plan.end[stop - length:stop]
+            plan.masks[name] = sees.to(q.device)
+        mask = plan.masks.get(name)                                        # None: plainly causal
         rows = queries[path[-1]], *(torch.cat([x[s] for s in path]) for x in (keys, values))
         rows = (x.transpose(0, 1)[None] for x in rows)                     # (1, H or G, n or m, E)
-        out.append(F.scaled_dot_product_attention(*rows, plan.masks[name], is_causal=plan.masks[name] is None,
-                                                  enable_gqa=True)[0].transpose(0, 1))
+        seen = F.scaled_dot_product_attention(*rows, mask, is_causal=mask is None, enable_gqa=True)
+        out.append(seen[0].transpose(0, 1))
     return torch.cat(out)                                                  # (T, H, E)
 
 
 # ------------------------------------------------------------------ log-probabilities
 
-
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
-
     Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
     LOGITS = 2 ** 26                                                       # per chunk: 256 MiB in fp32
 
     @staticmethod
-    def chunks(hidden, head):
-        return range(0, len(hidden), max(1, TokenLogprobs.LOGITS // len(head)))
+    def logits(hidden, weight):
+        """Yield (rows, their logits (chunk, V)) for one chunk after another."""
+        step = max(1, TokenLogprobs.LOGITS // len(weight))
+        for some in (slice(i, i + step) for i in range(0, len(hidden), step)):
+            yield some, hidden[some] @ weight.T
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
-        weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
         picked, total = full_precision(hidden.new_empty(2, len(hidden)))
-        for i in steps:
-            some = slice(i, i + steps.step)
-            z = hidden[some] @ weight.T                                    # (chunk, V)
+        for some, z in TokenLogprobs.logits(hidden, head.to(hidden.dtype)):
             if use_triton(z):
                 launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], total[some], len(head))
             else:
@@ -348,11 +335,9 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (hidden, head, targets, total), grad = ctx.saved_tensors, grad.contiguous()
-        weight, steps = head.to(hidden.dtype), TokenLogprobs.chunks(hidden, head)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for i in steps:
-            some = slice(i, i + steps.step)
-            g, dz = grad[some, None], hidden[some] @ weight.T              # (chunk, V), logits at first
+        weight, d_hidden, d_head = head.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(head)
+        for some, dz in TokenLogprobs.logits(hidden, weight):              # logits, to become gradients
+            g = grad[some, None]
             if use_triton(dz):
                 grid = len(dz), -(-len(head) // 4096)
                 launch(row_gradients, grid, 4096, dz, targets[some], total[some], g, len(head))
@@ -372,22 +357,14 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 
-
 class Linear(nn.Linear):
-    """y = x W', without a bias; the weight is cast to x's dtype for the product."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    """y = x W'; the weight is cast to x's dtype for the product."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
@@ -396,10 +373,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.E = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.E)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E)
-        self.o_proj = Linear(c.num_attention_heads * self.E, c.hidden_size)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.E, bias=False)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E, bias=False)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * self.E, bias=False)
+        self.o_proj = Linear(c.num_attention_heads * self.E, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, attend):
         q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.E)), cos, sin)   # (T, H, E)
@@ -413,9 +390,9 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -447,15 +424,14 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
             "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.hidden_size, c.vocab_size)
+            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         self.compute_dtype = None       # None: that of the weights; training sets bfloat16 beside fp32
         self.recompute = False          # True: keep only the input of each layer for the backward pass
 
     @property
     def head(self):
         """The output matrix (V, D): the embedding itself where the two are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model["embed_tokens"].weight if tied else self.lm_head.weight
+        return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
 
     @property
     def device(self):
@@ -476,7 +452,6 @@ class Llama(nn.Module):
 
     def forward(self, tokens, end, rows=None, targets=None):
         """Run a stream that holds a forest (see tree_plan): tokens (T,), end (T,) -> hidden (T, D).
-
         With rows (N,) and targets (N,): log p(targets[n] | all that rows[n] sees), (N,) in nats."""
         plan = tree_plan(end)
         attend = partial(attention, plan=plan)
@@ -486,8 +461,7 @@ class Llama(nn.Module):
     @classmethod
     def random(cls, config, seed=0, std=0.02):
         """A model with fresh weights: normal with deviation std, norms 1."""
-        generator = torch.Generator().manual_seed(seed)
-        model = cls(config)
+        model, generator = cls(config), torch.Generator().manual_seed(seed)
         for weight in model.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=std, generator=generator)
@@ -496,7 +470,6 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None):
         """Load a Hugging Face folder, strictly by name, one tensor at a time.
-
         dtype is both storage and products (default: pick_dtype). InputError names the file and the
         tensor that is missing, unexpected, cut short or of another shape."""
         device, folder = pick_device(device), Path(folder)
@@ -512,8 +485,8 @@ class Llama(nn.Module):
                 if name not in wanted:
                     raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
                 if tensor.shape != wanted[name].shape:
-                    raise InputError(f"{path}: tensor {name} has shape {list(tensor.shape)}, config.json "
-                                     f"says {list(wanted[name].shape)}")
+                    shapes = f"{list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
+                    raise InputError(f"{path}: tensor {name} has shape {shapes}")
                 found[name] = tensor.to(device, dtype)
         missing = sorted(wanted.keys() - found.keys())
         if missing:
@@ -523,35 +496,30 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, state=None, shard_bytes=5 * 10 ** 9):
         """Write config.json and safetensors that transformers and vLLM load; dtype: default config's.
-
         state: the weights to write where `self` holds only a part of them (see train_sft.save)."""
-        dtype, shards, size = dtype or getattr(torch, self.config.torch_dtype), [{}], 0
+        dtype, folder, shards = dtype or getattr(torch, self.config.torch_dtype), Path(folder), [{}]
+        nbytes = lambda shard: sum(tensor.nbytes for tensor in shard.values())
         for name, tensor in (state or self.state_dict()).items():
             tensor = tensor.detach().to("cpu", dtype).contiguous()
-            if size and size + tensor.nbytes > shard_bytes:
+            if shards[-1] and nbytes(shards[-1]) + tensor.nbytes > shard_bytes:
                 shards.append({})
-                size = 0
             shards[-1][name] = tensor
-            size += tensor.nbytes
-        n, folder = len(shards), Path(folder)
-        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
-                 for i in range(n)]
-        for file, shard in zip(names, shards):
+        n, where = len(shards), {}
+        for i, shard in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
             write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
+            where.update(dict.fromkeys(shard, file))
         if n > 1:
-            where = {name: file for file, shard in zip(names, shards) for name in shard}
-            total = sum(t.nbytes for shard in shards for t in shard.values())
-            write_json(folder / "model.safetensors.index.json",
-                       {"metadata": {"total_size": total}, "weight_map": where})
+            index = {"metadata": {"total_size": sum(map(nbytes, shards))}, "weight_map": where}
+            write_json(folder / "model.safetensors.index.json", index)
         write_json(folder / "config.json", self.config.to_json())
 
 
 def weight_files(folder):
     """The safetensors files of a folder: one file, or the shards its index names."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return [folder / "model.safetensors"]
+    names = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_tensors(path):
@@ -568,7 +536,6 @@ def read_tensors(path):
 
 # ------------------------------------------------------------------ sampling
 
-
 def row_key(seed, prompt, sample):
     """A number of 32 bits for one sampled answer: a hash of (seed, prompt ids, sample number)."""
     text = f"{seed} {sample} {' '.join(map(str, prompt))}".encode()
@@ -577,14 +544,11 @@ def row_key(seed, prompt, sample):
 
 def uniform(key, position, draw):
     """Numbers in (0, 1) that depend on nothing but key (B,), position (B,) and the draw's number.
-
     A 32-bit integer mixer in int64 arithmetic: the same bits on every device, in any batch."""
     x = key + position * 0x9E3779B9 + draw * 0x85EBCA6B
-    for multiplier in (0x7FEB352D, 0x846CA68B):
+    for multiplier in (0x7FEB352D, 0x846CA68B, 1):
         x = x & 0xFFFFFFFF
         x = (x ^ (x >> 16)) * multiplier
-    x = x & 0xFFFFFFFF
-    x = x ^ (x >> 16)
     return (x.to(torch.float32 if x.device.type == "mps" else torch.float64) + 0.5) / 2 ** 32
 
 
@@ -600,12 +564,12 @@ def draw_token(logits, key, position, temperature, top_p):
     p = (full_precision(logits) / temperature).softmax(-1)
     B, V = p.shape
     blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
-    sums = blocks.sum(-1).cumsum(-1)                                       # (B, blocks)
+    sums = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))                        # (B, blocks + 1), 0 first
     token, left, draw = torch.empty_like(key), torch.arange(B, device=p.device), 0
     while len(left):
         u = uniform(key[left], position[left], draw).to(p.dtype)[:, None] * sums[left, -1:]
-        block = torch.searchsorted(sums[left], u, right=True).clamp(max=sums.shape[1] - 1)
-        rest = u - torch.where(block > 0, sums[left].gather(1, (block - 1).clamp(min=0)), 0)
+        block = torch.searchsorted(sums[left], u, right=True).clamp(max=blocks.shape[1]) - 1
+        rest = u - sums[left].gather(1, block)
         inside = blocks[left, block[:, 0]].cumsum(-1)
         offset = torch.searchsorted(inside, rest, right=True).clamp(max=255)
         pick = (block * 256 + offset).clamp(max=V - 1)[:, 0]
@@ -618,8 +582,7 @@ def draw_token(logits, key, position, temperature, top_p):
 
 
 @torch.inference_mode()
-def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(),
-                   seed=0):
+def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(), seed=0):
     """`generate` without a cache, one token of one sample at a time: slow, and what it must equal."""
     answers = [[[] for _ in range(k)] for _ in prompts]
     for prompt, samples in zip(prompts, answers):
@@ -847,62 +810,58 @@ def paged_attention(Q, K, V, K0, V0, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
 
 @dataclass
 class Job:
-    """A prompt and those of its samples that are decoded together."""
+    """A prompt and those of its samples that are decoded together, all equally long."""
     number: int                                 # which prompt
     prompt: list                                # its ids
     samples: list                               # sample numbers; each becomes a row
     rows: dict = field(default_factory=dict)    # row -> sample number, while it is decoded
     pages: list = field(default_factory=list)   # where the prompt's keys lie
+    count: int = 0                              # tokens drawn, in each row
 
 
 class Engine:
-    """Decodes many rows at once over a paged cache; the state of a row is a few numbers in tensors."""
+    """Decodes many rows at once over a paged cache."""
     PAGE = 64           # keys a page
     POLL = 4            # steps between two looks at which rows are done
     PREFILL = 4096      # prompt tokens in one pass
 
-    def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, stop, temperature,
-                 top_p, seed):
-        c, self.device = model.config, model.device
-        self.model, self.max_new, self.temperature, self.top_p, self.seed = (
-            model, max_new_tokens, temperature, top_p, seed)
-        self.G, self.E, self.R = c.num_key_value_heads, c.head_dim, (
-            c.num_attention_heads // c.num_key_value_heads)     # R query heads share a key
-        self.width, self.nobody = width, max_rows               # readers a page; the row that is none
-        zeros = partial(torch.zeros, dtype=torch.long, device=self.device)
-        dtype = model.compute_dtype or model.head.dtype
-        self.k = torch.zeros(c.num_hidden_layers, pages, self.G, self.PAGE, self.E, dtype=dtype,
-                             device=self.device)
+    def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, stop, seed, draw):
+        c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
+        self.width, self.seed, self.draw = width, seed, draw    # readers a page; draw: see draw_token
+        self.G, self.E = c.num_key_value_heads, c.head_dim
+        shape = c.num_hidden_layers, pages, self.G, self.PAGE, self.E
+        self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
         self.v = torch.zeros_like(self.k)
-        self.readers = zeros(pages, width) + self.nobody        # rows that read a page
-        self.filled = zeros(pages)                              # keys in a page
-        self.table = zeros(max_rows, self.pages_for(max_new_tokens + self.POLL))   # pages of an answer
-        self.token, self.position, self.count, self.key = (zeros(max_rows) for _ in range(4))
-        self.history = zeros(max_rows, max_new_tokens + self.POLL)
-        self.stop = torch.tensor(list(stop), dtype=torch.long, device=self.device)
+        zeros = partial(torch.zeros, dtype=torch.long, device=self.device)
+        self.filled, self.key = zeros(pages), zeros(max_rows)   # keys in a page; of a row, see row_key
+        self.history, self.stop = zeros(max_rows, max_new_tokens + self.POLL), self.ints(list(stop))
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs = {}, []                          # live row -> its pages; jobs under way
-        self.start, self.instruction = len(instruction), self.read_instruction(instruction)
+        # keys and values (layers, 2, I, G, E) of the prefix that all prompts share
+        self.instruction, kept = self.k.new_zeros(len(self.k), 2, 0, self.G, self.E), []
+        self.start = len(instruction)
+        if instruction:
+            keep = lambda n, k, v: kept.append(torch.stack([k, v]))
+            self.read(instruction, [self.start] * self.start, keep)
+            self.instruction = torch.stack(kept)
 
-    def pages_for(self, tokens):
-        return -(-tokens // self.PAGE)
+    @staticmethod
+    def pages_for(tokens):
+        return -(-tokens // Engine.PAGE)
 
     def ints(self, values):
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- rows and pages, on the host
-
-    def take_pages(self, n, readers):
-        """Claim the n lowest free pages for these rows; low numbers keep the visited range short."""
+    def take_pages(self, n):
+        """Claim the n lowest free pages; low numbers keep the visited range short."""
         pages = [heapq.heappop(self.free_pages) for _ in range(n)]
-        self.readers[pages] = self.ints(readers + [self.nobody] * (self.width - len(readers)))
         self.filled[pages] = 0
         return pages
 
     def free(self, rows):
         """Give back these rows, their pages, and the pages of prompts that nobody reads any more."""
         pages = [page for row in rows for page in self.owned.pop(row)]
-        self.readers[torch.isin(self.readers, self.ints(rows))] = self.nobody
         self.free_rows += rows
         for job in self.jobs:
             job.rows = {row: sample for row, sample in job.rows.items() if row in self.owned}
@@ -921,162 +880,150 @@ class Engine:
         while waiting and self.fits(waiting[0]):
             jobs, tokens = [], 0
             while waiting and self.fits(waiting[0]) and tokens < self.PREFILL:
-                job = waiting.popleft()
+                jobs.append(job := waiting.popleft())
                 n = len(job.prompt) - self.start
                 job.rows = {self.free_rows.pop(): sample for sample in job.samples}
-                job.pages = self.take_pages(self.pages_for(n), list(job.rows))
-                self.owned.update({row: self.take_pages(1, [row]) for row in job.rows})
-                jobs.append(job)
+                job.pages = self.take_pages(self.pages_for(n))
+                self.owned.update({row: self.take_pages(1) for row in job.rows})
                 tokens += n
             self.jobs += jobs
             self.prefill(jobs)
 
     def reserve(self):
-        """Give every row pages for its next POLL tokens; [] or, where none are left, a job to put back.
-
+        """Give every row pages for its next POLL tokens; where none are left, put jobs back and return them.
         Putting back the youngest job lets the oldest always finish; as random numbers belong to the
         row, a job that starts again draws the same answer again."""
-        rows = list(self.owned)
-        for row, count in zip(rows, self.count[rows].tolist()):
-            missing = self.pages_for(count + self.POLL) - len(self.owned[row])
-            if missing > len(self.free_pages):
-                youngest = self.jobs[-1]
-                self.free(list(youngest.rows))
-                return [youngest]
-            self.owned[row] += self.take_pages(missing, [row])
-            self.table[row, :len(self.owned[row])] = self.ints(self.owned[row])
-        return []
+        back = []
+        for job, row in [(job, row) for job in self.jobs for row in job.rows]:
+            need = self.pages_for(job.count + self.POLL)
+            while job.rows and need > len(self.owned[row]) + len(self.free_pages):
+                back.append(self.jobs[-1])
+                self.free(list(back[-1].rows))
+            if job.rows and need > len(self.owned[row]):
+                self.owned[row] += self.take_pages(need - len(self.owned[row]))
+        return back
 
     def finish(self):
         """Take out the rows that are done; return [(prompt number, sample number, ids)]."""
-        rows = list(self.owned)
-        history, count = self.history[rows], self.count[rows]
-        stopped = torch.isin(history, self.stop)
-        stopped &= torch.arange(stopped.shape[1], device=self.device) < count[:, None]
-        length = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, self.max_new)
-        done = {row: n for row, n, c in zip(rows, length.tolist(), count.tolist()) if c >= n}
+        rows, column = list(self.owned), torch.arange(self.history.shape[1], device=self.device)
+        history = self.history[rows]                            # -1: not drawn yet
+        last = torch.isin(history, self.stop) | (column >= self.max_new - 1) & (history >= 0)
+        length = torch.where(last.any(1), last.int().argmax(1) + 1, 0)
+        done = {row: n for row, n in zip(rows, length.tolist()) if n}
         answers = [(job.number, sample, self.history[row, :done[row]].tolist())
                    for job in self.jobs for row, sample in job.rows.items() if row in done]
         self.free(list(done))
         return answers
 
     # ---- the model, on the device
+    def read(self, tokens, end, keep):
+        """Hidden states of a forest after the instruction; keep(n, k, v) stores what layer n computes."""
+        I = self.instruction.shape[2]
+        plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]))
 
-    def read_instruction(self, ids):
-        """Keys and values (layers, 2, I, G, E) of the prefix that all prompts share."""
-        if not ids:
-            return self.k.new_zeros(len(self.k), 2, 0, self.G, self.E)
-        plan, kept = tree_plan(torch.full((len(ids),), len(ids))), []
-
-        def attend(q, k, v):
-            kept.append(torch.stack([k, v]))
+        def attend(q, k, v, n):
+            keep(n, k, v)
+            k, v = (torch.cat([before, x]) for before, x in zip(self.instruction[n], (k, v)))
             return attention(q, k, v, plan)
 
-        self.model.hidden(self.ints(ids), plan.position.to(self.device), [attend] * len(self.k))
-        return torch.stack(kept)
+        attends = [partial(attend, n=n) for n in range(len(self.k))]
+        return self.model.hidden(self.ints(tokens), plan.position[I:].to(self.device), attends)
 
     def prefill(self, jobs):
         """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""
-        P, I, tokens, end, slots, last = self.PAGE, self.start, [], [], [], []
+        P, tokens, end, slots, rows = self.PAGE, [], [], [], []
         for job in jobs:
-            rest = job.prompt[I:]
+            rest, job.count = job.prompt[self.start:], 1
             tokens += rest
-            end += [I + len(tokens)] * len(rest)
+            end += [len(tokens)] * len(rest)
             slots += [(job.pages[i // P], i % P) for i in range(len(rest))]
-            last += [len(tokens) - 1] * len(job.rows)
+            rows += [(row, row_key(self.seed, job.prompt, sample), len(tokens) - 1, len(job.prompt))
+                     for row, sample in job.rows.items()]
             self.filled[job.pages] = self.ints([min(P, len(rest) - i) for i in range(0, len(rest), P)])
-        plan = tree_plan(torch.tensor([I + len(tokens)] * I + end))
-        page, offset = self.ints(slots).T
+        hidden = self.read(tokens, end, partial(self.store, place=self.ints(slots).T))
+        rows, key, last, length = self.ints(rows).T
+        self.key[rows], self.history[rows] = key, -1
+        self.append(rows, hidden[last], length, 0)
 
-        def attend(q, k, v, n):
-            self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
-            before_k, before_v = self.instruction[n]
-            return attention(q, torch.cat([before_k, k]), torch.cat([before_v, v]), plan)
+    def store(self, n, k, v, place):
+        """Write keys and values (T, G, E) of layer n to their places in the cache, (page, offset)."""
+        page, offset = place
+        self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
 
-        position = plan.position[I:].to(self.device)
-        hidden = self.model.hidden(self.ints(tokens), position,
-                                   [partial(attend, n=n) for n in range(len(self.k))])
-        rows = self.ints([row for job in jobs for row in job.rows])
-        self.key[rows] = self.ints([row_key(self.seed, job.prompt, sample)
-                                    for job in jobs for sample in job.rows.values()])
-        self.position[rows], self.count[rows] = position[last], 0
-        self.append(rows, hidden[last])
-
-    def append(self, rows, hidden):
-        """Draw the next token of each row from its last hidden state (B, D) and write it down."""
+    def append(self, rows, hidden, length, count):
+        """Draw the next token of each row, its number `count` after a prompt of `length`: hidden (B, D)."""
         logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
-        self.position[rows] += 1
-        token = draw_token(logits, self.key[rows], self.position[rows], self.temperature, self.top_p)
-        self.token[rows] = self.history[rows, self.count[rows]] = token
-        self.count[rows] += 1
+        self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
+
+    def visits(self):
+        """What is read: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the pages
+        page[first[n]:first[n + 1]], b's own from page[own[b]] on; low .. high: the rows that read a page."""
+        start, first, own, visits = [0], [0], [], []
+        for job in self.jobs:
+            visits += [(page, len(own), len(own) + len(job.rows) - 1) for page in job.pages]
+            for row in job.rows:
+                visits += [(page, len(own), len(own)) for page in self.owned[row]]
+                own.append(len(visits) - len(self.owned[row]))
+            start.append(len(own))
+            first.append(len(visits))
+        start, first, own, page, *span = map(self.ints, (start, first, own, *zip(*visits)))
+        low, high = (x.new_full((max(visits)[0] + 1,), len(own)).index_copy_(0, page, x) for x in span)
+        return own, start, first, page, low, high
 
     def decode(self):
         """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
-        rows = self.ints([row for job in self.jobs for row in job.rows])
-        used = 1 + max(page for pages in [*self.owned.values(), *(job.pages for job in self.jobs)]
-                       for page in pages)
-        reads = self.reading(rows, used) if use_triton(self.k) and self.E in WIDTHS else None
+        rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
+        (rows, length, count), (own, *reads) = self.ints(rows).T, self.visits()
+        pages, low, high = reads[2:]
+        readers = low[:, None] + torch.arange(self.width, device=self.device)
+        readers = torch.where(readers <= high[:, None], readers, len(rows))    # one row too many: nobody
+        reads = reads if use_triton(self.k) and self.E in WIDTHS else None
         for _ in range(self.POLL):
-            own = self.count[rows] - 1                      # the last drawn token is fed, its key stored
-            page, offset = self.table[rows, own // self.PAGE], own % self.PAGE
+            last = count - 1                                # the last drawn token is fed, its key stored
+            page, offset = pages[own + last // self.PAGE], last % self.PAGE
             self.filled[page] = offset + 1
-            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:used, None]
-            attends = [partial(self.attend, n=n, rows=rows, place=(page, offset), unread=unread, reads=reads)
-                       for n in range(len(self.k))]
-            self.append(rows, self.model.hidden(self.token[rows], self.position[rows], attends))
+            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:len(low), None]
+            attend = partial(self.attend, place=(page, offset), unread=unread, readers=readers, reads=reads)
+            attends = [partial(attend, n=n) for n in range(len(self.k))]
+            hidden = self.model.hidden(self.history[rows, last], length + last, attends)
+            self.append(rows, hidden, length, count)
+            count = count + 1
+        for job in self.jobs:
+            job.count += self.POLL
 
-    def reading(self, rows, used):
-        """For paged_attention: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the
-        pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
-        B, start = len(rows), F.pad(self.ints([len(job.rows) for job in self.jobs]).cumsum(0), (1, 0))
-        place = rows.new_full((self.nobody + 1,), B).index_copy_(0, rows, torch.arange(B, device=rows.device))
-        reader = place[self.readers[:used]]                                    # (pages, w), B for nobody
-        low, high = reader.amin(1), torch.where(reader < B, reader, -1).amax(1)
-        lowest, page = low.sort(stable=True)
-        return start, torch.searchsorted(lowest, start), page, low, high
-
-    def attend(self, q, k, v, n, rows, place, unread, reads=None):
+    def attend(self, q, k, v, n, place, unread, readers, reads=None):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages."""
-        page, offset = place
-        self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
-        used, S, (G, R, E, w) = len(unread), self.nobody + 1, (self.G, self.R, self.E, self.width)
+        self.store(n, k, v, place)
+        before_k, before_v = self.instruction[n]                                   # (I, G, E)
+        (pages, w), G, R = readers.shape, self.G, q.shape[1] // self.G             # R query heads share a key
         if reads:
             out, M = torch.empty_like(q), 16 if w * R <= 16 else 64
-            launch(paged_attention, (len(self.jobs), G, -(-w * R // M)), E, q, self.k[n], self.v[n],
-                   *self.instruction[n], *reads, self.filled, out, self.start, R, G, E, self.PAGE, M)
+            launch(paged_attention, (len(self.jobs), G, -(-w * R // M)), self.E, q, self.k[n], self.v[n],
+                   before_k, before_v, *reads, self.filled, out, self.start, R, G, self.E, self.PAGE, M)
             return out
-        q = q.new_zeros(S, G, R, E).index_copy_(0, rows, q.unflatten(1, (G, R)) * E ** -0.5)
-        keys, values, readers = self.k[n, :used], self.v[n, :used], self.readers[:used]
-        reader = readers.flatten()                                                 # (pages w,)
-        per_page = lambda x: x[readers].transpose(1, 2).flatten(2, 3)              # (S, G, R, ..) -> (pages, G, w R, ..)
-        per_reader = lambda x: x.unflatten(2, (w, R)).transpose(1, 2).flatten(0, 1)   # -> (pages w, G, R, ..)
-        per_head = lambda x: x.transpose(0, 1).flatten(1, 2)                       # (S, G, R, ..) -> (G, S R, ..)
-        per_row = lambda x: x.unflatten(1, (S, R)).transpose(0, 1).contiguous()    # -> (S, G, R, ..)
+        q = F.pad(q * self.E ** -0.5, (0, 0, 0, 0, 0, 1)).unflatten(1, (G, R))     # (B + 1, G, R, E)
+        keys, values, reader = self.k[n, :pages], self.v[n, :pages], readers.flatten()
         # scores of every page for its readers, and of the instruction for everybody
-        before_k, before_v = (x.transpose(0, 1) for x in self.instruction[n])      # (G, I, E)
-        scores = full_precision(per_page(q) @ keys.transpose(-1, -2))              # (pages, G, w R, 64)
-        scores.masked_fill_(unread[:, None, None], -math.inf)
-        before = full_precision(per_head(q) @ before_k.transpose(-1, -2))          # (G, S R, I)
+        scores = full_precision(torch.einsum("pwgre,pgje->pwgrj", q[readers], keys))
+        scores.masked_fill_(unread[:, None, None, None], -math.inf)
+        before = full_precision(torch.einsum("bgre,ige->bgri", q, before_k))
         # softmax over all that a row sees: one maximum and one sum a row, over its pages
-        top = scores.new_full((S, G, R), torch.finfo(scores.dtype).min)
-        if self.start:
-            top = per_row(before.amax(-1))
-        top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), per_reader(scores.amax(-1)), "amax")
-        scores.sub_(per_page(top)[..., None]).exp_()
-        before.sub_(per_head(top)[..., None]).exp_()
-        total = per_row(before.sum(-1)).index_add_(0, reader, per_reader(scores.sum(-1)))
-        out = per_row(full_precision(before.to(q.dtype) @ before_v))
-        out.index_add_(0, reader, full_precision(per_reader(scores.to(q.dtype) @ values)))
-        return (out / total[..., None])[rows].to(q.dtype).flatten(1, 2)            # (B, H, E)
+        top = before.amax(-1) if self.start else before.new_full(q.shape[:3], torch.finfo(before.dtype).min)
+        top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), scores.amax(-1).flatten(0, 1), "amax")
+        scores.sub_(top[readers][..., None]).exp_()
+        before.sub_(top[..., None]).exp_()
+        total = before.sum(-1).index_add_(0, reader, scores.sum(-1).flatten(0, 1))
+        out = full_precision(torch.einsum("bgri,ige->bgre", before.to(q.dtype), before_v))
+        read = torch.einsum("pwgrj,pgje->pwgre", scores.to(q.dtype), values).flatten(0, 1)
+        out.index_add_(0, reader, full_precision(read))
+        return (out / total[..., None])[:-1].to(q.dtype).flatten(1, 2)             # (B, H, E)
 
 
 def common_prefix(sequences):
     """How many first items all sequences share, leaving at least one item of each."""
     first, last = min(sequences), max(sequences)       # in dictionary order, these two differ earliest
-    same = 0
-    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
-        same += 1
-    return same
+    same = [a == b for a, b in zip(first, last)]
+    return min([*same, False].index(False), len(first) - 1, len(last) - 1)
 
 
 @torch.inference_mode()
@@ -1090,24 +1037,24 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     InputError if kv_tokens cannot hold one job."""
     if not prompts:
         return
-    c, device = model.config, model.device
-    start = common_prefix(prompts) if share else 0
-    jobs = [Job(i, prompt, samples) for i, prompt in enumerate(prompts)
-            for samples in ([list(range(k))] if share else [[s] for s in range(k)])]
+    c, device, width = model.config, model.device, k if share else 1
+    start, groups = common_prefix(prompts) if share else 0, torch.arange(k).split(width)
+    jobs = [Job(i, prompt, group.tolist()) for i, prompt in enumerate(prompts) for group in groups]
     if kv_tokens is None:
         item = (model.compute_dtype or model.head.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
-    max_rows = max_rows or (1024 if device.type == "cuda" else 128)
-    pages_for = lambda n: -(-n // Engine.PAGE)
-    most = lambda job: (pages_for(len(job.prompt) - start)
-                        + len(job.samples) * pages_for(max_new_tokens + Engine.POLL))
-    pages, largest = (kv_tokens - start) // Engine.PAGE, max(jobs, key=most)
-    if pages < most(largest):
-        raise InputError(f"--kv-tokens {kv_tokens}: prompt {largest.number} and its samples may need "
-                         f"{start + most(largest) * Engine.PAGE}; raise it or lower --max-new-tokens")
-    engine = Engine(model, prompts[0][:start], len(jobs[0].samples), max(max_rows, len(jobs[0].samples)),
-                    min(pages, sum(map(most, jobs))), max_new_tokens, stop, temperature, top_p, seed)
+    answer = width * Engine.pages_for(max_new_tokens + Engine.POLL)
+    most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
+    pages = (kv_tokens - start) // Engine.PAGE
+    if pages < max(most):
+        number, need = jobs[most.index(max(most))].number, start + max(most) * Engine.PAGE
+        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need {need}; "
+                         f"raise it or lower --max-new-tokens")
+    max_rows = max(width, max_rows or (1024 if device.type == "cuda" else 128))
+    draw = partial(draw_token, temperature=temperature, top_p=top_p)
+    engine = Engine(model, prompts[0][:start], width, max_rows, min(pages, sum(most)), max_new_tokens, stop,
+                    seed, draw)
     waiting, answers = deque(jobs), [{} for _ in prompts]
     while waiting or engine.jobs:
         engine.start_some(waiting)

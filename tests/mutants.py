@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # (file, right, wrong, test that must notice)
 MUTANTS = [
     ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_pieces"),
-    ("model.py", "torch.ones(n, m, dtype=torch.bool).tril(m - n)", "torch.ones(n, m, dtype=torch.bool).tril(m - n + 1)",
+    ("model.py", "dtype=torch.bool).tril(m - n)", "dtype=torch.bool).tril(m - n - 1)",
      "test_model.py -k by_pieces"),
     ("model.py", "while above and above[-1][0] <= start:", "while above and above[-1][0] < start:",
      "test_model.py -k readme_example"),
@@ -31,7 +31,8 @@ MUTANTS = [
     ("model.py", "likelier < top_p", "likelier <= top_p + 0.2", "test_model.py -k nucleus"),
     ("model.py", "likelier = torch.where(likelier > mine, likelier, 0)", "likelier = torch.where(likelier >= mine, likelier, 0)",
      "test_model.py -k nucleus"),
-    ("model.py", "self.readers[torch.isin(self.readers, self.ints(rows))] = self.nobody", "pass", "test_model.py -k generation"),
+    ("model.py", "own.append(len(visits) - len(self.owned[row]))", "own.append(len(visits) - 1)", "test_model.py -k generation"),
+    ("model.py", "readers <= high[:, None]", "readers <= low[:, None]", "test_model.py -k generation"),
     ("model.py", "self.filled[page] = offset + 1", "self.filled[page] = offset", "test_model.py -k generation"),
     ("data.py", "rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]",
      "rows += [last + 1, *range(len(tokens) + 1, len(tokens) + len(ids))]", "test_data.py -k readme_example"),
