@@ -243,7 +243,7 @@ def start_run(args):
     for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
         if now[name] != old.get(name):
             raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is {now[name]!r}; "
-                             f"choose another --out")
+                             "choose another --out")
     if not args.resume and log.exists():
         raise InputError(f"{args.out}: already holds a run; add --resume to continue it, or choose another --out")
     return checkpoint
