@@ -67,14 +67,14 @@ def test_one_then_two_then_one_rank_across_two_stops(folder, name):
 
 
 def test_sharded_embeddings_gather_their_gradient_as_precisely_as_one_rank(folder):
-    # products in bf16: an embedding that is itself cast to bf16 sums its gradient in bf16 and is 1% off
+    # products in bf16: an embedding that is itself cast to bf16 sums its gradient in bf16: 1e-4 off
     norm = []
     for ranks in (1, 2):
-        run("train_sft", ["--model", "toy/model", "--data", "toy/dev.json", "--limit", 8, "--batch-size", 8,
+        run("train_sft", ["--model", "toy/model", "--data", "toy/dev.json", "--limit", 16, "--batch-size", 16,
                           "--max-steps", 1, "--dtype", "bfloat16", "--device", "cpu",
                           "--out", folder / f"bf16-{ranks}"], folder / "log", ranks)
         norm.append(rows_of(folder / f"bf16-{ranks}")[0]["grad_norm"])
-    assert norm[1] == pytest.approx(norm[0], rel=1e-4)
+    assert norm[1] == pytest.approx(norm[0], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
