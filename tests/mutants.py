@@ -48,7 +48,7 @@ MUTANTS = [
     ("train_sft.py", "(1 + math.cos(math.pi * step / steps))", "(1 + math.cos(math.pi * (step + 1) / steps))", "test_train.py -k cosine"),
     ("train_sft.py", "np.random.default_rng((seed, epoch))", "np.random.default_rng(seed)", "test_train.py -k function_of_seed"),
     ("train_sft.py", "if p.suffix != \".tmp\" and (p / \"state.json\").exists()", "", "test_train.py -k unfinished"),
-    ("train_sft.py", "get_optimizer_state_dict(model, optimizer)[", "get_optimizer_state_dict(model, optimizer, options=FULL)[",
+    ("train_sft.py", "get_optimizer_state_dict(model, optimizer)  ", "get_optimizer_state_dict(model, optimizer, options=FULL)  ",
      "test_ranks.py -k two_stops"),
     ("train_sft.py", "fully_shard(model.to(device), mesh=mesh)", "fully_shard(model.to(device), mesh=mesh, mp_policy=policy)",
      "test_ranks.py -k precisely"),
