@@ -132,7 +132,7 @@ def score(rows, dataset, legacy=False, wished=None):
         for key in ("tokens", "ms"):
             if all(key in row for row in some):
                 result[key + "_per_query"] = float(np.mean([row[key] for row in some]))
-        if all(name in row.get("p", {}) for row in some):
+        if not legacy and all(name in row.get("p", {}) for row in some):
             hit, p = [g == positive for g in gold], [row["p"][name] for row in some]
             result["auprc"] = auprc(hit, p)
             if wished is not None:
