@@ -69,11 +69,10 @@ def parse_verdict(text):
     """The verdicts of a generated text: {"request", "completion", "response"}, None where absent. The last
     "Answers:" block counts; a field that it lacks is taken from the last such line of the whole text.
     Any word but the two allowed ones is no verdict. Case does not matter."""
-    block = text[max(0, find_answers(text)):]
     verdict = {}
-    for name, words in VERDICTS.items():
-        line = re.compile(rf"^[^\w\n]*{name}:\W*(\w+)", re.IGNORECASE | re.MULTILINE)
-        word = (line.findall(block) or line.findall(text) or [""])[-1].lower()
+    for name, words in VERDICTS.items():                    # the block ends the text: its line is the last one
+        found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
+        word = found[-1].lower() if found else None
         verdict[name] = word if word in words else None
     return verdict
 

@@ -37,7 +37,7 @@ MUTANTS = [
     ("data.py", "rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]",
      "rows += [last + 1, *range(len(tokens) + 1, len(tokens) + len(ids))]", "test_data.py -k readme_example"),
     ("data.py", "            end += [len(tokens)] * (len(ids) - 1)", "            end += [stop] * (len(ids) - 1)", "test_data.py -k readme_example"),
-    ("data.py", "block = text[max(0, find_answers(text)):]", "block = text", "test_data.py -k parse_verdict"),
+    ("data.py", "word = found[-1].lower()", "word = found[0].lower()", "test_data.py -k parse_verdict"),
     ("data.py", "return self.encode(text) + self.stop[:1]", "return self.encode(text)", "test_data.py -k left_out"),
     ("data.py", "prompt, found, response = text.removesuffix(\"\\n\\n\").rpartition(ASSISTANT)",
      "prompt, found, response = text.removesuffix(\"\\n\\n\").partition(ASSISTANT)", "test_data.py -k inverse"),
