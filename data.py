@@ -424,19 +424,18 @@ def shorten(text):
 def show(tokenizer, samples):
     """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
     p = pack(samples, 10 ** 9)[0]
-    T, plan, tokens = len(p.tokens), tree_plan(p.end, whole=0), p.tokens.tolist()
+    T, plan, tokens, end = len(p.tokens), tree_plan(p.end), p.tokens.tolist(), p.end.tolist()
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
           f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n\n"
           "    rows        position      end   text, the scored part in [ ]")
-    scored, start = set((p.rows + 1).tolist()), 0           # row r is asked for the token at r + 1
-    for length, path in zip(plan.lengths, plan.paths):
-        stop = start + length
+    scored = set((p.rows + 1).tolist())                     # row r is asked for the token at r + 1
+    starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
+    for start, stop in zip(starts, starts[1:] + [T]):
         first = next((i for i in range(start, stop) if i in scored), stop)
         text, answer = (shorten(tokenizer.decode(ids)) for ids in (tokens[start:first], tokens[first:stop]))
-        indent, answer = "  " * (len(path) - 1), f"[{answer}]" if answer else ""
+        indent = "  " * sum(above < start < end[above] for above in starts)
         print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} "
-              f"{p.end[start]:5}   {indent}{text}{answer}")
-        start = stop
+              f"{end[start]:5}   {indent}{text}{f'[{answer}]' if answer else ''}")
     if T <= 40:
         print("\nquery i sees key j iff j <= i < end[j]:\n")
         for i in range(T):

@@ -25,7 +25,7 @@ import os
 from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -191,12 +191,29 @@ def full_precision(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class RMSNormRows(torch.autograd.Function):
+    """y = w u,  u = x r,  r = 1 / sqrt(mean(x^2) + eps);   with g = w dy:  dx = r (g - u mean(g u)),
+    dw = sum(dy u) over the rows. Only x and r are kept for it, and both passes are in float32."""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        wide = full_precision(x)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, w, r)
+        return w.to(x.dtype) * (x * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, r = ctx.saved_tensors
+        u, g = x * r, dy * full_precision(w)
+        dw = (dy * u).flatten(0, -2).sum(0)
+        return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
+
+
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
     x (..., D), weight (D,) -> (..., D); the mean is taken in at least float32."""
-    wide = full_precision(x)
-    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * unit.to(x.dtype)
+    return RMSNormRows.apply(x, weight, eps)
 
 
 def rope_frequencies(config):
@@ -236,39 +253,45 @@ class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
-    lengths: list               # of the pieces, which lie one after another
-    paths: list                 # for each piece the pieces that its rows see, the last being itself
-    forked: list                # for each piece: does it hold more than one segment?
-    masks: dict = field(default_factory=dict)
-    blocks: dict = field(default_factory=dict)      # what the kernels visit, see tree_blocks
+    skip: int                   # so many first tokens are keys only: their rows ask for nothing
+    tiles: dict = field(default_factory=dict)       # what the kernels visit, see tree_tiles
+    ROWS = 128                  # of a block at most: large products, yet few of their scores are hidden
+
+    @cached_property
+    def blocks(self):
+        """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them
+        sees, and hidden (n, h) says which of the last h keys a row does not see: the others, all see."""
+        T, start, blocks, stops = len(self.end), self.skip, [], set(self.end.tolist())
+        while start < T:                                   # best stop where a subtree does: siblings apart
+            stop = max((e for e in stops if self.ROWS // 4 < e - start <= self.ROWS),
+                       default=min(start + self.ROWS, T))
+            j = torch.arange(stop)[self.end[:stop] > start]
+            all_see = (j <= start) & (self.end[j] >= stop)
+            keys, some = torch.cat([j[all_see], j[~all_see]]), j[~all_see]
+            i = torch.arange(start, stop)[:, None]
+            hidden = (some > i) | (i >= self.end[some])
+            rows = slice(start - self.skip, stop - self.skip)
+            blocks.append((rows, keys.to(self.position.device), hidden.to(self.position.device)))
+            start = stop
+        return blocks
 
 
-def tree_plan(end, whole=512):
+def tree_plan(end, skip=0, device=None):
     """Read a forest, written depth first, from `end`: query i sees key j iff j <= i < end[j].
 
-    A piece is one segment, or a subtree of at most `whole` tokens: few large products beat many small.
     end (T,) int64, with i < end[i] <= T and subtrees nested; ValueError otherwise. Example, an
     instruction I, a prompt p q, and two answers:   I p q a b x y
                                            end      7 7 7 5 5 7 7
                                            position 0 1 2 3 4 3 4"""
-    T, ends = len(end), end.tolist()
-    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]    # keys whose subtree is over at row i
-    position = torch.arange(T, device=end.device) - closed
-    starts = [i for i in range(T) if i == 0 or ends[i] != ends[i - 1]]
-    lengths, paths, forked, above = [], [], [], []      # above: (end, piece, is it a whole subtree?)
-    for start, stop in zip(starts, starts[1:] + [T]):
-        while above and above[-1][0] <= start:
-            above.pop()
-        if not stop <= ends[start] <= (above[-1][0] if above else T):
-            raise ValueError(f"end[{start}] = {ends[start]} does not nest")
-        inside = bool(above) and above[-1][2]
-        small = inside or ends[start] - start <= whole
-        if not inside:
-            lengths.append((ends[start] if small else stop) - start)
-            forked.append(small and ends[start] > stop)
-            paths.append([piece for _, piece, _ in above] + [len(paths)])
-        above.append((ends[start], len(paths) - 1, small))
-    return TreePlan(end, position, lengths, paths, forked)
+    T, ends, inside = len(end), end.tolist(), [len(end)]               # inside: ends of what is still open
+    for i, stop in enumerate(ends):
+        while inside[-1] <= i:
+            inside.pop()
+        if not i < stop <= inside[-1]:
+            raise ValueError(f"end[{i}] = {stop} does not nest")
+        inside += [stop] if stop < inside[-1] else []
+    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # keys whose subtree is over at row i
+    return TreePlan(end, (torch.arange(T) - closed).to(device), skip)
 
 
 def attention_by_mask(q, k, v, plan):
@@ -281,29 +304,57 @@ def attention_by_mask(q, k, v, plan):
     return F.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True).transpose(0, 1)
 
 
+class BlockAttention(torch.autograd.Function):
+    """p = softmax(q k' / sqrt(E)),  out = p v;   backward, with p computed again, and s = q k' / sqrt(E):
+    dv = p' do,  ds = p (do v' - sum(do out)),  dq = ds k / sqrt(E),  dk = ds' q / sqrt(E)"""
+
+    @staticmethod
+    def by_group(x, G):
+        """(T, H, E) -> (G, R, T, E): the R = H/G query heads that share a key head side by side."""
+        return x.unflatten(1, (G, -1)).permute(1, 2, 0, 3).contiguous()
+
+    @staticmethod
+    def visits(plan, q, k, v):
+        """Yield for each block of n rows, which sees m keys: rows, keys, q (G, R n, E), k and v (G, m, E), and
+        p (G, R n, m)."""
+        for rows, keys, hidden in plan.blocks:
+            some_q, some_k, some_v = q[:, :, rows].flatten(1, 2), k[:, keys], v[:, keys]
+            s = (some_q @ some_k.mT).unflatten(1, (q.shape[1], -1))        # (G, R, n, m)
+            s[..., len(keys) - hidden.shape[1]:].masked_fill_(hidden, -math.inf)
+            yield rows, keys, some_q, some_k, some_v, s.softmax(-1).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan):
+        G = k.shape[1]
+        q, k, v = BlockAttention.by_group(q * q.shape[-1] ** -0.5, G), *(x.transpose(0, 1).contiguous() for x in (k, v))
+        out = torch.empty_like(q)
+        for rows, _, _, _, some_v, p in BlockAttention.visits(plan, q, k, v):
+            out[:, :, rows] = (p @ some_v).unflatten(1, (q.shape[1], -1))
+        ctx.save_for_backward(q, k, v, out)
+        ctx.plan = plan
+        return out.permute(2, 0, 1, 3).flatten(1, 2)                       # (T, H, E)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out = ctx.saved_tensors
+        do, dq = BlockAttention.by_group(do, len(k)), torch.empty_like(q)
+        delta = (do * out).sum(-1, keepdim=True)
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for rows, keys, some_q, some_k, some_v, p in BlockAttention.visits(ctx.plan, q, k, v):
+            some_do, some_delta = do[:, :, rows].flatten(1, 2), delta[:, :, rows].flatten(1, 2)
+            ds = (some_do @ some_v.mT).sub_(some_delta).mul_(p)
+            dq[:, :, rows] = (ds @ some_k).unflatten(1, (q.shape[1], -1))
+            dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))
+            dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))
+        dq = (dq * q.shape[-1] ** -0.5).permute(2, 0, 1, 3).flatten(1, 2)
+        return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
+
+
 def attention(q, k, v, plan):
-    """attention_by_mask one piece at a time, so that hardly anything hidden is computed.
-    q may hold only the last rows of the stream (a prompt after a cached instruction)."""
-    if use_triton(q) and q.shape[-1] in WIDTHS:
-        return attention_triton(q, k, v, plan)
-    skip, stops, out = len(k) - len(q), list(accumulate(plan.lengths)), []
-    counts = [min(length, max(0, stop - skip)) for length, stop in zip(plan.lengths, stops)]   # rows in q
-    queries, keys, values = q.split(counts), k.split(plan.lengths), v.split(plan.lengths)
-    for path, forked, length, stop, n in zip(plan.paths, plan.forked, plan.lengths, stops, counts):
-        if n == 0:
-            continue
-        m = sum(plan.lengths[s] for s in path)                             # n rows see m keys
-        name = (stop, n, m) if forked else (n, m)
-        if name not in plan.masks and (forked or n < m):                   # causal from the right
-            sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-            sees[:, m - length:] &= torch.arange(stop - n, stop)[:, None] < plan.end[stop - length:stop]
-            plan.masks[name] = sees.to(q.device)
-        mask = plan.masks.get(name)                                        # None: plainly causal
-        rows = queries[path[-1]], *(torch.cat([x[s] for s in path]) for x in (keys, values))
-        rows = (x.transpose(0, 1)[None] for x in rows)                     # (1, H or G, n or m, E)
-        seen = F.scaled_dot_product_attention(*rows, mask, is_causal=mask is None, enable_gqa=True)
-        out.append(seen[0].transpose(0, 1))
-    return torch.cat(out)                                                  # (T, H, E)
+    """attention_by_mask a block of rows at a time, so that hardly anything hidden is computed.
+    q holds the rows from plan.skip on (a prompt after a cached instruction)."""
+    fast = use_triton(q) and q.shape[-1] in WIDTHS
+    return (attention_triton if fast else BlockAttention.apply)(q, k, v, plan)
 
 
 # ------------------------------------------------------------------ log-probabilities
@@ -311,7 +362,7 @@ def attention(q, k, v, plan):
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
     Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
-    LOGITS = 2 ** 26                                                       # per chunk: 256 MiB in fp32
+    LOGITS = 2 ** 25                                                       # per chunk: 64 MiB in bf16
 
     @staticmethod
     def logits(hidden, weight):
@@ -327,8 +378,8 @@ class TokenLogprobs(torch.autograd.Function):
             if use_triton(z):
                 launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], total[some], len(head))
             else:
-                z = full_precision(z)
-                picked[some], total[some] = z.gather(-1, targets[some, None])[:, 0], z.logsumexp(-1)
+                picked[some] = z.gather(-1, targets[some, None])[:, 0]
+                total[some] = torch.cat([full_precision(rows).logsumexp(-1) for rows in z.split(32)])
         ctx.save_for_backward(hidden, head, targets, total)
         return picked - total
 
@@ -337,14 +388,14 @@ class TokenLogprobs(torch.autograd.Function):
         (hidden, head, targets, total), grad = ctx.saved_tensors, grad.contiguous()
         weight, d_hidden, d_head = head.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(head)
         for some, dz in TokenLogprobs.logits(hidden, weight):              # logits, to become gradients
-            g = grad[some, None]
             if use_triton(dz):
                 grid = len(dz), -(-len(head) // 4096)
-                launch(row_gradients, grid, 4096, dz, targets[some], total[some], g, len(head))
-            else:
-                dz = (full_precision(dz) - total[some, None]).exp_().mul_(-g)
-                dz.scatter_add_(-1, targets[some, None], g)
-            dz = dz.to(hidden.dtype)
+                launch(row_gradients, grid, 4096, dz, targets[some], total[some], grad[some, None], len(head))
+            else:                                                          # some rows at a time stay in cache
+                rows = (x.split(32) for x in (dz, *(x[some, None] for x in (total, targets, grad))))
+                for z, log_sum, target, g in zip(*rows):
+                    p = (full_precision(z) - log_sum).exp_()
+                    z.copy_(p.mul_(-g).scatter_add_(-1, target, g))
             d_hidden[some] = dz @ weight
             d_head += dz.T @ hidden[some]                                  # summed as precisely as head
         return d_hidden, d_head, None
@@ -453,9 +504,9 @@ class Llama(nn.Module):
     def forward(self, tokens, end, rows=None, targets=None):
         """Run a stream that holds a forest (see tree_plan): tokens (T,), end (T,) -> hidden (T, D).
         With rows (N,) and targets (N,): log p(targets[n] | all that rows[n] sees), (N,) in nats."""
-        plan = tree_plan(end)
+        plan = tree_plan(end, device=tokens.device)
         attend = partial(attention, plan=plan)
-        x = self.hidden(tokens, plan.position.to(tokens.device), [attend] * len(self.model["layers"]))
+        x = self.hidden(tokens, plan.position, [attend] * len(self.model["layers"]))
         return x if rows is None else token_logprobs(x[rows], self.head, targets)
 
     @classmethod
@@ -713,16 +764,16 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
     store_rows(DV, dv, j, T, h, H, E)
 
 
-def tree_blocks(plan, N, B, device):
-    """Where the last N rows look, in blocks: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
-    if (N, B, device) not in plan.blocks:
+def tree_tiles(plan, B):
+    """Where rows look, in blocks of B: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
+    if B not in plan.tiles:
         T = len(plan.end)
-        end = F.pad(plan.end.cpu(), (0, -T % B))                           # whole blocks
-        row = torch.arange(T - N, T, B)[:, None]                           # first of each row block
+        end = F.pad(plan.end, (0, -T % B))                                 # whole blocks
+        row = torch.arange(plan.skip, T, B)[:, None]                       # first of each row block
         sees = (torch.arange(0, T, B) < row + B) & (row < end.view(-1, B).amax(1))     # (row, key blocks)
         first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
-        plan.blocks[N, B, device] = [x.to(device, torch.int32) for x in (end, first, blocks)]
-    return plan.blocks[N, B, device]
+        plan.tiles[B] = [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
+    return plan.tiles[B]
 
 
 class TreeAttention(torch.autograd.Function):
@@ -731,10 +782,10 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan):
         (N, H, E), (T, G, _) = q.shape, k.shape
-        assert k.shape == v.shape == (len(plan.end), G, E) and N <= T and H % G == 0 and E in WIDTHS
+        assert k.shape == v.shape == (len(plan.end), G, E) and N == T - plan.skip and H % G == 0 and E in WIDTHS
         assert q.dtype == k.dtype == v.dtype and use_triton(q) and T * H * E < 2 ** 31
         q, k, v, B = q.contiguous(), k.contiguous(), v.contiguous(), 64 if q.element_size() == 2 else 32
-        ctx.visits, ctx.sizes = tree_blocks(plan, N, B, q.device), (N, T, H, G, E, B)
+        ctx.visits, ctx.sizes = tree_tiles(plan, B), (N, T, H, G, E, B)
         out, lse = torch.empty_like(q), q.new_empty(H, N, dtype=torch.float32)
         launch(tree_forward, (-(-N // B), H), E, q, k, v, out, lse, *ctx.visits, *ctx.sizes)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -919,7 +970,7 @@ class Engine:
     def read(self, tokens, end, keep):
         """Hidden states of a forest after the instruction; keep(n, k, v) stores what layer n computes."""
         I = self.instruction.shape[2]
-        plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]))
+        plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]), I, self.device)
 
         def attend(q, k, v, n):
             keep(n, k, v)
@@ -927,7 +978,7 @@ class Engine:
             return attention(q, k, v, plan)
 
         attends = [partial(attend, n=n) for n in range(len(self.k))]
-        return self.model.hidden(self.ints(tokens), plan.position[I:].to(self.device), attends)
+        return self.model.hidden(self.ints(tokens), plan.position[I:], attends)
 
     def prefill(self, jobs):
         """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""

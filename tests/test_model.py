@@ -80,6 +80,8 @@ def test_rms_norm_by_hand():
     # mean of squares of (3, 4) is 12.5, so (3, 4) / 3.5355 = (0.8485, 1.1314), times weights (1, 10)
     y = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 0.0)
     assert torch.allclose(y, torch.tensor([0.848528, 11.313708]))
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 0.1), (x, w))
 
 
 def test_rope_pairs_the_halves_of_a_head():
@@ -116,11 +118,20 @@ EXAMPLE = torch.tensor([7, 7, 7, 5, 5, 7, 7])       # I p q a b x y
 
 
 def test_tree_plan_of_the_readme_example():
-    plan = tree_plan(EXAMPLE, whole=0)
+    plan = tree_plan(EXAMPLE)
     assert plan.position.tolist() == [0, 1, 2, 3, 4, 3, 4]
-    assert plan.lengths == [3, 2, 2] and plan.paths == [[0], [0, 1], [0, 2]] and not any(plan.forked)
-    plan = tree_plan(EXAMPLE)                                # small enough to be looked at as one piece
-    assert plan.lengths == [7] and plan.paths == [[0]] and plan.forked == [True]
+    (rows, keys, hidden), = plan.blocks                      # small enough to be one block
+    assert rows == slice(0, 7) and keys.tolist() == [0, 1, 2, 3, 4, 5, 6] and hidden.shape == (7, 6)
+    assert (~hidden[3:]).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],      # a, b: I is seen by all
+                                            [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]      # x, y skip a, b
+
+
+def test_blocks_end_where_siblings_do(monkeypatch):
+    monkeypatch.setattr("model.TreePlan.ROWS", 4)
+    rows, keys, hidden = zip(*tree_plan(torch.tensor([9, 9, 5, 5, 5, 9, 9, 9, 9]), skip=2).blocks)
+    assert rows == (slice(0, 3), slice(3, 7))                # 2 .. 4 and 5 .. 8, counted from the first that asks
+    assert [k.tolist() for k in keys] == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8]]           # a block for each branch
+    assert hidden[0].tolist() == [[True, True], [False, True], [False, False]]           # 2 is seen by 2, 3 and 4
 
 
 @pytest.mark.parametrize("end", [[1, 1], [2, 5], [4, 2, 4, 3], [2, 3, 3]])
@@ -142,16 +153,20 @@ def random_forest(rng, start, stop, depth=0):
     return end
 
 
-@pytest.mark.parametrize("whole", [0, 7, 30, 512])
+@pytest.mark.parametrize("rows", [1, 7, 32, 128])
 @pytest.mark.parametrize("seed", range(6))
-def test_attention_by_pieces_equals_the_mask(seed, whole):
+def test_attention_by_blocks_equals_the_mask(seed, rows, monkeypatch):
+    monkeypatch.setattr("model.TreePlan.ROWS", rows)
     rng = torch.Generator().manual_seed(seed)
     end = torch.tensor(random_forest(rng, 0, 120))
-    q, k, v = (torch.randn(120, heads, 8, dtype=torch.float64, generator=rng) for heads in (6, 2, 2))
-    plan = tree_plan(end, whole)
-    assert torch.allclose(attention(q, k, v, plan), attention_by_mask(q, k, v, plan), atol=1e-12)
-    for first in (1, 17, 119):                       # only the last rows ask, as after a cached prefix
-        assert torch.allclose(attention(q[first:], k, v, plan), attention_by_mask(q, k, v, plan)[first:], atol=1e-12)
+    q, k, v = (torch.randn(120, heads, 8, dtype=torch.float64, generator=rng, requires_grad=True) for heads in (6, 2, 2))
+    want, weight = attention_by_mask(q, k, v, tree_plan(end)), torch.randn(120, 6, 8, dtype=torch.float64, generator=rng)
+    for first in (0, 1, 17, 119):                    # only the last rows ask, as after a cached prefix
+        got = attention(q[first:], k, v, tree_plan(end, first))
+        assert torch.allclose(got, want[first:], atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad((x * weight[first:]).sum(), (q, k, v), retain_graph=True)
+                          for x in (got, want[first:]))):
+            assert torch.allclose(a, b, atol=1e-12)
 
 
 def alone(model, prompt, answer):
