@@ -18,7 +18,6 @@ G key/value heads, E head width, F hidden width, V vocabulary, B rows being deco
 import argparse
 import contextlib
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -904,9 +903,10 @@ class Engine:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- rows and pages, on the host
-    def take_pages(self, n):
-        """Claim the n lowest free pages; low numbers keep the visited range short."""
-        pages = [heapq.heappop(self.free_pages) for _ in range(n)]
+    def take_pages(self, n, end):
+        """Claim n free pages: the lowest for a prompt (end 0), the highest for answers (end -1), so that the
+        pages with several readers and those with one lie apart, and the ranges visited are short."""
+        pages = [self.free_pages.pop(end) for _ in range(n)]
         self.filled[pages] = 0
         return pages
 
@@ -918,8 +918,7 @@ class Engine:
             job.rows = {row: sample for row, sample in job.rows.items() if row in self.owned}
             pages += [] if job.rows else job.pages
         self.jobs = [job for job in self.jobs if job.rows]
-        for page in pages:
-            heapq.heappush(self.free_pages, page)
+        self.free_pages = sorted(self.free_pages + pages)
 
     def fits(self, job):
         """Is there room to start this job: its rows, its prompt, and a first page for every answer?"""
@@ -934,8 +933,8 @@ class Engine:
                 jobs.append(job := waiting.popleft())
                 n = len(job.prompt) - self.start
                 job.rows = {self.free_rows.pop(): sample for sample in job.samples}
-                job.pages = self.take_pages(self.pages_for(n))
-                self.owned.update({row: self.take_pages(1) for row in job.rows})
+                job.pages = self.take_pages(self.pages_for(n), 0)
+                self.owned.update({row: self.take_pages(1, -1) for row in job.rows})
                 tokens += n
             self.jobs += jobs
             self.prefill(jobs)
@@ -951,7 +950,7 @@ class Engine:
                 back.append(self.jobs[-1])
                 self.free(list(back[-1].rows))
             if job.rows and need > len(self.owned[row]):
-                self.owned[row] += self.take_pages(need - len(self.owned[row]))
+                self.owned[row] += self.take_pages(need - len(self.owned[row]), -1)
         return back
 
     def finish(self):
@@ -1018,7 +1017,7 @@ class Engine:
             start.append(len(own))
             first.append(len(visits))
         start, first, own, page, *span = map(self.ints, (start, first, own, *zip(*visits)))
-        low, high = (x.new_full((max(visits)[0] + 1,), len(own)).index_copy_(0, page, x) for x in span)
+        low, high = (torch.full_like(self.filled, len(own)).index_copy_(0, page, x) for x in span)
         return own, start, first, page, low, high
 
     def decode(self):
@@ -1026,15 +1025,21 @@ class Engine:
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), (own, *reads) = self.ints(rows).T, self.visits()
         pages, low, high = reads[2:]
-        readers = low[:, None] + torch.arange(self.width, device=self.device)
-        readers = torch.where(readers <= high[:, None], readers, len(rows))    # one row too many: nobody
+        B, width, of_prompt = len(rows), torch.arange(self.width, device=self.device), self.filled < 0
+        prompts = [page for job in self.jobs for page in job.pages]
+        of_prompt[prompts] = True
+        shared = slice(max(prompts) + 1)                                           # B as a reader: nobody
+        alone = slice(min(page for pages in self.owned.values() for page in pages), None)
+        readers = low[shared, None] + width
+        readers = torch.where(of_prompt[shared, None] & (readers <= high[shared, None]), readers, B)
+        parts = [(shared, readers), (alone, torch.where(of_prompt[alone], B, low[alone])[:, None])]
         reads = reads if use_triton(self.k) and self.E in WIDTHS else None
         for _ in range(self.POLL):
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = pages[own + last // self.PAGE], last % self.PAGE
             self.filled[page] = offset + 1
-            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:len(low), None]
-            attend = partial(self.attend, place=(page, offset), unread=unread, readers=readers, reads=reads)
+            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None]
+            attend = partial(self.attend, place=(page, offset), unread=unread, parts=parts, reads=reads)
             attends = [partial(attend, n=n) for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
@@ -1042,31 +1047,34 @@ class Engine:
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, unread, readers, reads=None):
-        """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages."""
+    def attend(self, q, k, v, n, place, unread, parts, reads=None):
+        """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: scores of
+        each part for its readers, then one maximum and one sum a row over all parts."""
         self.store(n, k, v, place)
         before_k, before_v = self.instruction[n]                                   # (I, G, E)
-        (pages, w), G, R = readers.shape, self.G, q.shape[1] // self.G             # R query heads share a key
+        B, G, R = len(q), self.G, q.shape[1] // self.G                             # R query heads share a key
         if reads:
-            out, M = torch.empty_like(q), 16 if w * R <= 16 else 64
-            launch(paged_attention, (len(self.jobs), G, -(-w * R // M)), self.E, q, self.k[n], self.v[n],
+            out, M = torch.empty_like(q), 16 if self.width * R <= 16 else 64
+            launch(paged_attention, (len(self.jobs), G, -(-self.width * R // M)), self.E, q, self.k[n], self.v[n],
                    before_k, before_v, *reads, self.filled, out, self.start, R, G, self.E, self.PAGE, M)
             return out
         q = F.pad(q * self.E ** -0.5, (0, 0, 0, 0, 0, 1)).unflatten(1, (G, R))     # (B + 1, G, R, E)
-        keys, values, reader = self.k[n, :pages], self.v[n, :pages], readers.flatten()
-        # scores of every page for its readers, and of the instruction for everybody
-        scores = full_precision(torch.einsum("pwgre,pgje->pwgrj", q[readers], keys))
-        scores.masked_fill_(unread[:, None, None, None], -math.inf)
-        before = full_precision(torch.einsum("bgre,ige->bgri", q, before_k))
-        # softmax over all that a row sees: one maximum and one sum a row, over its pages
-        top = before.amax(-1) if self.start else before.new_full(q.shape[:3], torch.finfo(before.dtype).min)
-        top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), scores.amax(-1).flatten(0, 1), "amax")
-        scores.sub_(top[readers][..., None]).exp_()
-        before.sub_(top[..., None]).exp_()
-        total = before.sum(-1).index_add_(0, reader, scores.sum(-1).flatten(0, 1))
-        out = full_precision(torch.einsum("bgri,ige->bgre", before.to(q.dtype), before_v))
-        read = torch.einsum("pwgrj,pgje->pwgre", scores.to(q.dtype), values).flatten(0, 1)
-        out.index_add_(0, reader, full_precision(read))
+        top, seen = full_precision(q.new_full((B + 1, G, R), -1e30)), []           # p pages have w readers each
+        for pages, readers in parts:
+            s = full_precision(torch.einsum("pwgre,pgje->pwgrj", q[readers], self.k[n, pages]))
+            s.masked_fill_(unread[pages, None, None, None], -math.inf)
+            seen.append((readers.flatten(), s.flatten(0, 1), self.v[n, pages]))
+        if self.start:
+            s = full_precision(torch.einsum("bgre,ige->bgri", q, before_k))        # one page that all rows read
+            seen.append((torch.arange(B + 1, device=q.device), s, before_v.transpose(0, 1)[None]))
+        for reader, s, _ in seen:
+            top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), s.amax(-1), "amax")
+        out, total = top.new_zeros(B + 1, G, R, self.E), torch.zeros_like(top)
+        for reader, s, values in seen:
+            p = s.sub_(top[reader][..., None]).exp_()
+            total.index_add_(0, reader, p.sum(-1))
+            read = torch.einsum("pwgrj,pgje->pwgre", p.to(q.dtype).unflatten(0, (len(values), -1)), values)
+            out.index_add_(0, reader, full_precision(read.flatten(0, 1)))
         return (out / total[..., None])[:-1].to(q.dtype).flatten(1, 2)             # (B, H, E)
 
 

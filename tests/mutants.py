@@ -32,7 +32,7 @@ MUTANTS = [
     ("model.py", "likelier = torch.where(likelier > mine, likelier, 0)", "likelier = torch.where(likelier >= mine, likelier, 0)",
      "test_model.py -k nucleus"),
     ("model.py", "own.append(len(visits) - len(self.owned[row]))", "own.append(len(visits) - 1)", "test_model.py -k generation"),
-    ("model.py", "readers <= high[:, None]", "readers <= low[:, None]", "test_model.py -k generation"),
+    ("model.py", "(readers <= high[shared, None])", "(readers <= low[shared, None])", "test_model.py -k generation"),
     ("model.py", "self.filled[page] = offset + 1", "self.filled[page] = offset", "test_model.py -k generation"),
     ("data.py", "rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]",
      "rows += [last + 1, *range(len(tokens) + 1, len(tokens) + len(ids))]", "test_data.py -k readme_example"),
