@@ -15,8 +15,10 @@ import json
 import re
 import shutil
 import sys
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -52,23 +54,17 @@ def format_input(prompt, response=None):
 
 
 def split_input(text):
-    """(prompt, response) of a formatted input; response None where there is none. The *last* marker
-    counts: a marker that a user typed into the request stays part of it."""
+    """(prompt, response or None) of a formatted input; a marker typed into the request stays part of it."""
     prompt, found, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if not found or not prompt.startswith(HUMAN):
         return text, None
     return prompt.removeprefix(HUMAN), None if response == "None" else response
 
 
-def find_answers(text):
-    """Where the last "Answers:" is, in any case, or -1; lower() would move it: "İ" becomes two letters."""
-    return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
-
-
 def parse_verdict(text):
-    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent. The last
-    "Answers:" block counts; a field that it lacks is taken from the last such line of the whole text.
-    Any word but the two allowed ones is no verdict. Case does not matter."""
+    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent.
+    Those of the last "Answers:" block; a field that it lacks is the last such line of the whole text. Any
+    word but the two allowed ones is no verdict. Case does not matter."""
     verdict = {}
     for name, words in VERDICTS.items():                    # the block ends the text: its line is the last one
         found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
@@ -104,19 +100,11 @@ LLAMA3_SPECIALS = [f"<|{name}|>" for name in (                 # in the order of
     "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248)))]
 
-# format -> (template of a prompt, end mark of an answer, the same as a Jinja template)
-FORMATS = {
-    "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n", ["<|eot_id|>"],
-               "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-               "'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_"
-               "prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
-    "chatml": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>"],
-               "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
-               "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    "raw": ("{}", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"],
-            "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-}
+# format -> (start, if the vocabulary has it; head of a role's turn; end of a turn; end marks of an answer)
+FORMATS = {"llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>",
+                      ["<|eot_id|>"]),
+           "chatml": ("", "<|im_start|>{}\n", "<|im_end|>\n", ["<|im_end|>"]),
+           "raw": ("<|begin_of_text|>", "", "", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"])}
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
 
 
@@ -130,37 +118,37 @@ def byte_letters():
 class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text that looks
     like one, typed by an attacker, is encoded as plain text.
-
     tokens: {bytes: id}; order: the bytes by merge priority; special: {text: id}."""
 
-    def __init__(self, tokens, order, pattern, special, format, folder=None):
+    def __init__(self, tokens, order, pattern, special, format, folder):
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(order + missing)}
         self.bpe = tiktoken.Encoding("guard", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
-        self.ids = [tokens.get(token) for token in order + missing]            # rank -> id
+        self.ids = [tokens.get(token) for token in ranks]                      # rank -> id
         self.text = {i: token for token, i in tokens.items()}                  # id -> bytes
         self.special, self.format, self.folder = special, format, folder
         self.missing, self.lost = frozenset(b[0] for b in missing), 0
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
-        self.end = next((mark for mark in FORMATS[format][1] if mark in special), None)
-        if self.end is None:
-            raise InputError(f"{folder}: the vocabulary has no {FORMATS[format][1][0]}; try another --format")
+        start, self.head, self.close, ends = FORMATS[format]
+        self.start = start if start in special else ""
+        ends = [mark for mark in ends if mark in special]
+        if not ends:
+            raise InputError(f"{folder}: the vocabulary has no {FORMATS[format][3][0]}; try another --format")
+        self.end = ends[0]
         self.stop = [special[self.end]] + [special[s] for s in STOPS if s in special and s != self.end]
 
     @classmethod
     def from_pretrained(cls, folder, format=None):
         """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
-        format: llama3, chatml or raw; default: what the folder's chat template or, without one, its
-        control tokens say. InputError names what is missing or unknown."""
+        format: llama3, chatml or raw; default: what the folder says. InputError names what is missing."""
         folder = Path(folder)
-        path, config = folder / "tokenizer.json", folder / "config.json"
-        if path.exists():
-            tokens, order, pattern, special = read_tokenizer_json(path)
-        elif path.with_suffix(".model").exists():
-            tokens, order, pattern, special = read_tokenizer_model(path.with_suffix(".model"))
+        if (folder / "tokenizer.json").exists():
+            tokens, order, pattern, special = read_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").exists():
+            tokens, order, pattern, special = read_tokenizer_model(folder / "tokenizer.model")
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        size = read_json(config).get("vocab_size", 10 ** 9) if config.exists() else 10 ** 9
+        size = read_fields(folder / "config.json").get("vocab_size", 10 ** 9)
         if max(tokens.values(), default=0) >= size:
             raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; "
                              "it is another model's")
@@ -184,9 +172,8 @@ class Tokenizer:
 
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline, input."""
-        template, text, ids = FORMATS[self.format][0], instruction + "\n" + input, []
-        if self.format == "raw" and "<|begin_of_text|>" in self.special:
-            template = "<|begin_of_text|>" + template
+        template = self.start + self.head.format("user") + "{}" + self.close + self.head.format("assistant")
+        text, ids = instruction + "\n" + input, []
         for piece in re.split(r"(<\|\w+\|>)", template):                       # the template alone is split
             ids += [self.special[piece]] if piece in self.special else self.encode(piece.replace("{}", text))
         return ids
@@ -200,12 +187,19 @@ class Tokenizer:
         folder = Path(folder)
         for name in ("tokenizer.json", "tokenizer.model"):
             if (self.folder / name).exists():
-                write_whole(folder / name, lambda temporary: shutil.copyfile(self.folder / name, temporary))
-        path = self.folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {"eos_token": self.end, "chat_template": FORMATS[self.format][2]}
-        write_json(folder / "tokenizer_config.json", config)
+                write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
+        config = read_fields(self.folder / "tokenizer_config.json")
+        turn = self.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + self.close
+        ask = "{% if add_generation_prompt %}" + self.head.format("assistant") + "{% endif %}"
+        template = self.start + "{% for m in messages %}" + turn + "{% endfor %}" + ask            # Jinja
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config,
+                                                      "eos_token": self.end, "chat_template": template})
         write_json(folder / "generation_config.json", {"eos_token_id": self.stop, "do_sample": False})
+
+
+def read_fields(path):
+    """The JSON object in a file that may be absent."""
+    return read_json(path) if path.exists() else {}
 
 
 def read_tokenizer_json(path):
@@ -218,9 +212,8 @@ def read_tokenizer_json(path):
     special = {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
     spell = lambda word: bytes(letters[c] for c in word)
     tokens = {spell(word): i for word, i in model["vocab"].items() if word not in special}
-    if model.get("ignore_merges"):                          # made from a tiktoken file: id = priority
-        order = sorted(tokens, key=tokens.get)
-    else:
+    order = sorted(tokens, key=tokens.get)                  # made from a tiktoken file: id = priority
+    if not model.get("ignore_merges"):
         merged = [spell("".join(m).replace(" ", "")) for m in model["merges"]]     # "a b" or ["a", "b"]
         order = list(dict.fromkeys([t for t in tokens if len(t) == 1] + merged))
     pattern = DIGIT_PATTERN if "Digits" in splitters else GPT2_PATTERN
@@ -243,11 +236,9 @@ def read_tokenizer_model(path):
 
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
-    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    says = template.read_text(encoding="utf-8") if template.exists() else ""
-    if not says and config.exists():
-        says = str(read_json(config).get("chat_template") or "")
-    known = says or special
+    path = folder / "chat_template.jinja"
+    says = path.read_text(encoding="utf-8") if path.exists() else ""
+    known = says or str(read_fields(folder / "tokenizer_config.json").get("chat_template") or "") or special
     return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 
 
@@ -255,8 +246,8 @@ def find_format(folder, special):
 
 def read_records(path, fields=("instruction", "input", "output")):
     """The records of a JSON array or JSON-lines file, as dicts that have these non-empty text fields.
-    InputError names file and record where one is not an object, or lacks a field or has it in another
-    type. Records with an empty field are skipped, and their number is printed."""
+    Records with an empty one are skipped and counted. InputError names file and record where one is not
+    an object, or lacks a field or has it in another type."""
     records, empty = [], Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):
@@ -266,8 +257,7 @@ def read_records(path, fields=("instruction", "input", "output")):
                 raise InputError(f"{path}: {place} has no text in field {name!r}")
         blank = [name for name in fields if not record[name].strip()]
         empty.update(blank[:1])
-        if not blank:
-            records.append(record)
+        records += [] if blank else [record]
     for name, n in empty.items():
         print(f"{path}: skipped {n} records whose {name} is empty", file=sys.stderr)
     if not records:
@@ -286,9 +276,8 @@ def parse_records(path):
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if array is None:
-        yield from parse_lines(path, text.split("\n"))
-    else:
-        yield from ((f"record {i}", record) for i, record in enumerate(array, 1))
+        return parse_lines(path, text.split("\n"))
+    return ((f"record {i}", record) for i, record in enumerate(array, 1))
 
 
 def parse_lines(path, lines):
@@ -303,11 +292,10 @@ def parse_lines(path, lines):
 
 @dataclass
 class Sample:
-    """A prompt and its answers, each ending in the end mark. The first `root` tokens are those of the
-    instruction that all prompts of its kind share."""
+    """A prompt and its answers, each ending in the end mark."""
     prompt: list
     answers: list
-    root: int = 0
+    root: int = 0               # so many first tokens are shared by all prompts with this instruction
 
 
 def fit_prompt(tokenizer, record, room):
@@ -319,28 +307,24 @@ def fit_prompt(tokenizer, record, room):
     if len(ids) <= room:
         return ids, False
     cut = lambda most: tokenizer.prompt_ids(instruction, format_input(*(t and t[:most] for t in texts)))
-    low, high = 0, max(len(text or "") for text in texts)                      # fits, does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(cut(middle)) <= room else (low, middle)
-    ids = cut(low)
+    longest = max(len(text or "") for text in texts)
+    ids = cut(bisect_right(range(1, longest), room, key=lambda most: len(cut(most))))
     return (ids if len(ids) <= room else None), True
 
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
-    The root of each sample is the longest common token prefix of all prompts with its instruction, so
-    no token depends on whether prefixes are shared."""
+    The root is the longest common token prefix of all prompts with one instruction: no token depends on
+    whether prefixes are shared."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
         ends = [tokenizer.answer_ids(record[name]) for name in answers]
         prompt, cut = fit_prompt(tokenizer, record, max_length - max(map(len, ends)))
-        if prompt is None:
-            continue
-        cuts += cut
-        samples.append(Sample(prompt, ends))
-        kept.append(record)
-        groups[record["instruction"]].append(samples[-1])
+        if prompt is not None:
+            samples.append(Sample(prompt, ends))
+            kept.append(record)
+            groups[record["instruction"]].append(samples[-1])
+            cuts += cut
     for group in groups.values():
         root = common_prefix([sample.prompt for sample in group])
         for sample in group:
@@ -413,16 +397,25 @@ def lay_out(root, copies):
     return Pack(*(torch.tensor(x, dtype=torch.long) for x in (tokens, end, rows, targets, answer)))
 
 
+@torch.no_grad()
+def answer_logprobs(model, packs, answers, device):
+    """log p of each answer, summed over its tokens: (answers,) in float64 on the CPU; 0 where in no pack."""
+    total = torch.zeros(answers, dtype=torch.float64)
+    for p in packs:
+        p = p.to(device)
+        logprobs = model(p.tokens, p.end, p.rows, p.targets)
+        total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
+    return total
+
+
 # ------------------------------------------------------------------ python data.py FILE
-
-def shorten(text):
-    """One line of at most about 60 characters."""
-    text = text.replace("\n", "\\n")
-    return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
-
 
 def show(tokenizer, samples):
     """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
+    def text(start, stop):
+        text = tokenizer.decode(tokens[start:stop]).replace("\n", "\\n")
+        return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
+
     p = pack(samples, 10 ** 9)[0]
     T, plan, tokens = len(p.tokens), tree_plan(p.end, whole=0), p.tokens.tolist()
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
@@ -432,10 +425,9 @@ def show(tokenizer, samples):
     for length, path in zip(plan.lengths, plan.paths):
         stop = start + length
         first = next((i for i in range(start, stop) if i in scored), stop)
-        text, answer = (shorten(tokenizer.decode(ids)) for ids in (tokens[start:first], tokens[first:stop]))
-        indent, answer = "  " * (len(path) - 1), f"[{answer}]" if answer else ""
+        answer = f"[{text(first, stop)}]" if first < stop else ""
         print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} "
-              f"{p.end[start]:5}   {indent}{text}{answer}")
+              f"{p.end[start]:5}   {'  ' * (len(path) - 1)}{text(start, first)}{answer}")
         start = stop
     if T <= 40:
         print("\nquery i sees key j iff j <= i < end[j]:\n")

@@ -29,9 +29,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import FORMATS, Tokenizer, encode_records, lay_out, pack, parse_records, read_records
+from data import (FORMATS, Tokenizer, answer_logprobs, encode_records, lay_out, pack, parse_records,
+                  read_records)
 from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
                    weight_files, write_json, write_whole, writing)
+
+
+FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)        # gather what ranks hold in parts
 
 
 def sft_loss(logprobs, count):
@@ -120,9 +124,6 @@ def update(model, optimizer, lr):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder, model, optimizer, step, rank, keep=2):
@@ -250,15 +251,12 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
 # ---- end of the plumbing ----
 
 
-@torch.no_grad()
 def evaluate(model, samples, args, rank_info):
     """Mean -log p over the answer tokens of held-out samples."""
     device, rank, ranks = rank_info
-    total = 0.0
-    for p in deal(pack(samples, args.max_tokens), rank, ranks):
-        p = p.to(device)
-        total -= model(p.tokens, p.end, p.rows, p.targets).sum().item()
-    return all_sum(total, device) / sum(len(s.answers[0]) for s in samples)
+    packs = deal(pack(samples, args.max_tokens), rank, ranks)
+    total = all_sum(answer_logprobs(model, packs, len(samples), device).sum(), device)
+    return -total / sum(len(s.answers[0]) for s in samples)
 
 
 def parse_arguments(argv):
