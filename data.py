@@ -24,7 +24,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import InputError, common_prefix, read_json, write_json, write_whole
+from model import InputError, at_least, common_prefix, read_json, write_json, write_whole
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
@@ -148,10 +148,9 @@ class Tokenizer:
             tokens, order, pattern, special = read_tokenizer_model(folder / "tokenizer.model")
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        size = read_fields(folder / "config.json").get("vocab_size", 10 ** 9)
-        if max(tokens.values(), default=0) >= size:
-            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; "
-                             "it is another model's")
+        config = folder / "config.json"
+        if config.exists() and max(tokens.values(), default=0) >= read_json(config).get("vocab_size", 10 ** 9):
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
@@ -188,18 +187,13 @@ class Tokenizer:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (self.folder / name).exists():
                 write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
-        config = read_fields(self.folder / "tokenizer_config.json")
-        turn = self.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + self.close
+        path = self.folder / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+        turn = self.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + self.close             # in Jinja
         ask = "{% if add_generation_prompt %}" + self.head.format("assistant") + "{% endif %}"
-        template = self.start + "{% for m in messages %}" + turn + "{% endfor %}" + ask            # Jinja
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config,
-                                                      "eos_token": self.end, "chat_template": template})
+        template = self.start + "{% for m in messages %}" + turn + "{% endfor %}" + ask
+        write_json(folder / path.name, {**config, "eos_token": self.end, "chat_template": template})
         write_json(folder / "generation_config.json", {"eos_token_id": self.stop, "do_sample": False})
-
-
-def read_fields(path):
-    """The JSON object in a file that may be absent."""
-    return read_json(path) if path.exists() else {}
 
 
 def read_tokenizer_json(path):
@@ -236,9 +230,11 @@ def read_tokenizer_model(path):
 
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
-    path = folder / "chat_template.jinja"
-    says = path.read_text(encoding="utf-8") if path.exists() else ""
-    known = says or str(read_fields(folder / "tokenizer_config.json").get("chat_template") or "") or special
+    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    says = template.read_text(encoding="utf-8") if template.exists() else ""
+    if not says and config.exists():
+        says = str(read_json(config).get("chat_template") or "")
+    known = says or special
     return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 
 
@@ -406,6 +402,26 @@ def answer_logprobs(model, packs, answers, device):
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
         total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
     return total
+
+
+# ------------------------------------------------------------------ arguments
+
+def read_arguments(p, argv, **demo):
+    """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
+    Without any argument, those of the demo hold."""
+    p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn or shuffled (paper: 42)")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records only (generating: of each file)")
+    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
+    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
+                   "fp32 weights; default: bfloat16 where the hardware has it)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
+    if not (sys.argv[1:] if argv is None else argv):
+        p.set_defaults(**demo)
+    args = p.parse_args(argv)
+    if demo and not args.data:
+        p.error("--data FILE... is missing (without any argument the demo runs)")
+    return args
 
 
 if __name__ == "__main__":                                  # show records as the model sees them

@@ -8,8 +8,8 @@
 
     -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format), OUT/results.json
 
-No verdict counts once, as wrong, and is always shown. --legacy scores as the released evaluate.py does,
-its double counting included. Greedy decoding; released weights need --format raw, as they were used.
+Greedy answers. No verdict counts once, as wrong, and is always shown; --legacy scores as the released
+evaluate.py does, its double counting included. Released weights need --format raw, as they were used.
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data import (HUMAN, INSTRUCTION, VERDICTS, Sample, answer_logprobs, format_input, gold_verdict, pack,
-                  parse_lines, parse_records, parse_verdict, read_records)
+                  parse_lines, parse_records, parse_verdict, read_arguments, read_records)
 from mine_hard import (answer_prompts, encode_prompts, generation, generation_arguments, lazy_model,
                        write_lines)
 from model import InputError, at_least, common_prefix, generate, join_ranks, read_json, write_json
@@ -106,10 +106,10 @@ def score(rows, dataset, legacy=False, wished=None):
     """One result for each task that the rows are labelled for; rows have gold, verdict, text and more."""
     results = []
     for name, (positive, _) in VERDICTS.items():
-        some = [row for row in rows if row["gold"][name] is not None]
+        some = [row for row in rows if row["gold"][name]]
         if not some:
             continue
-        gold, predicted = [row["gold"][name] for row in some], [row["verdict"][name] for row in some]
+        gold, predicted = ([row[what][name] for row in some] for what in ("gold", "verdict"))
         concluded = [(reasoning_verdict(row["text"])[name], row["verdict"][name]) for row in some]
         if legacy:
             gold, predicted = legacy_pairs(gold, [row["text"] for row in some], name)
@@ -208,11 +208,8 @@ def answer_fast(model, tokenizer, prompts):
 
 def majority(verdicts):
     """The verdict most samples give, task by task; of equally many, the one given first."""
-    result = {}
-    for name in VERDICTS:
-        votes = [v[name] for v in verdicts if v[name] is not None]
-        result[name] = Counter(votes).most_common(1)[0][0] if votes else None
-    return result
+    votes = {name: Counter(v[name] for v in verdicts if v[name]) for name in VERDICTS}
+    return {name: max(count, key=count.get, default=None) for name, count in votes.items()}
 
 
 def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, **options):
@@ -241,7 +238,8 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
     records, out = read_records(path)[:args.limit], Path(args.out) / name
     golds = [labels_of(record["output"], record["input"], name) for record in records]
-    if not any(any(gold.values()) for gold in golds):
+    tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
+    if not tasks:
         raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts = encode_prompts(tokenizer, records, args.max_length)
     start, kept = time.time(), not args.fast and any(out.glob("answers.jsonl*"))   # then nothing is timed
@@ -256,11 +254,10 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
                     "tokens": sum(s["tokens"] for s in line["samples"])} for line in lines]
     timing = {} if kept else {"ms": 1000 * (time.time() - start) / len(records)}
     rows = [{"file": str(path), "gold": gold, **timing, **answer} for gold, answer in zip(golds, answers)]
-    if args.scores and not args.fast:
-        for task in [t for t in VERDICTS if any(gold[t] for gold in golds)]:
-            texts = [up_to_verdict(row["text"], task) for row in rows]
-            for row, p in zip(rows, verdict_probability(*load(), prompts, texts, task)):
-                row.setdefault("p", {})[task] = p
+    for task in tasks if args.scores and not args.fast else []:
+        texts = [up_to_verdict(row["text"], task) for row in rows]
+        for row, p in zip(rows, verdict_probability(*load(), prompts, texts, task)):
+            row.setdefault("p", {})[task] = p
     if rank_info[1] == 0:
         write_lines(out / "generated_predictions.jsonl", [
             {"prompt": record["instruction"] + "\n" + record["input"], "label": record["output"],
@@ -276,8 +273,8 @@ def read_predictions(path, dataset):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
         prompt = str(line.get("prompt") or "")
         gold = labels_of(line["label"], prompt[max(0, prompt.find(HUMAN)):], dataset)
-        rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(line["predict"]),
-                     "text": line["predict"]})
+        text = line["predict"]
+        rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text})
     if not any(any(row["gold"].values()) for row in rows):
         raise InputError(f"{path}: no line has a label (harmful, unharmful, refusal, compliance)")
     return rows
@@ -302,7 +299,7 @@ def parse_arguments(argv):
     p.add_argument("--moderate", action="store_true", help='JSON lines {"prompt", "response"} to verdicts')
     p.add_argument("--on-unparsable", choices=["harmful"], help="say this where an answer has no verdict")
     generation_arguments(p)
-    args = p.parse_args(argv)
+    args = read_arguments(p, argv)
     if not (args.predictions or args.model):
         p.error("--model DIR or --predictions FILE... is missing")
     if args.model and not (args.data or args.moderate or args.prompt is not None):

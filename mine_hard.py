@@ -20,7 +20,7 @@ from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
-from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict,
+from data import (VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_arguments,
                   read_records)
 from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
                    write_json, write_whole)
@@ -180,12 +180,6 @@ def generation_arguments(p):
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
     p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
-    p.add_argument("--no-share", action="store_true", help="give every sample its own copy of the prompt")
-    p.add_argument("--seed", type=at_least(0), default=42, help="of sampling and of picking pairs")
-    p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
-    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
-    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of weights and products")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
 def generation(args, model, data, **sampling):
@@ -222,13 +216,8 @@ def parse_arguments(argv):
     p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
-    if not (sys.argv[1:] if argv is None else argv):
-        toy = sorted(map(str, Path("toy").glob("train_*.json")))
-        p.set_defaults(data=toy, max_new_tokens=224, limit=100)
-    args = p.parse_args(argv)
-    if not args.data:
-        p.error("--data FILE... is missing (without any argument the demo runs)")
-    return args
+    toy = sorted(map(str, Path("toy").glob("train_*.json")))
+    return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100)
 
 
 def main(argv=None):

@@ -11,12 +11,11 @@ is the model we start from; its log-probabilities are computed once, before the 
 second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import answer_logprobs, encode_records, pack, read_records
+from data import answer_logprobs, encode_records, pack, read_arguments, read_records
 from model import InputError, all_sum, at_least, join_ranks, read_json, write_json
 from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
 
@@ -85,9 +84,7 @@ def parse_arguments(argv):
     p.add_argument("--beta", type=at_least(0, float), default=0.01, help="DPO temperature (paper: 0.01)")
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
-    if not (sys.argv[1:] if argv is None else argv):
-        p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
-    return p.parse_args(argv)
+    return read_arguments(p, argv, lr=3e-4, batch_size=32, beta=0.02)
 
 
 def main(argv=None):
