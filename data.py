@@ -28,8 +28,7 @@ from model import InputError, at_least, common_prefix, read_json, write_json, wr
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
-# 490 characters, byte for byte as in GuardReasonerTrain and all benchmark files: three lines end in a
-# space, and the text in a newline. Each of these oddities is part of what the released models learned.
+# 490 characters, byte for byte as the released models learned it: spaces before newlines, the last newline
 INSTRUCTION = """\
 You are a classifier for analyzing interactions between humans and AI.\x20
 
@@ -62,9 +61,9 @@ def split_input(text):
 
 
 def parse_verdict(text):
-    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent.
-    Those of the last "Answers:" block; a field that it lacks is the last such line of the whole text. Any
-    word but the two allowed ones is no verdict. Case does not matter."""
+    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent: those of
+    the last "Answers:" block, or of the last such line anywhere where it lacks one. Case does not matter,
+    and any word but the two allowed ones is no verdict."""
     verdict = {}
     for name, words in VERDICTS.items():                    # the block ends the text: its line is the last one
         found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
@@ -131,10 +130,9 @@ class Tokenizer:
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
         start, self.head, self.close, ends = FORMATS[format]
         self.start = start if start in special else ""
-        ends = [mark for mark in ends if mark in special]
-        if not ends:
-            raise InputError(f"{folder}: the vocabulary has no {FORMATS[format][3][0]}; try another --format")
-        self.end = ends[0]
+        self.end = next((mark for mark in ends if mark in special), None)
+        if self.end is None:
+            raise InputError(f"{folder}: the vocabulary has no {ends[0]}; try another --format")
         self.stop = [special[self.end]] + [special[s] for s in STOPS if s in special and s != self.end]
 
     @classmethod
@@ -149,7 +147,8 @@ class Tokenizer:
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
         config = folder / "config.json"
-        if config.exists() and max(tokens.values(), default=0) >= read_json(config).get("vocab_size", 10 ** 9):
+        size = read_json(config).get("vocab_size", 10 ** 9) if config.exists() else 10 ** 9
+        if max(tokens.values(), default=0) >= size:
             raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
@@ -222,8 +221,7 @@ def read_tokenizer_model(path):
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
         tokens = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
-        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMA models used another kind)"
-                         ) from None
+        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMAs had another kind)") from None
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     return tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special
 
@@ -241,9 +239,8 @@ def find_format(folder, special):
 # ------------------------------------------------------------------ records
 
 def read_records(path, fields=("instruction", "input", "output")):
-    """The records of a JSON array or JSON-lines file, as dicts that have these non-empty text fields.
-    Records with an empty one are skipped and counted. InputError names file and record where one is not
-    an object, or lacks a field or has it in another type."""
+    """The records of a JSON array or JSON-lines file that have text in these fields; empty ones are skipped
+    and counted. InputError names file and record where one is no object, or a field is missing or no text."""
     records, empty = [], Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):
@@ -295,9 +292,8 @@ class Sample:
 
 
 def fit_prompt(tokenizer, record, room):
-    """(ids of the record's prompt, was it cut?) in at most `room` tokens; ids are None where even an empty
-    exchange is more. What is cut is the end of the user's text or of the response, the longer one first;
-    instruction, markers and template stay whole."""
+    """(ids of the record's prompt, was it cut?) in at most `room` tokens; None where even an empty exchange
+    is more. Only the ends of the request and of the response are cut, the longer one first."""
     instruction, texts = record["instruction"], split_input(record["input"])
     ids = tokenizer.prompt_ids(instruction, record["input"])
     if len(ids) <= room:
@@ -310,8 +306,7 @@ def fit_prompt(tokenizer, record, room):
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
-    The root is the longest common token prefix of all prompts with one instruction: no token depends on
-    whether prefixes are shared."""
+    The root is the longest common *token* prefix of all prompts with that instruction."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
         ends = [tokenizer.answer_ids(record[name]) for name in answers]
@@ -351,9 +346,9 @@ class Pack:
 
 
 def pack(samples, max_tokens, share=True):
-    """Lay samples out as forests of at most max_tokens each (more only if one sample is longer).
-    First fit, longest first; a sample stays whole. A pack holds one instruction, once; each prompt once;
-    then its answers. share=False is ordinary packing: every answer has a prompt of its own."""
+    """Lay samples out as forests of at most max_tokens each (more only if one sample is longer): first fit,
+    longest first. A pack holds one instruction, once; each prompt once; then its answers.
+    share=False is ordinary packing: every answer has a prompt of its own."""
     items, n = [], 0                            # (tokens, root, [(prompt, [(number, answer)])]) a sample
     for sample in samples:
         answers = list(enumerate(sample.answers, n))
@@ -375,8 +370,7 @@ def pack(samples, max_tokens, share=True):
 
 def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
-    The token before an answer's first is the prompt's last, so that row is scored once for each answer;
-    the end mark is a target and never fed."""
+    The prompt's last row is scored once for each answer; the end mark is a target and never fed."""
     tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []
     for prompt, answers in copies:
         tokens += prompt[len(root):]
