@@ -65,7 +65,7 @@ def parse_verdict(text):
     the last "Answers:" block, or of the last such line anywhere where it lacks one. Case does not matter,
     and any word but the two allowed ones is no verdict."""
     verdict = {}
-    for name, words in VERDICTS.items():                    # the block ends the text: its line is the last one
+    for name, words in VERDICTS.items():                    # the block ends the text: its line is the last
         found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
         word = found[-1].lower() if found else None
         verdict[name] = word if word in words else None
@@ -149,7 +149,7 @@ class Tokenizer:
         config = folder / "config.json"
         size = read_json(config).get("vocab_size", 10 ** 9) if config.exists() else 10 ** 9
         if max(tokens.values(), default=0) >= size:
-            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: another model's")
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: not its own")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
@@ -403,8 +403,8 @@ def answer_logprobs(model, packs, answers, device):
 def read_arguments(p, argv, **demo):
     """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
     Without any argument, those of the demo hold."""
-    p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn or shuffled (paper: 42)")
-    p.add_argument("--limit", type=at_least(1), help="use the first N records only (generating: of each file)")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records (generating: of each file)")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
                    "fp32 weights; default: bfloat16 where the hardware has it)")

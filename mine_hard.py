@@ -192,15 +192,6 @@ def generation(args, model, data, **sampling):
 
 # ------------------------------------------------------------------ the script
 
-def mine(args, folder, records, path, rank_info):
-    """{prompt number: k judged samples} of one model."""
-    tokenizer, load = lazy_model(args, folder, rank_info[0])
-    prompts = encode_prompts(tokenizer, records, args.max_length)
-    settings, options = generation(args, folder, args.data, temperature=args.temperature, top_p=args.top_p)
-    lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
-    return {line["prompt"]: line["samples"] for line in lines}
-
-
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR", help="one model, or an ensemble")
@@ -231,7 +222,12 @@ def main(argv=None):
     answers = []
     for n, folder in enumerate(args.model):
         path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
-        answers.append((folder, mine(args, folder, records, path, rank_info)))
+        tokenizer, load = lazy_model(args, folder, rank_info[0])
+        prompts = encode_prompts(tokenizer, records, args.max_length)
+        sampling = dict(temperature=args.temperature, top_p=args.top_p)
+        settings, options = generation(args, folder, args.data, **sampling)
+        lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
+        answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
     if rank_info[1] > 0:
         return
     hard, count = select(records, sources, answers, args.judge, args.pair, args.gamma, args.seed)

@@ -65,7 +65,8 @@ def kept_reference(model, samples, args, rank_info):
     if args.resume and path.exists():
         kept = read_json(path)
         if len(kept) != len(samples):
-            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; resume with its data")
+            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; "
+                             "resume with the same data")
         return torch.tensor(kept, dtype=torch.float64)
     reference = reference_logprobs(model, samples, args, rank_info)
     if rank_info[1] == 0:

@@ -33,8 +33,7 @@ from data import (Tokenizer, answer_logprobs, encode_records, lay_out, pack, par
 from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
                    weight_files, write_json, write_whole, writing)
 
-
-FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)        # gather what ranks hold in parts
+FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
 
 def sft_loss(logprobs, count):
