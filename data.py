@@ -9,25 +9,26 @@
 
 Simpler than elsewhere: one user turn and one answer; no system prompt; byte-level BPE only.
 """
-import argparse
 import base64
 import json
 import re
+import runpy
 import shutil
 import sys
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from model import InputError, common_prefix, read_json, tree_plan, write_json, write_whole
+from model import InputError, at_least, common_prefix, read_json, write_json, write_whole
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
-# 490 characters, byte for byte as in GuardReasonerTrain and all benchmark files: three lines end in a
-# space, and the text in a newline. Each of these oddities is part of what the released models learned.
+# 490 characters, byte for byte as the released models learned it: spaces before newlines, the last newline
 INSTRUCTION = """\
 You are a classifier for analyzing interactions between humans and AI.\x20
 
@@ -52,25 +53,19 @@ def format_input(prompt, response=None):
 
 
 def split_input(text):
-    """(prompt, response) of a formatted input; response None where there is none. The *last* marker
-    counts: a marker that a user typed into the request stays part of it."""
+    """(prompt, response or None) of a formatted input; a marker typed into the request stays part of it."""
     prompt, found, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if not found or not prompt.startswith(HUMAN):
         return text, None
     return prompt.removeprefix(HUMAN), None if response == "None" else response
 
 
-def find_answers(text):
-    """Where the last "Answers:" is, in any case, or -1; lower() would move it: "İ" becomes two letters."""
-    return max((found.start() for found in re.finditer("answers:", text, re.IGNORECASE)), default=-1)
-
-
 def parse_verdict(text):
-    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent. The last
-    "Answers:" block counts; a field that it lacks is taken from the last such line of the whole text.
-    Any word but the two allowed ones is no verdict. Case does not matter."""
+    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent: those of
+    the last "Answers:" block, or of the last such line anywhere where it lacks one. Case does not matter,
+    and any word but the two allowed ones is no verdict."""
     verdict = {}
-    for name, words in VERDICTS.items():                    # the block ends the text: its line is the last one
+    for name, words in VERDICTS.items():                    # the block ends the text: its line is the last
         found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
         word = found[-1].lower() if found else None
         verdict[name] = word if word in words else None
@@ -104,19 +99,11 @@ LLAMA3_SPECIALS = [f"<|{name}|>" for name in (                 # in the order of
     "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248)))]
 
-# format -> (template of a prompt, end mark of an answer, the same as a Jinja template)
-FORMATS = {
-    "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n", ["<|eot_id|>"],
-               "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-               "'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_"
-               "prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
-    "chatml": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>"],
-               "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
-               "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    "raw": ("{}", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"],
-            "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-}
+# format -> (start, if the vocabulary has it; head of a role's turn; end of a turn; end marks of an answer)
+FORMATS = {"llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>",
+                      ["<|eot_id|>"]),
+           "chatml": ("", "<|im_start|>{}\n", "<|im_end|>\n", ["<|im_end|>"]),
+           "raw": ("<|begin_of_text|>", "", "", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"])}
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
 
 
@@ -130,40 +117,39 @@ def byte_letters():
 class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text that looks
     like one, typed by an attacker, is encoded as plain text.
-
     tokens: {bytes: id}; order: the bytes by merge priority; special: {text: id}."""
 
-    def __init__(self, tokens, order, pattern, special, format, folder=None):
+    def __init__(self, tokens, order, pattern, special, format, folder):
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(order + missing)}
         self.bpe = tiktoken.Encoding("guard", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
-        self.ids = [tokens.get(token) for token in order + missing]            # rank -> id
+        self.ids = [tokens.get(token) for token in ranks]                      # rank -> id
         self.text = {i: token for token, i in tokens.items()}                  # id -> bytes
         self.special, self.format, self.folder = special, format, folder
         self.missing, self.lost = frozenset(b[0] for b in missing), 0
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
-        self.end = next((mark for mark in FORMATS[format][1] if mark in special), None)
+        start, self.head, self.close, ends = FORMATS[format]
+        self.start = start if start in special else ""
+        self.end = next((mark for mark in ends if mark in special), None)
         if self.end is None:
-            raise InputError(f"{folder}: the vocabulary has no {FORMATS[format][1][0]}; try another --format")
+            raise InputError(f"{folder}: the vocabulary has no {ends[0]}; try another --format")
         self.stop = [special[self.end]] + [special[s] for s in STOPS if s in special and s != self.end]
 
     @classmethod
     def from_pretrained(cls, folder, format=None):
         """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
-        format: llama3, chatml or raw; default: what the folder's chat template or, without one, its
-        control tokens say. InputError names what is missing or unknown."""
+        format: llama3, chatml or raw; default: what the folder says. InputError names what is missing."""
         folder = Path(folder)
-        path, config = folder / "tokenizer.json", folder / "config.json"
-        if path.exists():
-            tokens, order, pattern, special = read_tokenizer_json(path)
-        elif path.with_suffix(".model").exists():
-            tokens, order, pattern, special = read_tokenizer_model(path.with_suffix(".model"))
+        if (folder / "tokenizer.json").exists():
+            tokens, order, pattern, special = read_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").exists():
+            tokens, order, pattern, special = read_tokenizer_model(folder / "tokenizer.model")
         else:
             raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        config = folder / "config.json"
         size = read_json(config).get("vocab_size", 10 ** 9) if config.exists() else 10 ** 9
         if max(tokens.values(), default=0) >= size:
-            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says; "
-                             "it is another model's")
+            raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: not its own")
         return cls(tokens, order, pattern, special, format or find_format(folder, special), folder)
 
     def encode(self, text):
@@ -184,9 +170,8 @@ class Tokenizer:
 
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline, input."""
-        template, text, ids = FORMATS[self.format][0], instruction + "\n" + input, []
-        if self.format == "raw" and "<|begin_of_text|>" in self.special:
-            template = "<|begin_of_text|>" + template
+        template = self.start + self.head.format("user") + "{}" + self.close + self.head.format("assistant")
+        text, ids = instruction + "\n" + input, []
         for piece in re.split(r"(<\|\w+\|>)", template):                       # the template alone is split
             ids += [self.special[piece]] if piece in self.special else self.encode(piece.replace("{}", text))
         return ids
@@ -200,11 +185,13 @@ class Tokenizer:
         folder = Path(folder)
         for name in ("tokenizer.json", "tokenizer.model"):
             if (self.folder / name).exists():
-                write_whole(folder / name, lambda temporary: shutil.copyfile(self.folder / name, temporary))
+                write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
         path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {"eos_token": self.end, "chat_template": FORMATS[self.format][2]}
-        write_json(folder / "tokenizer_config.json", config)
+        turn = self.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + self.close             # in Jinja
+        ask = "{% if add_generation_prompt %}" + self.head.format("assistant") + "{% endif %}"
+        template = self.start + "{% for m in messages %}" + turn + "{% endfor %}" + ask
+        write_json(folder / path.name, {**config, "eos_token": self.end, "chat_template": template})
         write_json(folder / "generation_config.json", {"eos_token_id": self.stop, "do_sample": False})
 
 
@@ -218,9 +205,8 @@ def read_tokenizer_json(path):
     special = {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
     spell = lambda word: bytes(letters[c] for c in word)
     tokens = {spell(word): i for word, i in model["vocab"].items() if word not in special}
-    if model.get("ignore_merges"):                          # made from a tiktoken file: id = priority
-        order = sorted(tokens, key=tokens.get)
-    else:
+    order = sorted(tokens, key=tokens.get)                  # made from a tiktoken file: id = priority
+    if not model.get("ignore_merges"):
         merged = [spell("".join(m).replace(" ", "")) for m in model["merges"]]     # "a b" or ["a", "b"]
         order = list(dict.fromkeys([t for t in tokens if len(t) == 1] + merged))
     pattern = DIGIT_PATTERN if "Digits" in splitters else GPT2_PATTERN
@@ -235,8 +221,7 @@ def read_tokenizer_model(path):
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
         tokens = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
-        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMA models used another kind)"
-                         ) from None
+        raise InputError(f"{path}: not a Llama 3 tokenizer.model (older LLaMAs had another kind)") from None
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     return tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special
 
@@ -254,9 +239,8 @@ def find_format(folder, special):
 # ------------------------------------------------------------------ records
 
 def read_records(path, fields=("instruction", "input", "output")):
-    """The records of a JSON array or JSON-lines file, as dicts that have these non-empty text fields.
-    InputError names file and record where one is not an object, or lacks a field or has it in another
-    type. Records with an empty field are skipped, and their number is printed."""
+    """The records of a JSON array or JSON-lines file that have text in these fields; empty ones are skipped
+    and counted. InputError names file and record where one is no object, or a field is missing or no text."""
     records, empty = [], Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):
@@ -266,8 +250,7 @@ def read_records(path, fields=("instruction", "input", "output")):
                 raise InputError(f"{path}: {place} has no text in field {name!r}")
         blank = [name for name in fields if not record[name].strip()]
         empty.update(blank[:1])
-        if not blank:
-            records.append(record)
+        records += [] if blank else [record]
     for name, n in empty.items():
         print(f"{path}: skipped {n} records whose {name} is empty", file=sys.stderr)
     if not records:
@@ -286,9 +269,8 @@ def parse_records(path):
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if array is None:
-        yield from parse_lines(path, text.split("\n"))
-    else:
-        yield from ((f"record {i}", record) for i, record in enumerate(array, 1))
+        return parse_lines(path, text.split("\n"))
+    return ((f"record {i}", record) for i, record in enumerate(array, 1))
 
 
 def parse_lines(path, lines):
@@ -303,44 +285,37 @@ def parse_lines(path, lines):
 
 @dataclass
 class Sample:
-    """A prompt and its answers, each ending in the end mark. The first `root` tokens are those of the
-    instruction that all prompts of its kind share."""
+    """A prompt and its answers, each ending in the end mark."""
     prompt: list
     answers: list
-    root: int = 0
+    root: int = 0               # so many first tokens are shared by all prompts with this instruction
 
 
 def fit_prompt(tokenizer, record, room):
-    """(ids of the record's prompt, was it cut?) in at most `room` tokens; ids are None where even an empty
-    exchange is more. What is cut is the end of the user's text or of the response, the longer one first;
-    instruction, markers and template stay whole."""
+    """(ids of the record's prompt, was it cut?) in at most `room` tokens; None where even an empty exchange
+    is more. Only the ends of the request and of the response are cut, the longer one first."""
     instruction, texts = record["instruction"], split_input(record["input"])
     ids = tokenizer.prompt_ids(instruction, record["input"])
     if len(ids) <= room:
         return ids, False
     cut = lambda most: tokenizer.prompt_ids(instruction, format_input(*(t and t[:most] for t in texts)))
-    low, high = 0, max(len(text or "") for text in texts)                      # fits, does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(cut(middle)) <= room else (low, middle)
-    ids = cut(low)
+    longest = max(len(text or "") for text in texts)
+    ids = cut(bisect_right(range(1, longest), room, key=lambda most: len(cut(most))))
     return (ids if len(ids) <= room else None), True
 
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
-    The root of each sample is the longest common token prefix of all prompts with its instruction, so
-    no token depends on whether prefixes are shared."""
+    The root is the longest common *token* prefix of all prompts with that instruction."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
         ends = [tokenizer.answer_ids(record[name]) for name in answers]
         prompt, cut = fit_prompt(tokenizer, record, max_length - max(map(len, ends)))
-        if prompt is None:
-            continue
-        cuts += cut
-        samples.append(Sample(prompt, ends))
-        kept.append(record)
-        groups[record["instruction"]].append(samples[-1])
+        if prompt is not None:
+            samples.append(Sample(prompt, ends))
+            kept.append(record)
+            groups[record["instruction"]].append(samples[-1])
+            cuts += cut
     for group in groups.values():
         root = common_prefix([sample.prompt for sample in group])
         for sample in group:
@@ -371,9 +346,9 @@ class Pack:
 
 
 def pack(samples, max_tokens, share=True):
-    """Lay samples out as forests of at most max_tokens each (more only if one sample is longer).
-    First fit, longest first; a sample stays whole. A pack holds one instruction, once; each prompt once;
-    then its answers. share=False is ordinary packing: every answer has a prompt of its own."""
+    """Lay samples out as forests of at most max_tokens each (more only if one sample is longer): first fit,
+    longest first. A pack holds one instruction, once; each prompt once; then its answers.
+    share=False is ordinary packing: every answer has a prompt of its own."""
     items, n = [], 0                            # (tokens, root, [(prompt, [(number, answer)])]) a sample
     for sample in samples:
         answers = list(enumerate(sample.answers, n))
@@ -395,8 +370,7 @@ def pack(samples, max_tokens, share=True):
 
 def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
-    The token before an answer's first is the prompt's last, so that row is scored once for each answer;
-    the end mark is a target and never fed."""
+    The prompt's last row is scored once for each answer; the end mark is a target and never fed."""
     tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []
     for prompt, answers in copies:
         tokens += prompt[len(root):]
@@ -413,52 +387,36 @@ def lay_out(root, copies):
     return Pack(*(torch.tensor(x, dtype=torch.long) for x in (tokens, end, rows, targets, answer)))
 
 
-# ------------------------------------------------------------------ python data.py FILE
-
-def shorten(text):
-    """One line of at most about 60 characters."""
-    text = text.replace("\n", "\\n")
-    return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
-
-
-def show(tokenizer, samples):
-    """Print a pack: one line a segment, the scored text in brackets, and the mask of a small one."""
-    p = pack(samples, 10 ** 9)[0]
-    T, plan, tokens, end = len(p.tokens), tree_plan(p.end), p.tokens.tolist(), p.end.tolist()
-    print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
-          f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n\n"
-          "    rows        position      end   text, the scored part in [ ]")
-    scored = set((p.rows + 1).tolist())                     # row r is asked for the token at r + 1
-    starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
-    for start, stop in zip(starts, starts[1:] + [T]):
-        first = next((i for i in range(start, stop) if i in scored), stop)
-        text, answer = (shorten(tokenizer.decode(ids)) for ids in (tokens[start:first], tokens[first:stop]))
-        indent = "  " * sum(above < start < end[above] for above in starts)
-        print(f"{start:6}-{stop - 1:<6} {plan.position[start]:6}-{plan.position[stop - 1]:<6} "
-              f"{end[start]:5}   {indent}{text}{f'[{answer}]' if answer else ''}")
-    if T <= 40:
-        print("\nquery i sees key j iff j <= i < end[j]:\n")
-        for i in range(T):
-            print("".join("#" if j <= i < p.end[j] else "." for j in range(T)))
+@torch.no_grad()
+def answer_logprobs(model, packs, answers, device):
+    """log p of each answer, summed over its tokens: (answers,) in float64 on the CPU; 0 where in no pack."""
+    total = torch.zeros(answers, dtype=torch.float64)
+    for p in packs:
+        p = p.to(device)
+        logprobs = model(p.tokens, p.end, p.rows, p.targets)
+        total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
+    return total
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", metavar="FILE", help="records (SFT, pairs or benchmark)")
-    p.add_argument("--model", default="toy/model", help="folder whose tokenizer to use")
-    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the folder says)")
-    p.add_argument("--number", type=int, default=0, help="which record to show, from 0")
-    p.add_argument("--count", type=int, default=2, help="how many records to show in one pack")
+# ------------------------------------------------------------------ arguments
+
+def read_arguments(p, argv, **demo):
+    """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
+    Without any argument, those of the demo hold."""
+    p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records (generating: of each file)")
+    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
+    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
+                   "fp32 weights; default: bfloat16 where the hardware has it)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
+    if not (sys.argv[1:] if argv is None else argv):
+        p.set_defaults(**demo)
     args = p.parse_args(argv)
-    tokenizer = Tokenizer.from_pretrained(args.model, args.format)
-    for path in args.files:
-        first = next(parse_records(path), ("", {}))[1]
-        answers = ("chosen", "rejected") if isinstance(first, dict) and "chosen" in first else ("output",)
-        records = read_records(path, ("instruction", "input", *answers))[args.number:args.number + args.count]
-        if not records:
-            raise InputError(f"{path}: has no record {args.number}")
-        show(tokenizer, encode_records(tokenizer, records, 10 ** 6, answers)[0])
+    if demo and not args.data:
+        p.error("--data FILE... is missing (without any argument the demo runs)")
+    return args
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":                                  # show records as the model sees them
+    runpy.run_path(str(Path(__file__).parent / "tests/show.py"), run_name="__main__")

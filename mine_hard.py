@@ -7,10 +7,9 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, each judged)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-hard.jsonl follows from samples.jsonl and the selection flags alone: run again with --resume and other
-flags, and no model is loaded. Prompts are answered in fixed blocks in the order of the file; an
-interrupted run redoes only unfinished blocks, so any number of stops and ranks gives the same file.
-Not the released code's rules, unless asked: see --judge and --pair.
+hard.jsonl follows from samples.jsonl and the selection flags: with --resume and other flags no model is
+loaded. Prompts are answered in fixed blocks, and only unfinished blocks are redone, so any number of
+stops and ranks gives the same file. Not the released code's rules, unless asked: see --judge, --pair.
 """
 import argparse
 import json
@@ -18,10 +17,10 @@ import random
 import sys
 import time
 from collections import Counter
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
-from data import (FORMATS, VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict,
+from data import (VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_arguments,
                   read_records)
 from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
                    write_json, write_whole)
@@ -103,33 +102,30 @@ def encode_prompts(tokenizer, records, max_length):
 
 def lazy_model(args, folder, device):
     """(tokenizer, load) of a folder; load() -> (model, tokenizer) reads the weights at its first call."""
-    tokenizer = Tokenizer.from_pretrained(folder, args.format)
-    dtype = pick_dtype(device, args.dtype)
-    return tokenizer, lru_cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
+    tokenizer, dtype = Tokenizer.from_pretrained(folder, args.format), pick_dtype(device, args.dtype)
+    return tokenizer, cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
 
 
 def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **options):
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
     load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
-    whole into path.parts, whichever rank and run answers them, and joined in order at the end; InputError
-    if the parts were made with other settings."""
-    device, rank, ranks = rank_info
-    parts = Path(f"{path}.parts")
-    check_settings(parts / "settings.json", {**settings, "block": block, "prompts": len(prompts)}, rank)
+    whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
+    (device, rank, ranks), folder = rank_info, Path(f"{path}.parts")
+    check_settings(folder / "settings.json", {**settings, "block": block, "prompts": len(prompts)}, rank)
+    parts = {i: folder / f"{i:08d}.jsonl" for i in range(0, len(prompts), block)}        # first prompt: file
     if not Path(path).exists():
-        starts = range(0, len(prompts), block)
-        todo = [i for i in starts[rank::ranks] if not (parts / f"{i:08d}.jsonl").exists()]
+        todo = [i for i in list(parts)[rank::ranks] if not parts[i].exists()]
         meter = Meter(sum(len(prompts[i:i + block]) for i in todo), label, rank)
-        for start in todo:
-            lines = answer_block(*load(), prompts[start:start + block], start, settings, meter, options)
-            write_lines(parts / f"{start:08d}.jsonl", lines)
+        for i in todo:
+            lines = answer_block(*load(), prompts[i:i + block], i, settings, meter, options)
+            write_lines(parts[i], lines)
         all_sum(0, device)                                                     # wait for every rank's blocks
         if rank == 0:
-            write_lines(path, [line for i in starts for line in read_lines(parts / f"{i:08d}.jsonl")])
+            write_lines(path, [line for part in parts.values() for _, line in parse_records(part)])
         all_sum(0, device)                                                     # wait for the whole file
-    for part in parts.glob("0*.jsonl") if rank == 0 else []:
-        part.unlink()
-    return read_lines(path)
+    for part in parts.values() if rank == 0 else []:
+        part.unlink(missing_ok=True)
+    return [line for _, line in parse_records(path)]
 
 
 def answer_block(model, tokenizer, prompts, first, settings, meter, options):
@@ -139,8 +135,8 @@ def answer_block(model, tokenizer, prompts, first, settings, meter, options):
         texts = [tokenizer.decode(ids) for ids in answers]
         samples = [{"text": text, "finish": "stop" if ids[-1] in tokenizer.stop else "length",
                     "tokens": len(ids), "verdict": parse_verdict(text)} for text, ids in zip(texts, answers)]
-        made = {"model": settings["model"], "seed": settings["seed"]}
-        lines[i] = {"prompt": first + i, **made, "samples": samples}
+        lines[i] = {"prompt": first + i, **{name: settings[name] for name in ("model", "seed")},
+                    "samples": samples}
         meter.add(sum(map(len, answers)))
     return lines
 
@@ -163,25 +159,19 @@ def write_lines(path, lines):
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-def read_lines(path):
-    return [line for _, line in parse_records(path)]
-
-
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
 
     def __init__(self, total, label, rank):
-        self.total, self.label, self.quiet = total, label, rank > 0
-        self.done, self.tokens, self.start, self.shown = 0, 0, time.time(), 0.0
+        self.total, self.label, self.rank = total, label, rank
+        self.done, self.tokens, self.start = 0, 0, time.time()
 
     def add(self, tokens):
         self.done, self.tokens = self.done + 1, self.tokens + tokens
-        now, left = time.time(), self.total - self.done
-        if self.quiet or (left and not (sys.stdout.isatty() and now > self.shown + 1)):
-            return
-        self.shown, spent = now, now - self.start
-        print(f"\r{self.label}{self.done}/{self.total} prompts  {self.tokens / spent:,.0f} tokens/s  "
-              f"{spent / self.done * left / 60:.1f} min left  ", end="" if left else "\n", flush=True)
+        left, seconds = self.total - self.done, time.time() - self.start
+        if self.rank == 0 and (left == 0 or sys.stdout.isatty()):
+            print(f"\r{self.label}{self.done}/{self.total} prompts  {self.tokens / seconds:,.0f} tokens/s  "
+                  f"{seconds / self.done * left / 60:.1f} min left  ", end="" if left else "\n", flush=True)
 
 
 def generation_arguments(p):
@@ -190,32 +180,17 @@ def generation_arguments(p):
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
     p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
-    p.add_argument("--no-share", action="store_true", help="give every sample its own copy of the prompt")
-    p.add_argument("--seed", type=at_least(0), default=42, help="of sampling and of picking pairs")
-    p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
-    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
-    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of weights and products")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
-def generation_options(args):
-    """The options of generate_iter that --k and generation_arguments set."""
-    return dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, kv_tokens=args.kv_tokens,
-                share=not args.no_share)
+def generation(args, model, data, **sampling):
+    """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
+    options = dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, **sampling)
+    settings = dict(model=str(model), data=data, limit=args.limit, max_length=args.max_length,
+                    format=args.format, dtype=args.dtype, **options)
+    return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 
 
 # ------------------------------------------------------------------ the script
-
-def mine(args, folder, records, path, rank_info):
-    """{prompt number: k judged samples} of one model."""
-    tokenizer, load = lazy_model(args, folder, rank_info[0])
-    prompts = encode_prompts(tokenizer, records, args.max_length)
-    names = "data limit k temperature top_p seed max_new_tokens max_length format dtype".split()
-    settings = {"model": str(folder), **{name: getattr(args, name) for name in names}}
-    lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ",
-                           temperature=args.temperature, top_p=args.top_p, **generation_options(args))
-    return {line["prompt"]: line["samples"] for line in lines}
-
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,13 +207,8 @@ def parse_arguments(argv):
     p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
-    if not (sys.argv[1:] if argv is None else argv):
-        toy = sorted(map(str, Path("toy").glob("train_*.json")))
-        p.set_defaults(data=toy, max_new_tokens=224, limit=100)
-    args = p.parse_args(argv)
-    if not args.data:
-        p.error("--data FILE... is missing (without any argument the demo runs)")
-    return args
+    toy = sorted(map(str, Path("toy").glob("train_*.json")))
+    return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100)
 
 
 def main(argv=None):
@@ -252,7 +222,12 @@ def main(argv=None):
     answers = []
     for n, folder in enumerate(args.model):
         path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
-        answers.append((folder, mine(args, folder, records, path, rank_info)))
+        tokenizer, load = lazy_model(args, folder, rank_info[0])
+        prompts = encode_prompts(tokenizer, records, args.max_length)
+        sampling = dict(temperature=args.temperature, top_p=args.top_p)
+        settings, options = generation(args, folder, args.data, **sampling)
+        lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
+        answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
     if rank_info[1] > 0:
         return
     hard, count = select(records, sources, answers, args.judge, args.pair, args.gamma, args.seed)

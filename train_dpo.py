@@ -11,15 +11,12 @@ is the model we start from; its log-probabilities are computed once, before the 
 second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-
-from data import encode_records, pack, read_records
-from model import InputError, all_sum, at_least, join_ranks, read_tensors, write_whole
+from data import answer_logprobs, encode_records, pack, read_arguments, read_records
+from model import InputError, all_sum, at_least, join_ranks, read_json, write_json
 from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
 
 
@@ -51,16 +48,11 @@ def pairs_loss(logprobs, answer, samples, reference, weight, args):
     return loss.sum(), seen.sum(1).double().cpu()
 
 
-@torch.no_grad()
 def reference_logprobs(model, samples, args, rank_info):
     """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected."""
     device, rank, ranks = rank_info
-    total = torch.zeros(2 * len(samples), dtype=torch.float64)
-    for i in range(0, len(samples), args.batch_size):                      # one step's pairs at a time
-        for p in deal(pack(samples[i:i + args.batch_size], args.max_tokens, not args.no_share), rank, ranks):
-            p = p.to(device)
-            logprobs = model(p.tokens, p.end, p.rows, p.targets).double().cpu()
-            total.index_add_(0, p.answer.cpu() + 2 * i, logprobs)
+    packs = deal(pack(samples, args.max_tokens, not args.no_share), rank, ranks)
+    total = answer_logprobs(model, packs, 2 * len(samples), device)
     if ranks > 1:
         total = total.to(device)
         torch.distributed.all_reduce(total)
@@ -68,17 +60,17 @@ def reference_logprobs(model, samples, args, rank_info):
 
 
 def kept_reference(model, samples, args, rank_info):
-    """reference_logprobs, computed once and kept in OUT/reference.safetensors for a resumed run."""
-    path = Path(args.out) / "reference.safetensors"
+    """reference_logprobs, computed once and kept in OUT/reference.json for a resumed run."""
+    path = Path(args.out) / "reference.json"
     if args.resume and path.exists():
-        kept = dict(read_tensors(path))["logprobs"]
+        kept = read_json(path)
         if len(kept) != len(samples):
             raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; "
                              "resume with the same data")
-        return kept
+        return torch.tensor(kept, dtype=torch.float64)
     reference = reference_logprobs(model, samples, args, rank_info)
     if rank_info[1] == 0:
-        write_whole(path, lambda temporary: save_file({"logprobs": reference}, temporary))
+        write_json(path, reference.tolist())
     return reference
 
 
@@ -93,9 +85,7 @@ def parse_arguments(argv):
     p.add_argument("--beta", type=at_least(0, float), default=0.01, help="DPO temperature (paper: 0.01)")
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
-    if not (sys.argv[1:] if argv is None else argv):
-        p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
-    return p.parse_args(argv)
+    return read_arguments(p, argv, lr=3e-4, batch_size=32, beta=0.02)
 
 
 def main(argv=None):

@@ -7,9 +7,8 @@
     model folder + records  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120 (to resume)
 
 The loss of a step is the sum of -log p over all answer tokens of the batch, divided by their number:
-the same for any --max-tokens and any number of GPUs. fp32 weights and AdamW state; products in bf16
-where the hardware has them. Simpler than the paper's LLaMA-Factory run: torch's own sharding (FSDP2)
-instead of ZeRO-3, nothing padded, no dropout (LLaMA has none).
+the same for any --max-tokens and any number of GPUs. fp32 weights and AdamW state. Simpler than the
+paper's LLaMA-Factory run: torch's own sharding (FSDP2) instead of ZeRO-3, nothing padded, no dropout.
 """
 import argparse
 import json
@@ -29,9 +28,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import FORMATS, Tokenizer, encode_records, lay_out, pack, parse_records, read_records
+from data import (Tokenizer, answer_logprobs, encode_records, lay_out, pack, parse_records, read_arguments,
+                  read_records)
 from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
                    weight_files, write_json, write_whole, writing)
+
+FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
 
 def sft_loss(logprobs, count):
@@ -61,14 +63,7 @@ def common_arguments(p):
     p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of a sequence (paper: 2048)")
     p.add_argument("--max-tokens", type=at_least(1), default=8192, help="of a pack: speed and memory only")
     p.add_argument("--max-steps", type=at_least(1), help="stop here; the schedule ends here too")
-    p.add_argument("--seed", type=at_least(0), default=42, help="order of the data (paper: 42)")
-    p.add_argument("--limit", type=at_least(1), help="use the first N records only")
-    p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
-    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
-                   help="of products; weights are kept in fp32 (default: bfloat16 where the hardware has it)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--recompute", action="store_true", help="activations twice: less memory, 4/3 time")
-    p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--save-every", type=at_least(0), default=0, metavar="N", help="checkpoint every N steps")
     p.add_argument("--keep", type=at_least(1), default=2, metavar="N", help="keep the newest N checkpoints")
@@ -77,9 +72,8 @@ def common_arguments(p):
 def load(args, rank_info):
     """(model, tokenizer) of args.model for training: fp32 weights, sharded where there are more ranks."""
     device, _, ranks = rank_info
-    tokenizer = Tokenizer.from_pretrained(args.model, args.format)
-    products = pick_dtype(device, args.dtype)
-    storage = torch.float64 if products == torch.float64 else torch.float32
+    tokenizer, products = Tokenizer.from_pretrained(args.model, args.format), pick_dtype(device, args.dtype)
+    storage = torch.promote_types(products, torch.float32)
     model = Llama.from_pretrained(args.model, "cpu" if ranks > 1 else device, storage)
     model.compute_dtype, model.recompute = products, args.recompute
     return (shard(model, device, products) if ranks > 1 else model), tokenizer
@@ -122,9 +116,6 @@ def update(model, optimizer, lr):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 def save(folder, model, optimizer, step, rank, keep=2):
     """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, keep the newest `keep`."""
     weights = states.get_model_state_dict(model, options=FULL)
@@ -134,7 +125,7 @@ def save(folder, model, optimizer, step, rank, keep=2):
         shutil.rmtree(temporary, ignore_errors=True)
         moments = {f"{name}:{key}": value.contiguous() for name, values in moments.items()
                    for key, value in values.items()}
-        model.save_pretrained(temporary, torch.promote_types(model.head.dtype, torch.float32), weights)
+        model.save_pretrained(temporary, model.head.dtype, weights)
         write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
         write_json(temporary / "state.json", {"step": step})
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,11 +166,9 @@ def resume(folder, model, optimizer):
 class Log:
     """metrics.jsonl (first line: arguments and versions; then one object a step) and the console line."""
 
-    def __init__(self, args, step, steps, rank):
-        self.path, self.first, self.steps, self.rank = Path(args.out) / "metrics.jsonl", step, steps, rank
+    def __init__(self, args, step, steps):
+        self.path, self.first, self.steps = Path(args.out) / "metrics.jsonl", step, steps
         self.started = self.tick = time.time()
-        if rank:
-            return
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip()
         old = self.path.read_text().splitlines()[1:] if step and self.path.exists() else []
@@ -189,8 +178,6 @@ class Log:
 
     def __call__(self, device, step, **row):
         """Write one step; row has loss, lr, grad_norm, tokens and what else the stage counts."""
-        if self.rank:
-            return
         now, unit = time.time(), 1 if sys.platform == "darwin" else 1024
         seconds, self.tick = now - self.tick, now
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
@@ -213,8 +200,7 @@ def start_run(args):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
     log = Path(args.out) / "metrics.jsonl"
     if not args.resume and log.exists():
-        raise InputError(f"{args.out}: already holds a run; add --resume to continue it, "
-                         "or choose another --out")
+        raise InputError(f"{args.out}: already holds a run; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
     old = next(parse_records(log))[1] if checkpoint and log.exists() else vars(args)
     for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
@@ -236,7 +222,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
         signal.signal(number, notice)
     plan = list(batches(n, args.batch_size, args.epochs, args.seed))[:args.max_steps]
     done, steps = resume(checkpoint, model, optimizer) if checkpoint else 0, len(plan)
-    log = Log(args, done, steps, rank)
+    log = Log(args, done, steps) if rank == 0 else lambda device, **row: None
     for step, batch in enumerate(plan[done:], done + 1):
         yield step, steps, batch, log
         stop = all_sum(len(interrupted), device) > 0
@@ -250,15 +236,12 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
 # ---- end of the plumbing ----
 
 
-@torch.no_grad()
 def evaluate(model, samples, args, rank_info):
     """Mean -log p over the answer tokens of held-out samples."""
     device, rank, ranks = rank_info
-    total = 0.0
-    for p in deal(pack(samples, args.max_tokens), rank, ranks):
-        p = p.to(device)
-        total -= model(p.tokens, p.end, p.rows, p.targets).sum().item()
-    return all_sum(total, device) / sum(len(s.answers[0]) for s in samples)
+    packs = deal(pack(samples, args.max_tokens), rank, ranks)
+    total = all_sum(answer_logprobs(model, packs, len(samples), device).sum(), device)
+    return -total / sum(len(s.answers[0]) for s in samples)
 
 
 def parse_arguments(argv):
@@ -271,13 +254,8 @@ def parse_arguments(argv):
     p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in a step (paper: 384)")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
-    if not (sys.argv[1:] if argv is None else argv):
-        toy = sorted(map(str, Path("toy").glob("train_*.json")))
-        p.set_defaults(data=toy, lr=2e-3, epochs=2, batch_size=32)
-    args = p.parse_args(argv)
-    if not args.data:
-        p.error("--data FILE... is missing (without any argument the demo runs)")
-    return args
+    toy = sorted(map(str, Path("toy").glob("train_*.json")))
+    return read_arguments(p, argv, data=toy, lr=2e-3, epochs=2, batch_size=32)
 
 
 def main(argv=None):

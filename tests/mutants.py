@@ -57,7 +57,7 @@ MUTANTS = [
     ("train_dpo.py", "return -weight * F.logsigmoid(beta * margin)", "return -weight * F.logsigmoid(-beta * margin)", "test_dpo.py -k by_hand"),
     ("train_dpo.py", "loss = preference + args.sft * -policy[:, 0] / length", "loss = preference + args.sft * -policy[:, 0]",
      "test_dpo.py -k first_loss"),
-    ("train_dpo.py", "total.index_add_(0, p.answer.cpu() + 2 * i, logprobs)", "total.index_add_(0, p.answer.cpu() + i, logprobs)",
+    ("data.py", "total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())", "total[p.answer.cpu()] = logprobs.double().cpu()",
      "test_dpo.py -k does_not_depend"),
     ("mine_hard.py", "return bool(labelled) and all(", "return bool(labelled) and any(", "test_mine.py -k every_labelled"),
     ("mine_hard.py", "pair[\"k_incorrect\"] - pair[\"k_correct\"] for", "pair[\"k_correct\"] - pair[\"k_incorrect\"] for", "test_mine.py -k one_entry"),

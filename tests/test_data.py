@@ -11,6 +11,7 @@ from audit import audit
 from conftest import tiny_samples
 
 import data
+import show
 from data import (INSTRUCTION, LLAMA3_PATTERN, InputError, Sample, Tokenizer, encode_records, fit_prompt,
                   format_answers, format_input, gold_verdict, pack, parse_verdict, read_records, split_input)
 
@@ -218,7 +219,7 @@ def test_packing_scores_every_answer_token_once_and_the_prompt_never(share):
 
 
 def test_show_and_audit_run(capsys, tmp_path):
-    data.main(["toy/dev.json", "--count", "2"])
+    show.main(["toy/dev.json", "--count", "2"])
     shown = capsys.readouterr().out
     assert "scored" in shown and "position" in shown
     conflict = [{"instruction": INSTRUCTION, "input": format_input("a"), "output": w} for w in (H, U, U)]
