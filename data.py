@@ -24,7 +24,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import InputError, at_least, common_prefix, read_json, write_json, write_whole
+from model import KERNELS, InputError, at_least, choose_kernels, common_prefix, read_json, write_json, write_whole
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
@@ -409,10 +409,12 @@ def read_arguments(p, argv, **demo):
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
                    "fp32 weights; default: bfloat16 where the hardware has it)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: ours, on CUDA only")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     if not (sys.argv[1:] if argv is None else argv):
         p.set_defaults(**demo)
     args = p.parse_args(argv)
+    choose_kernels(args.kernels)
     if demo and not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")
     return args

@@ -94,6 +94,14 @@ def all_sum(value, device):
     return total.item()
 
 
+def check_memory(need, device, advice):
+    """InputError with `advice` if the device cannot hold `need` bytes: better now than in an hour."""
+    there = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if need > there:
+        raise InputError(f"needs {need / 2 ** 30:.1f} GiB, {there / 2 ** 30:.1f} are there: {advice}")
+
+
 @contextlib.contextmanager
 def writing(path):
     """Make a full disk, or a folder that cannot be written, one line that names the file."""
@@ -527,6 +535,8 @@ class Llama(nn.Module):
         config = LlamaConfig.from_json(folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
+        need = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        check_memory(need, device, f"{folder} does not fit on {device}")
         wanted, found = model.state_dict(), {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path):
@@ -659,8 +669,16 @@ try:
     jit = triton.jit(do_not_specialize=("N", "T", "TARGET", "PICKED", "TOTAL", "GRAD"))    # one compilation
 except ImportError:                                     # no wheel for this system: the twins do the work
     triton, jit, constexpr = None, lambda kernel: kernel, None
-KERNELS = "triton" if triton else "torch"               # "torch": the twins everywhere
+KERNELS = "triton" if triton else "torch"               # see choose_kernels
 WIDTHS = (16, 32, 64, 128)                              # head widths E that the attention kernels know
+
+
+def choose_kernels(name):
+    """Use "triton" or "torch" (the twins everywhere) from now on; InputError where Triton is not installed."""
+    global KERNELS
+    if name == "triton" and triton is None:
+        raise InputError("--kernels triton: Triton is not installed")
+    KERNELS = name
 
 
 def use_triton(x):

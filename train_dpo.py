@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import answer_logprobs, encode_records, pack, read_arguments, read_records
+from data import Tokenizer, answer_logprobs, encode_records, pack, read_arguments, read_records
 from model import InputError, all_sum, at_least, join_ranks, read_json, write_json
 from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
 
@@ -92,7 +92,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     checkpoint = start_run(args)
     rank_info = device, rank, ranks = join_ranks(args.device)
-    model, tokenizer = load(args, rank_info)
+    tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data for record in read_records(path, fields)][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
@@ -102,6 +102,7 @@ def main(argv=None):
     weights = torch.tensor(weights, dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
+    model = load(args, rank_info, samples)
     optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights
     reference = kept_reference(model, samples, args, rank_info)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint import state_dict as states
 
 from data import (Tokenizer, answer_logprobs, encode_records, lay_out, pack, parse_records, read_arguments,
                   read_records)
-from model import (InputError, Llama, all_sum, at_least, join_ranks, pick_dtype, read_json, read_tensors,
-                   weight_files, write_json, write_whole, writing)
+from model import (InputError, Llama, LlamaConfig, TokenLogprobs, all_sum, at_least, check_memory, join_ranks,
+                   pick_dtype, read_json, read_tensors, weight_files, write_json, write_whole, writing)
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
@@ -69,14 +69,32 @@ def common_arguments(p):
     p.add_argument("--keep", type=at_least(1), default=2, metavar="N", help="keep the newest N checkpoints")
 
 
-def load(args, rank_info):
-    """(model, tokenizer) of args.model for training: fp32 weights, sharded where there are more ranks."""
-    device, _, ranks = rank_info
-    tokenizer, products = Tokenizer.from_pretrained(args.model, args.format), pick_dtype(device, args.dtype)
+def training_bytes(c, T, products, storage, ranks, recompute):
+    """What one rank holds at the most, for packs of T tokens: weights, gradients and AdamW's two moments; the
+    weights as they enter products; what each layer keeps for its backward pass; the head's gradient."""
+    with torch.device("meta"):
+        N = sum(weight.numel() for weight in Llama(c).parameters())
+    D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 4 * D + 3 * q + 2 * k + 4 * F               # numbers a token: norms, attention, SwiGLU
+    kept = T * (L * D + layer if recompute else L * layer) + TokenLogprobs.LOGITS + V * D
+    cast = 0 if products == storage else N if ranks == 1 else N / L
+    return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept)
+
+
+def load(args, rank_info, samples):
+    """The model of args.model for training: fp32 weights, sharded where there are more ranks.
+    InputError before any weight is read if memory will not do."""
+    (device, _, ranks), products = rank_info, pick_dtype(rank_info[0], args.dtype)
     storage = torch.promote_types(products, torch.float32)
+    sizes = sorted(len(s.prompt) + sum(map(len, s.answers)) for s in samples)
+    T = max(sizes[-1], min(args.max_tokens, sum(sizes[-args.batch_size:])))
+    config = LlamaConfig.from_json(Path(args.model) / "config.json")
+    check_memory(training_bytes(config, T, products, storage, ranks, args.recompute), device,
+                 "use --recompute, a lower --max-tokens, or more GPUs")
     model = Llama.from_pretrained(args.model, "cpu" if ranks > 1 else device, storage)
     model.compute_dtype, model.recompute = products, args.recompute
-    return (shard(model, device, products) if ranks > 1 else model), tokenizer
+    return shard(model, device, products) if ranks > 1 else model
 
 
 def shard(model, device, products):
@@ -262,13 +280,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     checkpoint = start_run(args)
     rank_info = device, rank, ranks = join_ranks(args.device)
-    model, tokenizer = load(args, rank_info)
+    tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     records = [record for path in args.data for record in read_records(path)][:args.limit]
     samples, _ = encode_records(tokenizer, records, args.max_length)
     held_out = [record for path in args.eval_data or [] for record in read_records(path)]
     held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
     if not samples:
         raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
+    model = load(args, rank_info, samples)
     optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
     for step, steps, batch, log in left:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_sft
 from data import pack
-from model import InputError
+from model import InputError, LlamaConfig
 from train_sft import batches, deal, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
@@ -122,3 +122,22 @@ def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     with pytest.raises(InputError, match=says) as error:
         run(tmp_path / "a", *arguments)
     assert "\n" not in str(error.value) and not (tmp_path / "a/model.safetensors").exists()
+
+
+def test_a_run_that_does_not_fit_ends_before_weights_load(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1000)     # 4 MB
+    monkeypatch.setattr("model.read_tensors", lambda path: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit, match="needs .* GiB, 0.0 are there: use --recompute"):
+        train_sft.main(["--data", "toy/dev.json", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_memory_of_training_by_hand():
+    # 1B in fp32: 16 bytes a parameter; its bf16 copy 2; the head's gradient 4 V D, and 2 V D before it is added up
+    c = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+                    num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+    N, VD, logits = 1_235_814_400, 128256 * 2048, 2 ** 25
+    layer = 4 * 2048 + 3 * 2048 + 2 * 512 + 4 * 8192
+    need = lambda *args: train_sft.training_bytes(c, 8192, torch.bfloat16, torch.float32, *args)
+    assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD)
+    assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD)
+    assert need(1, True) == 16 * N + 4 * VD + 2 * (N + 8192 * (16 * 2048 + layer) + logits + VD)
