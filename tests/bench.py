@@ -3,15 +3,15 @@
     python tests/bench.py                                                  the toy model and its corpus
     python tests/bench.py --model DIR --sft FILE --dpo FILE --peers --repeat 3 --json FILE
     python tests/bench.py --shape 1b --peers --minutes 9 --json FILE       random weights, on a GPU
-    python tests/bench.py --shape 1b --memory-cap 22                       training on a 24 GB card
+    python tests/bench.py --shape 1b --memory-cap 22                       can a 24 GB card train it?
 
-Each item runs in a process of its own, so that peak memory is its own, and the items of a round run one
-after another, as machines drift; the table shows medians, and the median of each round's ratio to ours.
+Every item runs in a process of its own, so that peak memory is its own. A round runs all items in turn, as
+machines drift; the table shows medians over rounds, and the median of ours / this one in the same round.
 A rate counts the tokens of each sequence as it would stand alone: padding earns nothing, and a shared
-prefix shows as speed. "of GEMM" is model FLOPs a second over the matrix-product rate of the same round:
-6 N a trained token, 2 N more for the reference pass of DPO, 2 N a generated token (N: all parameters).
-A peer that is not installed is named; none is needed. Peak memory: CUDA's allocator, else resident
-memory; for kernels, what a call takes beside its inputs and their gradients.
+prefix shows as speed. "of GEMM": model FLOPs a second over the matrix-product rate measured in the round,
+6 N a trained token, 2 N more for DPO's reference pass, 2 N a generated token (N: all parameters). A goal is
+a part of the rate at the limits measured here, a matrix product and a copy. Memory: CUDA's allocator, else
+resident; of a kernel, what it takes beside inputs and their gradients. Peers (peers.py) are never needed.
 """
 import argparse
 import json
@@ -20,12 +20,10 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
-from inspect import signature
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -35,11 +33,12 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import model as library  # noqa: E402
-from data import FORMATS, Sample, Tokenizer, encode_records, pack, read_records  # noqa: E402
-from model import (InputError, Llama, LlamaConfig, attention, attention_by_mask, draw_token, generate,  # noqa: E402
-                   pick_device, pick_dtype, token_logprobs, tree_plan, write_json)
+import peers  # noqa: E402
+from data import Sample, Tokenizer, encode_records, pack, read_records  # noqa: E402
+from model import (InputError, Llama, LlamaConfig, at_least, attention, attention_by_mask, draw_token,  # noqa: E402
+                   generate, pick_device, pick_dtype, token_logprobs, tree_plan, write_json)
 from train_dpo import pairs_loss, reference_logprobs  # noqa: E402
 from train_sft import make_optimizer, sft_loss, update  # noqa: E402
 
@@ -50,26 +49,137 @@ SHAPES = {"1b": LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden
                             num_attention_heads=24, tie_word_embeddings=True, **LLAMA3),
           "8b": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                             num_attention_heads=32, **LLAMA3),
-          "tiny": LlamaConfig(96, 32, 64, 2, 4, 2)}                            # for tests
-PEER_ROWS = 4           # sequences, pairs or prompts that a padded peer computes at once
+          "tiny": LlamaConfig(96, 64, 96, 2, 4, 2)}                            # for tests
+LONGEST = 2048          # tokens of a sequence, as in the paper
 
 
-# ------------------------------------------------------------------ what is computed
+def random_samples(n, answers, vocabulary, length=None, root=110, seed=0):
+    """Samples with the lengths S of guard data: an instruction of 110 tokens, a prompt of 230 and an answer
+    of 260 on average, E[S^2] / E[S]^2 = 1.27; or with sequences of exactly `length` tokens."""
+    rng, mean = np.random.default_rng(seed), np.array([230] + [260] * answers)
+    spread = 0.27 * 600 ** 2 / (230 ** 2 + 260 ** 2)                           # variance / mean^2 of each
+    ids = lambda count: rng.integers(vocabulary, size=int(count)).tolist()
+    start, samples = ids(root), []
+    for _ in range(n):
+        sizes = rng.gamma(1 / spread, mean * spread)
+        room = ((length or LONGEST) - root) / (sizes[0] + sizes[1:])
+        sizes = np.concatenate([sizes[:1] * min(1, room.min()), sizes[1:] * np.minimum(1, room)])
+        if length:
+            sizes = [(length - root) // 2] + [length - root - (length - root) // 2] * answers
+        samples.append(Sample(start + ids(max(1, sizes[0])), [ids(max(1, size)) for size in sizes[1:]], root))
+    return samples
 
-def config_of(args):
-    return SHAPES[args.shape] if args.shape else LlamaConfig.from_json(Path(args.model) / "config.json")
 
+class Bench:
+    """What every item needs to know: the device, the model's shape, the batches, clocks."""
 
-def our_model(args, device, training):
-    """As the scripts load it: fp32 weights beside products in bf16 (where there are) to train, else one dtype."""
-    products = pick_dtype(device, args.dtype)
-    storage = torch.promote_types(products, torch.float32) if training else products
-    if args.shape:
-        model = random_model(config_of(args), device, storage)
-    else:
-        model = Llama.from_pretrained(args.model, device, storage)
-    model.compute_dtype, model.recompute = products, args.recompute
-    return model
+    def __init__(self, args):
+        self.args, self.device = args, pick_device(args.device)
+        self.cuda, self.products = self.device.type == "cuda", pick_dtype(self.device, args.dtype)
+        path = Path(args.model) / "config.json"
+        c = self.config = SHAPES[args.shape] if args.shape else LlamaConfig.from_json(path)
+        attend = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+        self.body = c.num_hidden_layers * (attend + 3 * c.hidden_size * c.intermediate_size)
+        self.head = c.vocab_size * c.hidden_size
+        self.parameters = self.body + self.head * (1 if c.tie_word_embeddings else 2)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.memory_cap:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(args.memory_cap * 2 ** 30 / total)
+
+    def samples(self, n, pairs=False):
+        """(samples, their records): n random ones, or all of the files."""
+        args = self.args
+        if args.shape:
+            return random_samples(n, 2 if pairs else 1, self.config.vocab_size, args.length), None
+        answers = ("chosen", "rejected") if pairs else ("output",)
+        asked = answers if args.dpo else ("output",)
+        records = read_records(args.dpo if pairs and args.dpo else args.sft, ("instruction", "input", *asked))
+        if pairs and not args.dpo:                      # the neighbour's answer is "rejected": good for timing
+            records = [{**a, "chosen": a["output"], "rejected": b["output"]}
+                       for a, b in zip(records, records[1:])]
+        return encode_records(Tokenizer.from_pretrained(args.model), records, LONGEST, answers)
+
+    def batches(self, pairs=False):
+        """(batches of samples, batches of their records), warm-up first, in a shuffled order."""
+        size, steps = self.args.batch_size, self.args.warm + self.args.steps
+        samples, records = self.samples(size * steps, pairs)
+        order = np.random.default_rng(42).permutation(len(samples))
+        cut = lambda items: [[items[order[i % len(order)]] for i in range(n, n + size)]
+                             for n in range(0, size * steps, size)]
+        return cut(samples), cut(records) if records else None
+
+    def prompts(self):
+        return [sample.prompt for sample in self.samples(self.args.prompts)[0][:self.args.prompts]]
+
+    def load(self, training):
+        """Our model as the scripts load it: to train, fp32 weights beside products of another dtype."""
+        storage = torch.promote_types(self.products, torch.float32) if training else self.products
+        model = (random_model(self.config, self.device, storage) if self.args.shape
+                 else Llama.from_pretrained(self.args.model, self.device, storage))
+        model.compute_dtype, model.recompute = self.products, self.args.recompute
+        return model
+
+    def synchronize(self):
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak(self):
+        """Most bytes held so far."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def train(self, step, batches, factor=6, unit="tokens"):
+        """Time step(batch) -> loss; factor: model FLOPs for each parameter and token."""
+        losses, times = [], []
+        for batch in batches:
+            began = time.perf_counter()
+            losses.append(step(batch))
+            self.synchronize()
+            times.append(time.perf_counter() - began)
+        warm = self.args.warm
+        return {**self.trained([s for batch in batches[warm:] for s in batch], factor, unit),
+                "seconds": sum(times[warm:]), "losses": losses[warm:], "first_step_seconds": times[0]}
+
+    def trained(self, samples, factor, unit):
+        tokens = sum(len(s.prompt) + len(a) for s in samples for a in s.answers)
+        return {"unit": unit, "units": tokens if unit == "tokens" else len(samples), "tokens": tokens,
+                "flops": factor * self.parameters * tokens}
+
+    def work(self, packs, passes):
+        """FLOPs that packs really need, a backward pass being worth two forward passes: the body for each
+        token, the head for each scored row, attention for each pair of rows that see one another."""
+        c, linear = self.config, sum(self.body * len(p.tokens) + self.head * len(p.rows) for p in packs)
+        seen = sum((tree_plan(p.end).position + 1).sum().item() for p in packs)
+        return passes * (2 * linear + 4 * seen * c.num_hidden_layers * c.num_attention_heads * c.head_dim)
+
+    def time(self, call, seconds=0.4):
+        """Median seconds of a call after one that does not count; a GPU gets ten at a time."""
+        calls, times = 10 if self.cuda else 1, []
+        while len(times) < 4 or sum(times) < seconds:
+            began = time.perf_counter()
+            for _ in range(calls if times else 1):
+                call()
+            self.synchronize()
+            times.append(time.perf_counter() - began)
+        return median(times[1:]) / calls
+
+    def kernel(self, call, inputs, flops, unit="rows", units=None, work=0, moved=0):
+        """Time call(*inputs) alone and, where inputs want gradients, with its backward pass."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        wanted, before = [x for x in inputs if x.requires_grad], self.peak()
+        with torch.no_grad():
+            weight = torch.randn_like(call(*inputs)) if wanted else None
+            forward = self.time(partial(call, *inputs))
+        both = lambda: torch.autograd.grad(call(*inputs), wanted, weight)
+        seconds = self.time(both) if wanted else forward
+        given = sum(x.nbytes for x in [*wanted, weight]) if wanted else 0
+        return {"unit": unit, "units": units or len(inputs[0]), "seconds": seconds, "forward_seconds": forward,
+                "flops": flops, "work": work, "bytes": moved,
+                "peak_memory": max(0, self.peak() - before - given) / 2 ** 30}
 
 
 def random_model(config, device, dtype):
@@ -81,362 +191,201 @@ def random_model(config, device, dtype):
     return model
 
 
-def random_samples(n, answers, vocabulary, length=None, root=110, seed=0):
-    """Samples with the lengths of guard data: instruction 110, prompt 230 and answer 260 on average, the
-    last two log-normal such that E[S^2] / E[S]^2 = 1.27; or sequences of exactly `length` tokens."""
-    rng, samples = np.random.default_rng(seed), []
-    ids = lambda count: rng.integers(vocabulary, size=count).tolist()
-    start, s = ids(root), np.log(1 + 0.27 * 600 ** 2 / (230 ** 2 + 260 ** 2)) ** 0.5
-    for _ in range(n):
-        prompt, *sizes = rng.lognormal(np.log([230] + [260] * answers) - s * s / 2, s).astype(int) + 1
-        if length:
-            prompt, sizes = (length - root) * 230 // 490, [length - root - (length - root) * 230 // 490] * answers
-        samples.append(Sample(start + ids(min(prompt, 1000)), [ids(min(size, 900)) if not length else ids(size)
-                                                               for size in sizes], root))
-    return samples
+# ------------------------------------------------------------------ items: each measures one thing
+
+def limits(b):
+    """What the device can do: a large matrix product, a copy."""
+    n, floats = (8192, 2 ** 28) if b.cuda else (2048, 2 ** 25)
+    x, y = torch.randn(2, n, n, device=b.device).to(b.products)
+    source, target = torch.ones(2, floats, device=b.device)
+    return {"unit": "FLOP", "units": 2 * n ** 3, "flops": 2 * n ** 3, "seconds": b.time(lambda: F.linear(x, y)),
+            "copy": 2 * source.nbytes / b.time(lambda: target.copy_(source)), "dtype": str(b.products),
+            "device": torch.cuda.get_device_name(b.device) if b.cuda else platform.machine(),
+            "threads": torch.get_num_threads()}
 
 
-def workload(args, pairs=False):
-    """(samples, records, batches): the batches of a run, warm-up first, as lists of sample numbers."""
-    count = (args.warm + args.steps) * args.batch_size
-    if args.shape:
-        samples = random_samples(count, 2 if pairs else 1, config_of(args).vocab_size, args.length)
-        records = None
-    else:
-        fields = ("instruction", "input") + (("chosen", "rejected") if pairs and args.dpo else ("output",))
-        records = read_records(args.dpo if pairs and args.dpo else args.sft, fields)
-        if pairs and not args.dpo:                      # no pairs at hand: the neighbour's answer is rejected
-            records = [{**a, "chosen": a["output"], "rejected": b["output"]}
-                       for a, b in zip(records, records[1:])]
-        samples, records = encode_records(Tokenizer.from_pretrained(args.model), records, 2048,
-                                          ("chosen", "rejected") if pairs else ("output",))
-    order = np.random.default_rng(42).permutation(len(samples))
-    order = [int(order[i % len(order)]) for i in range(count)]
-    return samples, records, [order[i:i + args.batch_size] for i in range(0, count, args.batch_size)]
-
-
-def tokens_of(samples):
-    """Tokens of all sequences, each standing alone."""
-    return sum(len(s.prompt) + len(a) for s in samples for a in s.answers)
-
-
-def parameters(config):
-    """(body, head): weights that multiply tokens, and those of one V x D matrix."""
-    c = config
-    attend = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    return (c.num_hidden_layers * (attend + 3 * c.hidden_size * c.intermediate_size),
-            c.vocab_size * c.hidden_size)
-
-
-def model_flops(config, tokens, factor):
-    """factor x N x tokens, N being all weights, an untied embedding too."""
-    body, head = parameters(config)
-    return factor * tokens * (body + head * (1 if config.tie_word_embeddings else 2))
-
-
-def work(config, packs, passes):
-    """FLOPs that these packs really need: body for each token, head for each scored row, attention for
-    each visible pair. passes: forward passes, a backward pass being worth two."""
-    (body, head), c = parameters(config), config
-    pairs = sum((tree_plan(p.end).position + 1).sum().item() for p in packs)
-    linear = sum(body * len(p.tokens) + head * len(p.rows) for p in packs)
-    return passes * (2 * linear + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim)
-
-
-# ------------------------------------------------------------------ clocks
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def time_steps(args, device, step, batches):
-    """{"seconds" of all timed steps, "losses", "first": seconds of the very first one}."""
-    losses, times = [], []
-    for batch in batches:
-        began = time.perf_counter()
-        losses.append(step(batch))
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return {"seconds": sum(times[args.warm:]), "losses": losses[args.warm:], "first": times[0]}
-
-
-def time_call(device, call, seconds=0.5):
-    """Median seconds of a call, after one that does not count; a GPU gets ten at a time."""
-    call()
-    synchronize(device)
-    calls, times = 10 if device.type == "cuda" else 1, []
-    while len(times) < 3 or sum(times) < seconds:
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return median(times) / calls
-
-
-def limits(args):
-    """What the device can do: a large matrix product and a copy."""
-    device = pick_device(args.device)
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(pick_dtype(device, args.dtype))
-    x = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 25, device=device)
-    y, flops = torch.empty_like(x), 2 * n ** 3
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    return {"unit": "FLOP", "units": flops, "flops": flops, "seconds": time_call(device, lambda: F.linear(a, b)),
-            "copy": 2 * x.nbytes / time_call(device, lambda: y.copy_(x)), "device": name}
-
-
-# ------------------------------------------------------------------ training
-
-def our_sft(args, share):
+def sft(b, share=True):
     """A step as in train_sft.main."""
-    device, (samples, _, batches) = pick_device(args.device), workload(args)
-    model = our_model(args, device, True)
-    optimizer, packed = make_optimizer(model, 5e-5), []
+    (batches, _), model, done = b.batches(), b.load(training=True), []
+    optimizer = make_optimizer(model, 5e-5)
 
     def step(batch):
-        chosen = [samples[i] for i in batch]
-        count, loss = sum(len(s.answers[0]) for s in chosen), 0.0
-        packed.append(pack(chosen, args.max_tokens, share))
-        for p in packed[-1]:
-            p = p.to(device)
+        count, loss = sum(len(s.answers[0]) for s in batch), 0.0
+        done.append(pack(batch, b.args.max_tokens, share))
+        for p in done[-1]:
+            p = p.to(b.device)
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             part.backward()
             loss += part.item()
         update(model, optimizer, 5e-5)
         return loss
 
-    result = time_steps(args, device, step, batches)
-    tokens = tokens_of(samples[i] for batch in batches[args.warm:] for i in batch)
-    return {**result, "unit": "tokens", "units": tokens, "flops": model_flops(model.config, tokens, 6),
-            "work": sum(work(model.config, packs, 3) for packs in packed[args.warm:])}
+    return {**b.train(step, batches), "work": sum(b.work(packs, 3) for packs in done[b.args.warm:])}
 
 
-def our_dpo(args, share):
-    """A step as in train_dpo.main, and its part of the reference pass."""
-    device, (samples, _, batches) = pick_device(args.device), workload(args, pairs=True)
-    model, packed = our_model(args, device, True), []
+def dpo(b, share=True):
+    """A step as in train_dpo.main, with its part of the reference pass."""
+    (batches, _), model, done = b.batches(pairs=True), b.load(training=True), []
     optimizer, settings = make_optimizer(model, 5e-6), SimpleNamespace(
-        beta=0.01, sft=2.0, batch_size=args.batch_size, max_tokens=args.max_tokens, no_share=not share)
+        beta=0.01, sft=2.0, batch_size=b.args.batch_size, max_tokens=b.args.max_tokens, no_share=not share)
 
     def step(batch):
-        chosen, loss = [samples[i] for i in batch], 0.0
-        reference, weight = reference_logprobs(model, chosen, settings, (device, 0, 1)), torch.ones(len(batch))
-        packed.append(pack(chosen, args.max_tokens, share))
-        for p in packed[-1]:
-            p = p.to(device)
+        reference, loss = reference_logprobs(model, batch, settings, (b.device, 0, 1)), 0.0
+        done.append(pack(batch, b.args.max_tokens, share))
+        for p in done[-1]:
+            p = p.to(b.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            part, _ = pairs_loss(logprobs, p.answer, chosen, reference, weight, settings)
+            part, _ = pairs_loss(logprobs, p.answer, batch, reference, torch.ones(len(batch)), settings)
             (part / len(batch)).backward()
             loss += part.item() / len(batch)
         update(model, optimizer, 5e-6)
         return loss
 
-    result = time_steps(args, device, step, batches)
-    timed = [samples[i] for batch in batches[args.warm:] for i in batch]
-    return {**result, "unit": "pairs", "units": len(timed), "tokens": tokens_of(timed),
-            "flops": model_flops(model.config, tokens_of(timed), 8),
-            "work": sum(work(model.config, packs, 4) for packs in packed[args.warm:])}
+    return {**b.train(step, batches, 8, "pairs"), "work": sum(b.work(packs, 4) for packs in done[b.args.warm:])}
 
 
-def hf_model(args, device):
-    from transformers import AutoModelForCausalLM, LlamaConfig as Config
-    dtype = pick_dtype(device, args.dtype)
-    if args.shape:
-        with device:
-            return AutoModelForCausalLM.from_config(Config.from_dict(config_of(args).to_json()), dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
-
-
-def padded(rows, value, left=False):
-    """A list of lists as a matrix."""
-    longest = max(map(len, rows))
-    fill = lambda row: [value] * (longest - len(row))
-    return torch.tensor([fill(row) + row if left else row + fill(row) for row in rows])
-
-
-def hf_sft(args):
-    """transformers and AdamW in a plain loop: padded batches, labels of -100 over prompts."""
-    device, (samples, _, batches) = pick_device(args.device), workload(args)
-    model = hf_model(args, device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
-
-    def step(batch):
-        chosen, loss = [samples[i] for i in batch], 0.0
-        count = sum(len(s.answers[0]) for s in chosen)
-        for some in (chosen[i:i + PEER_ROWS] for i in range(0, len(chosen), PEER_ROWS)):
-            rows = [s.prompt + s.answers[0] for s in some]
-            labels = padded([[-100] * len(s.prompt) + s.answers[0] for s in some], -100).to(device)
-            mask = padded([[1] * len(row) for row in rows], 0).to(device)
-            part = model(input_ids=padded(rows, 0).to(device), attention_mask=mask, labels=labels,
-                         use_cache=False, num_items_in_batch=count).loss
-            part.backward()
-            loss += part.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    result = time_steps(args, device, step, batches)
-    tokens = tokens_of(samples[i] for batch in batches[args.warm:] for i in batch)
-    return {**result, "unit": "tokens", "units": tokens, "flops": model_flops(config_of(args), tokens, 6)}
-
-
-def trl(args, pairs, **options):
-    """TRL's SFTTrainer on our token ids, or its DPOTrainer on the same text; options go to its config."""
-    import datasets
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    datasets.disable_caching()
-    device, (samples, records, batches) = pick_device(args.device), workload(args, pairs)
-    clock, seen, order = {"reference": 0.0}, [], [i for batch in batches for i in batch]
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, _, state, control, **others):
-            synchronize(device)
-            clock.setdefault("start" if state.global_step == args.warm else "first", time.perf_counter())
-
-        def on_step_end(self, *_, **others):
-            synchronize(device)
-            clock["stop"] = time.perf_counter()
-
-    class Timed(DPOTrainer):
-        def _precompute_ref_logps(self, *inputs):
-            began = time.perf_counter()
-            try:
-                return super()._precompute_ref_logps(*inputs)
-            finally:
-                clock["reference"] += time.perf_counter() - began
-
-    dtype = pick_dtype(device, args.dtype)
-    packing = options.get("packing", False)
-    rows = 1 if packing else min(PEER_ROWS, args.batch_size)        # a packed row holds about four sequences
-    common = dict(per_device_train_batch_size=rows, max_length=2048, max_steps=len(batches),
-                  gradient_accumulation_steps=max(1, args.batch_size // (4 if packing else rows)),
-                  lr_scheduler_type="constant", train_sampling_strategy="sequential", report_to="none",
-                  use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, save_strategy="no",
-                  dataloader_pin_memory=False, disable_tqdm=True, output_dir=tempfile.mkdtemp(),
-                  model_init_kwargs={"dtype": str(dtype).removeprefix("torch.")}, **options)
-    if pairs:
-        template, end, _ = FORMATS[Tokenizer.from_pretrained(args.model).format]
-        prompt = lambda r: template.replace("{}", r["instruction"] + "\n" + r["input"])
-        rows = [{"prompt": prompt(r), "chosen": r["chosen"] + end[0], "rejected": r["rejected"] + end[0]}
-                for r in (records[i] for i in order)]
-        config = DPOConfig(beta=0.01, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 2.0], **common)
-    else:
-        rows = [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}
-                for s in (samples[i] for i in order + order)]       # packing may need more than it was dealt
-        config = SFTConfig(learning_rate=5e-5, **common)
-    trainer = (Timed if pairs else SFTTrainer)(
-        model=args.model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Clock()],
-        processing_class=AutoTokenizer.from_pretrained(args.model))
-    collate = trainer.data_collator
-
-    def counting(examples):
-        batch = collate(examples)
-        mask = batch.get("attention_mask")
-        seen.append(batch["input_ids"].numel() if mask is None else mask.sum().item())
-        return batch
-
-    trainer.data_collator = counting
-    trainer.train()
-    if options.get("precompute_ref_log_probs") and not clock["reference"]:
-        raise RuntimeError("this TRL computes its reference somewhere else: time it there")
-    seconds = clock["stop"] - clock["start"] + clock["reference"] * args.steps / len(batches)
-    each = config.gradient_accumulation_steps
-    tokens = sum(seen[args.warm * each:len(batches) * each])
-    units = {"unit": "pairs", "units": args.steps * args.batch_size} if pairs else {"unit": "tokens", "units": tokens}
-    return {**units, "seconds": seconds, "tokens": tokens,
-            "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row][args.warm:],
-            "flops": model_flops(config_of(args), tokens, 8 if pairs else 6)}
-
-
-# ------------------------------------------------------------------ generation
-
-def prompts_of(args):
-    return [s.prompt for s in workload(SimpleNamespace(**{**vars(args), "warm": 0, "steps": 1,
-                                                          "batch_size": args.prompts}))[0][:args.prompts]]
-
-
-def stops_of(args):
-    return Tokenizer.from_pretrained(args.model).stop
-
-
-def our_generate(args, share=True, stops=False):
-    device, prompts = pick_device(args.device), prompts_of(args)
-    model, new = our_model(args, device, False), args.new_tokens * (2 if stops else 1)
-    run = partial(generate, model, k=args.k, temperature=1.0, top_p=0.95, share=share)
+def sample(b, share=True, stops=False):
+    """k answers to each prompt, of exactly --new-tokens or (stops) until the model ends, at most twice that."""
+    c, k, prompts, model = b.config, b.args.k, b.prompts(), b.load(training=False)
+    new, stop = b.args.new_tokens, ()
+    if stops:
+        new, stop = 2 * new, Tokenizer.from_pretrained(b.args.model).stop
+    run = partial(generate, model, k=k, temperature=1.0, top_p=0.95, share=share)
     run(prompts[:2], max_new_tokens=4)
+    b.synchronize()
     began = time.perf_counter()
-    answers = run(prompts, max_new_tokens=new, stop=stops_of(args) if stops else ())
-    tokens = sum(len(ids) for samples in answers for ids in samples)
-    return {"unit": "tokens", "units": tokens, "seconds": time.perf_counter() - began,
-            "flops": model_flops(model.config, tokens, 2)}
+    answers = run(prompts, max_new_tokens=new, stop=stop)
+    seconds, tokens = time.perf_counter() - began, sum(len(ids) for some in answers for ids in some)
+    root = library.common_prefix(prompts) if share else 0
+    read = root + sum(len(p) - root for p in prompts) * (1 if share else k)    # prompt tokens, each step again
+    keys = new * read + len(prompts) * k * new * new / 2
+    kept = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim        # numbers kept of each token
+    return {"unit": "tokens", "units": tokens, "seconds": seconds, "flops": 2 * b.parameters * tokens,
+            "work": 2 * b.body * read + 2 * (b.body + b.head) * tokens,
+            "bytes": b.products.itemsize * (new * (b.body + b.head) + keys * kept)}
 
 
-@torch.inference_mode()
-def hf_generate(args, groups=(PEER_ROWS,), sort=False, stops=False):
-    """transformers' generate, left padded, `group` prompts a call (0: all); the best of several groups."""
-    device, prompts = pick_device(args.device), prompts_of(args)
-    model, ends = hf_model(args, device).eval(), stops_of(args) if stops else None
-    model.generation_config.eos_token_id = ends
+def attend(b, prepare=lambda plan: partial(attention, plan=plan), tree=False):
+    """One layer's attention over a stream of real lengths: sequences side by side, or pairs as a tree."""
+    c, most = b.config, 8192 if b.cuda else 2048
+    p = pack(b.samples(most // 64, pairs=tree)[0], most, share=tree)[0]
+    plan, T = tree_plan(p.end), len(p.tokens)
+    sizes = [c.num_attention_heads] + [c.num_key_value_heads] * 2
+    q, k, v = (torch.randn(T, n, c.head_dim, device=b.device, dtype=b.products, requires_grad=True) for n in sizes)
+    flops = 3.5 * 4 * (plan.position + 1).sum().item() * c.num_attention_heads * c.head_dim
+    return b.kernel(prepare(plan), (q, k, v), flops, work=flops)
 
-    def run(prompts, new):
-        ids, mask = padded(prompts, 0, True), padded([[1] * len(p) for p in prompts], 0, True)
-        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new,
-                             do_sample=True, temperature=1.0, top_p=0.95, top_k=0, pad_token_id=0,
-                             num_return_sequences=args.k)[:, ids.shape[1]:].tolist()
-        return sum(next((n for n, i in enumerate(row, 1) if i in (ends or ())), len(row)) for row in out)
 
-    results, prompts = [], sorted(prompts, key=len) if sort else prompts
-    run(prompts[:2], 4)
-    for group in groups:
-        size, began = group or len(prompts), time.perf_counter()
-        tokens = sum(run(prompts[i:i + size], args.new_tokens * (2 if stops else 1))
-                     for i in range(0, len(prompts), size))
-        results.append({"unit": "tokens", "units": tokens, "seconds": time.perf_counter() - began, "group": size,
-                        "flops": model_flops(config_of(args), tokens, 2)})
-    return max(results, key=lambda result: result["units"] / result["seconds"])
+def score(b, function=token_logprobs, sizes=None):
+    """Log-probabilities of N targets from hidden states (N, D) and a head (V, D) kept in fp32."""
+    N, V, D = sizes or (4096 if b.cuda else 256, b.config.vocab_size, b.config.hidden_size)
+    hidden = torch.randn(N, D, device=b.device).to(b.products).requires_grad_()
+    head = torch.randn(V, D, device=b.device).mul_(0.02).requires_grad_()
+    targets = torch.arange(N, device=b.device) % V
+    return b.kernel(lambda h, w: function(h, w, targets), (hidden, head), 6 * N * V * D, work=8 * N * V * D)
+
+
+def nucleus(b, function=draw_token):
+    """One top-p draw from a softmax that is neither flat nor a single peak."""
+    B, V = (1024, 128256) if b.cuda else (64, b.config.vocab_size)
+    logits = torch.randn(B, V, device=b.device).mul_(3).to(b.products)
+    key = torch.arange(B, device=b.device)
+    return b.kernel(lambda z: function(z, key, key, 1.0, 0.95), (logits,), 0, moved=2 * logits.nbytes)
+
+
+def decode(b):
+    """Generation by one layer with hardly any vocabulary: attention over the paged cache, and the engine."""
+    shape = {**vars(b.config), "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True}
+    model = random_model(LlamaConfig(**shape), b.device, b.products)
+    prompts = [[i % 64 for i in s.prompt] for s in random_samples(b.args.prompts, 1, 64)]
+    run = partial(generate, model, prompts, k=b.args.k)
+    run(max_new_tokens=4)
+    began, new = time.perf_counter(), b.args.new_tokens
+    run(max_new_tokens=new)
+    b.synchronize()
+    return {"unit": "tokens", "units": len(prompts) * b.args.k * new, "flops": 0,
+            "seconds": time.perf_counter() - began}
+
+
+def optimize(b, make=make_optimizer):
+    """One update of all weights: clipping and AdamW."""
+    model = b.load(training=True)
+    optimizer, weights = make(model, 1e-5), list(model.parameters())
+    gradients = [torch.full_like(weight, 1e-3) for weight in weights]
+
+    def call():
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient
+        update(model, optimizer, 1e-5)
+
+    return {"unit": "weights", "units": b.parameters, "flops": 0, "seconds": b.time(call)}
+
+
+def twin(function):
+    """The same item with the plain twins instead of kernels."""
+    def run(b):
+        library.KERNELS = "torch"
+        return function(b)
+    return run
+
+
+BIG = 8192, 128256, 2048
+ITEMS = {       # name: (function, what it needs), most important first; the first of a group (first word) is ours
+    "limits": (limits, ""),
+    "sft": (sft, ""),
+    "sft unshared": (partial(sft, share=False), ""),
+    "sft transformers": (peers.sft, "peers"),
+    "sft trl": (partial(peers.trl, pairs=False), "peers model"),
+    "sft trl packed": (partial(peers.trl, pairs=False, packing=True), "peers model"),
+    "dpo": (dpo, ""),
+    "dpo unshared": (partial(dpo, share=False), ""),
+    "dpo trl": (partial(peers.trl, pairs=True), "peers model"),
+    "dpo trl precomputed": (partial(peers.trl, pairs=True, precompute_ref_log_probs=True), "peers model"),
+    "generate": (sample, ""),
+    "generate unshared": (partial(sample, share=False), ""),
+    "generate transformers": (peers.sample, "peers"),
+    "generate transformers sorted": (partial(peers.sample, sort=True), "peers"),
+    "generate transformers at once": (partial(peers.sample, groups=(0,)), "peers"),
+    "stops": (partial(sample, stops=True), "model"),
+    "stops transformers": (partial(peers.sample, groups=(4, 0), sort=True, stops=True), "peers model"),
+    "attention": (attend, ""),
+    "attention twin": (twin(attend), "cuda"),
+    "attention varlen": (partial(attend, prepare=peers.varlen), "peers cuda"),
+    "attention flex": (partial(attend, prepare=peers.flex), "peers cuda"),
+    "attention each": (partial(attend, prepare=peers.each), "peers"),
+    "attention mask": (partial(attend, prepare=lambda plan: partial(attention_by_mask, plan=plan)), ""),
+    "tree": (partial(attend, tree=True), ""),
+    "tree twin": (twin(partial(attend, tree=True)), "cuda"),
+    "tree flex": (partial(attend, prepare=peers.flex, tree=True), "peers cuda"),
+    "logprobs": (score, ""),
+    "logprobs twin": (twin(score), "cuda"),
+    "logprobs cross_entropy": (partial(score, function=peers.logprobs), "peers"),
+    "nucleus": (nucleus, ""),
+    "nucleus sorting": (partial(nucleus, function=peers.nucleus), "peers"),
+    "decode": (decode, ""),
+    "decode twin": (twin(decode), "cuda"),
+    "adamw": (optimize, ""),
+    "adamw foreach": (partial(optimize, make=peers.adamw), "peers"),
+    "loss": (partial(score, sizes=BIG), "big"),
+    "loss cross_entropy": (partial(score, function=peers.logprobs, sizes=BIG), "peers big"),
+}
+# goal and the part, at the size of 1B, 3B and 8B, of the rate that the measured limits allow
+GOALS = {"sft unshared": ("G1", 0.63, 0.63, 0.70), "sft": ("G2", 0.63, 0.63, 0.70), "logprobs": ("G3", 0.9, 0.9, 0.9),
+         "dpo": ("G4", 0.63, 0.63, 0.70), "attention": ("G7", 0.14, 0.19, 0.19), "nucleus": ("G11", 0.36, 0.36, 0.36),
+         "generate": ("G8", 0.60, 0.67, 0.75)}
+# goal and how many times ours must be as fast (or, of the loss, as small)
+RATIOS = {"dpo unshared": ("G4", 1.3), "loss cross_entropy": ("G5", 8.0), "attention varlen": ("G7", 1.0),
+          "generate unshared": ("G10", 1.5), "nucleus sorting": ("G11", 50.0)}
 
 
 # ------------------------------------------------------------------ running and showing
 
-ITEMS = {       # name: (function, what it needs); the first word is the group, whose first item is ours
-    "limits": (limits, ""),
-    "sft": (partial(our_sft, share=True), ""),
-    "sft unshared": (partial(our_sft, share=False), ""),
-    "sft transformers": (hf_sft, "peers"),
-    "sft trl": (partial(trl, pairs=False), "peers model"),
-    "sft trl packed": (partial(trl, pairs=False, packing=True), "peers model"),
-    "dpo": (partial(our_dpo, share=True), ""),
-    "dpo unshared": (partial(our_dpo, share=False), ""),
-    "dpo trl": (partial(trl, pairs=True), "peers model"),
-    "dpo trl precomputed": (partial(trl, pairs=True, precompute_ref_log_probs=True), "peers model"),
-    "generate": (our_generate, ""),
-    "generate unshared": (partial(our_generate, share=False), ""),
-    "generate transformers": (hf_generate, "peers"),
-    "generate transformers sorted": (partial(hf_generate, sort=True), "peers"),
-    "generate transformers at once": (partial(hf_generate, groups=(0,)), "peers"),
-    "stops": (partial(our_generate, stops=True), "model"),
-    "stops transformers": (partial(hf_generate, groups=(PEER_ROWS, 0), sort=True, stops=True), "peers model"),
-}
-
-
-def run_one(args):
-    """What a child process does: one item, a JSON line."""
-    device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def run_here(args):
+    """One item, in this process; prints its result as a line of JSON."""
+    b = Bench(args)
     try:
-        result = ITEMS[args.only][0](args)
-        result.setdefault("peak_memory", peak_bytes(device) / 2 ** 30)
+        result = {"parameters": b.parameters, **ITEMS[args.only][0](b)}
+        result.setdefault("peak_memory", b.peak() / 2 ** 30)
     except ModuleNotFoundError as error:
         result = {"error": f"{error.name} is not installed"}
     except torch.OutOfMemoryError:
@@ -445,70 +394,154 @@ def run_one(args):
 
 
 def run_child(argv, name, seconds):
-    """Run one item in a process of its own; its result, or {"error"}."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    """One item in a process of its own; {"error"} where it fails or is not done in time."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1",
+             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if seconds is not None and seconds < 5:
+        return {"error": "left out for time"}
     try:
         done = subprocess.run([sys.executable, __file__, *argv, "--only", name], capture_output=True, text=True,
-                              env=environment, timeout=seconds)
+                              env={**os.environ, **quiet}, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"error": "cut off by --minutes"}
+        return {"error": "cut off: --minutes were over"}
     if done.returncode:
-        return {"error": (done.stderr.strip() or "no message").splitlines()[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
+        return {"error": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1][:160]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result if "error" in result else {**result, "rate": result["units"] / result["seconds"]}
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    args = parse_arguments(argv)
-    if args.only:
-        return run_one(args)
-    began, names, rounds = time.time(), wanted(args), []
-    for number in range(args.repeat):
-        rounds.append({})
-        for name in names:
-            left = args.minutes * 60 - (time.time() - began) if args.minutes else None
-            if left is not None and left < 5:
-                rounds[-1][name] = {"error": "left out for time"}
-                continue
-            result = rounds[-1][name] = run_child(argv, name, left)
-            if "error" not in result:
-                result["rate"] = result["units"] / result["seconds"]
-            print(f"round {number + 1}  {name:32} {result.get('error') or result['rate']}", file=sys.stderr)
-    print(json.dumps(rounds))
+def summarize(name, rounds, goals):
+    """An item's row: medians over the rounds in which it ran."""
+    group, errors = name.split()[0], [r[name]["error"] for r in rounds if "error" in r[name]]
+    runs = [(r[name], r[group], r["limits"]) for r in rounds if "error" not in r[name]]
+    row = {"name": name, "errors": errors, "rounds": [r[name] for r in rounds]}
+    if not runs:
+        return row
+    middle = lambda key: median(run[key] for run, _, _ in runs)
+    rates = [run["rate"] for run, _, _ in runs]
+    row.update(unit=runs[0][0]["unit"], rate=median(rates), slowest=min(rates), fastest=max(rates),
+               peak_memory=middle("peak_memory"))
+    limited = [(run, limit) for run, _, limit in runs if "error" not in limit]
+    if limited:
+        row["of_gemm"] = median(run["flops"] / run["seconds"] / limit["rate"] for run, limit in limited)
+    pairs = [(ours, run) for run, ours, _ in runs if "error" not in ours and run is not ours]
+    if pairs:
+        row["ratio"] = median(ours["rate"] / run["rate"] for ours, run in pairs)
+        row["memory_ratio"] = median(run["peak_memory"] / max(ours["peak_memory"], 1e-9) for ours, run in pairs)
+    if goals and limited and name in GOALS:
+        goal, *parts = GOALS[name]
+        part = parts[0 if middle("parameters") < 2e9 else 1 if middle("parameters") < 5e9 else 2]
+        rate = median(part * run["units"] / (run["work"] / limit["rate"] + run.get("bytes", 0) / limit["copy"])
+                      for run, limit in limited)
+        row["goal"] = {"name": goal, "rate": rate, "met": row["rate"] >= rate}
+    if goals and pairs and name in RATIOS:
+        goal, ratio = RATIOS[name]
+        row["goal"] = {"name": goal, "ratio": ratio,
+                       "met": row["memory_ratio" if goal == "G5" else "ratio"] >= ratio}
+    return row
 
 
-def wanted(args):
-    have = {"peers": args.peers, "model": not args.shape}
-    return [name for name, (_, needs) in ITEMS.items() if all(have[need] for need in needs.split())
-            and (not args.items or name == "limits" or name in args.items or name.split()[0] in args.items)]
+def human(x):
+    """Three figures or so, in powers of a thousand from a million on."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if x >= size:
+            return f"{x / size:.4g}{letter}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def show(row):
+    """One line of the table."""
+    if "rate" not in row:
+        return f"{row['name']:30} {row['errors'][0]}"
+    spread = f"[{human(row['slowest'])} - {human(row['fastest'])}]" if len(row["rounds"]) > 1 else ""
+    share = f"{100 * row['of_gemm']:7.1f}%" if row.get("of_gemm") else " " * 8
+    ratio = f"{row['ratio']:7.2f}x" if "ratio" in row else " " * 8
+    goal = row.get("goal")
+    if goal:
+        goal = (f"{goal['name']}: {human(goal['rate']) if 'rate' in goal else format(goal['ratio'], '.4g') + 'x'} "
+                f"{'met' if goal['met'] else 'missed'}")
+    return (f"{row['name']:30} {human(row['rate']) + ' ' + row['unit'] + '/s':>20} {spread:24}{share} "
+            f"{row['peak_memory']:8.2f} {ratio}  {goal or ''}").rstrip()
+
+
+def header(args):
+    """Everything that a figure depends on."""
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "triton", "transformers", "trl")},
+            "git": commit.stdout.strip() or None, "arguments": vars(args)}
 
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(ROOT / "toy/model"))
-    p.add_argument("--shape", choices=SHAPES)
-    p.add_argument("--sft", default=str(ROOT / "toy/train_wildguard.json"))
-    p.add_argument("--dpo")
-    p.add_argument("--peers", action="store_true")
-    p.add_argument("--items", nargs="+")
-    p.add_argument("--only")
-    p.add_argument("--json")
-    p.add_argument("--repeat", type=int, default=1)
-    p.add_argument("--minutes", type=float)
-    p.add_argument("--warm", type=int, default=1)
-    p.add_argument("--steps", type=int, default=3)
-    p.add_argument("--batch-size", type=int, default=4)
-    p.add_argument("--prompts", type=int, default=16)
-    p.add_argument("--k", type=int, default=4)
-    p.add_argument("--new-tokens", type=int, default=128)
-    p.add_argument("--max-tokens", type=int, default=8192)
-    p.add_argument("--length", type=int)
-    p.add_argument("--recompute", action="store_true")
-    p.add_argument("--dtype")
-    p.add_argument("--device")
-    p.add_argument("--threads", type=int)
-    return p.parse_args(argv)
+    count = at_least(1)
+    p.add_argument("--model", default=str(ROOT / "toy/model"), help="folder with weights and tokenizer")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape and random records instead")
+    p.add_argument("--sft", default=str(ROOT / "toy/train_wildguard.json"), help="records with an output")
+    p.add_argument("--dpo", help="records with chosen and rejected (default: made up from --sft)")
+    p.add_argument("--items", nargs="+", help="groups or items to run (default: all)")
+    p.add_argument("--peers", action="store_true", help="run transformers, TRL and torch's own kernels too")
+    p.add_argument("--big", action="store_true", help="the loss at 8,192 x 128,256 on a CPU, too")
+    p.add_argument("--repeat", type=count, default=1, metavar="N", help="rounds through all items")
+    p.add_argument("--minutes", type=at_least(0, float), help="start nothing after these; name what was left out")
+    p.add_argument("--json", metavar="FILE", help="write everything here")
+    p.add_argument("--warm", type=at_least(0), default=1, help="steps before the clock")
+    p.add_argument("--steps", type=count, help="steps on the clock (default: 3; 20 with --memory-cap)")
+    p.add_argument("--batch-size", type=count, help="sequences or pairs a step (default: 4, CUDA: 64)")
+    p.add_argument("--max-tokens", type=count, default=8192, help="of a pack")
+    p.add_argument("--length", type=at_least(200), help="of every sequence, with --shape (default: mixed)")
+    p.add_argument("--prompts", type=count, help="of generation (default: 16, CUDA: 256)")
+    p.add_argument("--k", type=count, default=4, help="answers to a prompt")
+    p.add_argument("--new-tokens", type=count, default=128, help="of an answer")
+    p.add_argument("--recompute", action="store_true", help="activations twice: less memory")
+    p.add_argument("--memory-cap", type=at_least(1, float), metavar="GIB",
+                   help="CUDA: fail above this; by default then 20 steps of R-SFT and HS-DPO at length 2,048")
+    p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of products")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--threads", type=count, help="of torch (default: its own choice)")
+    p.add_argument("--only", choices=ITEMS, help=argparse.SUPPRESS)
+    if p.parse_args(argv).memory_cap:
+        p.set_defaults(steps=20, length=2048, recompute=True, max_tokens=2048, batch_size=4, items=["sft", "dpo"])
+    args = p.parse_args(argv)
+    cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
+    if args.memory_cap and not cuda:
+        raise InputError("--memory-cap needs a CUDA device")
+    args.steps, args.batch_size = args.steps or 3, args.batch_size or (64 if cuda else 4)
+    args.prompts = args.prompts or (256 if cuda else 16)
+    have = {"peers": args.peers, "model": not args.shape, "cuda": cuda, "big": cuda or args.big}
+    items = [name for name, (_, needs) in ITEMS.items() if all(have[need] for need in needs.split())]
+    groups = {name for name in items if not args.items or {name, name.split()[0]} & set(args.items)}
+    ours = {name.split()[0] for name in groups}                    # a ratio needs ours
+    return args, [name for name in items if name == "limits" or name in groups | ours]
+
+
+def main(argv=None):
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    args, names = parse_arguments(argv)
+    if args.only:
+        return run_here(args)
+    began, rounds = time.time(), []
+    for number in range(1, args.repeat + 1):
+        rounds.append({})
+        for name in names:
+            left = args.minutes * 60 - time.time() + began if args.minutes else None
+            result = rounds[-1][name] = run_child(argv, name, left)
+            said = result.get("error") or f"{human(result['rate'])} {result['unit']}/s"
+            print(f"round {number}: {name}: {said}", file=sys.stderr, flush=True)
+    goals = any(r["limits"].get("device", "cpu") != platform.machine() for r in rounds) and torch.cuda.is_available()
+    rows = [summarize(name, rounds, goals) for name in names]
+    result = {**header(args), "device": rounds[0]["limits"].get("device"), "seconds": time.time() - began, "items": rows}
+    print(f"\n{result['device']}, {result['versions']}, commit {result['git']}\n\n{'':30} {'rate':>20} {'':24}"
+          f"{'of GEMM':>8} {'GiB':>8} {'ours/this':>8}  goal", *map(show, rows), sep="\n")
+    if args.json:
+        write_json(args.json, result)
+    return result
 
 
 if __name__ == "__main__":
