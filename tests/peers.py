@@ -1,10 +1,9 @@
 """What tests/bench.py compares with: transformers, TRL and torch's own kernels, as a plain user has them.
 
 Each takes the same Bench (see there) and the same batches. The packages are imported inside: none is needed
-before --peers asks for it, and one that is absent is named. Padded peers compute ROWS sequences at once.
+before --peers asks for it, and one that is absent is named. Padded peers compute ROWS rows at once.
 """
 import tempfile
-import time
 from functools import partial
 from inspect import signature
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from data import FORMATS, Tokenizer
 
-ROWS = 4
+ROWS = 4                # sequences, pairs or prompts
 
 
 def load(b):
@@ -66,18 +65,16 @@ def trl(b, pairs, **options):
 
     class Clock(TrainerCallback):
         def on_step_begin(self, _, state, control, **others):
-            b.synchronize()
-            clock.setdefault("start" if state.global_step == warm else "warm-up", time.perf_counter())
+            clock.setdefault("start" if state.global_step == warm else "warm-up", b.now())
 
         def on_step_end(self, *_, **others):
-            b.synchronize()
-            clock["stop"] = time.perf_counter()
+            clock["stop"] = b.now()
 
     class TimedDPO(DPOTrainer):
         def _precompute_ref_logps(self, *inputs):
-            began = time.perf_counter()
+            began = b.now()
             result = super()._precompute_ref_logps(*inputs)
-            clock["reference"] += time.perf_counter() - began
+            clock["reference"] += b.now() - began
             return result
 
     rows = 1 if packing else min(ROWS, size)                       # a packed row holds about four sequences
@@ -88,14 +85,15 @@ def trl(b, pairs, **options):
     config = config(
         per_device_train_batch_size=rows, gradient_accumulation_steps=each, max_length=2048,
         max_steps=len(batches), lr_scheduler_type="constant", train_sampling_strategy="sequential",
-        use_cpu=b.device.type == "cpu", bf16=b.products == torch.bfloat16, save_strategy="no", report_to="none",
+        use_cpu=b.device.type == "cpu", bf16=b.products == torch.bfloat16, save_strategy="no",
         model_init_kwargs={"dtype": str(b.products).removeprefix("torch.")}, output_dir=tempfile.mkdtemp(),
-        logging_steps=1, dataloader_pin_memory=False, disable_tqdm=True, **options)
+        report_to="none", logging_steps=1, dataloader_pin_memory=False, disable_tqdm=True, **options)
     if pairs:
         template, (end, *_), _ = FORMATS[Tokenizer.from_pretrained(b.args.model).format]
-        data = [{"prompt": template.replace("{}", r["instruction"] + "\n" + r["input"]),
-                 "chosen": r["chosen"] + end, "rejected": r["rejected"] + end} for some in records for r in some]
-    else:                                                          # twice: packing may need more than its share
+        text = lambda r: template.replace("{}", r["instruction"] + "\n" + r["input"])
+        data = [{"prompt": text(r), "chosen": r["chosen"] + end, "rejected": r["rejected"] + end}
+                for some in records for r in some]
+    else:                                                          # twice: packing may need more
         data = [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}
                 for some in batches * 2 for s in some]
     trainer = (TimedDPO if pairs else SFTTrainer)(
@@ -134,17 +132,17 @@ def sample(b, groups=(ROWS,), sort=False, stops=False):
 
     def run(prompts, new):
         ids, mask = padded(prompts, 0, left=True), padded([[1] * len(p) for p in prompts], 0, left=True)
-        rows = model.generate(input_ids=ids.to(b.device), attention_mask=mask.to(b.device), max_new_tokens=new,
-                              do_sample=True, temperature=1.0, top_p=0.95, top_k=0, pad_token_id=0,
+        rows = model.generate(input_ids=ids.to(b.device), attention_mask=mask.to(b.device), do_sample=True,
+                              max_new_tokens=new, temperature=1.0, top_p=0.95, top_k=0, pad_token_id=0,
                               num_return_sequences=b.args.k)[:, ids.shape[1]:].tolist()
         return sum(next((n for n, i in enumerate(row, 1) if i in ends), len(row)) for row in rows)
 
     run(prompts[:2], 4)
     results = []
     for size in (group or len(prompts) for group in groups):
-        began = time.perf_counter()
+        began = b.now()
         tokens = sum(run(prompts[i:i + size], new) for i in range(0, len(prompts), size))
-        results.append({"unit": "tokens", "units": tokens, "seconds": time.perf_counter() - began,
+        results.append({"unit": "tokens", "units": tokens, "seconds": b.now() - began,
                         "flops": 2 * b.parameters * tokens, "prompts_a_call": size})
     return max(results, key=lambda result: result["units"] / result["seconds"])
 
@@ -156,12 +154,12 @@ def lengths(plan):
     return plan.end.unique_consecutive(return_counts=True)[1]
 
 
-def each(plan):
+def one_by_one(plan):
     """F.scaled_dot_product_attention, a sequence at a time."""
     def attend(q, k, v):
-        parts = zip(*(x.transpose(0, 1).split(lengths(plan).tolist(), 1) for x in (q, k, v)))
-        return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in part), is_causal=True, enable_gqa=True)[0]
-                          for part in parts], 1).transpose(0, 1)
+        parts = zip(*(x.transpose(0, 1)[None].split(lengths(plan).tolist(), 2) for x in (q, k, v)))
+        seen = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        return torch.cat(seen, 2)[0].transpose(0, 1)
     return attend
 
 
