@@ -2,7 +2,7 @@
 
 An item takes a Bench and returns {"unit", "units", "seconds", "flops"} of what it timed: its rate is units /
 seconds, flops are model FLOPs. Where a limit is known it adds "work" and "bytes", the FLOPs and the memory
-traffic that the task needs: work / (FLOP/s of a matrix product) + bytes / (bytes/s of a copy) is its least time.
+traffic that the task needs; its least time is work / (rate of a matrix product) + bytes / (rate of a copy).
 """
 import os
 import platform
