@@ -55,7 +55,8 @@ def sft(b):
 
 
 def trl(b, pairs, **options):
-    """TRL's SFTTrainer on our token ids, or its DPOTrainer on the same text; options go to its config."""
+    """TRL's SFTTrainer on our token ids, or its DPOTrainer on the same text; options go to its config.
+    The latter tokenizes prompt and answer together, which can add a token ("seen_tokens" counts its own)."""
     import datasets
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
