@@ -9,6 +9,7 @@ Part I is complete and readable alone.
     Llama                         the module, weights in and out
     draw_token, generate_plain    a sampler without a cache, the twin of the engine
 Part II holds fast twins; each names the plain function that it must equal.
+    RMSNormRows, BlockAttention   in plain products, with backward passes that keep little
     kernels                       attention and log-probabilities on CUDA, in Triton
     generate, generate_iter       paged key/value cache that shares prompts among samples
 
@@ -24,7 +25,7 @@ import os
 from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -198,29 +199,12 @@ def full_precision(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RMSNormRows(torch.autograd.Function):
-    """y = w u,  u = x r,  r = 1 / sqrt(mean(x^2) + eps);   with g = w dy:  dx = r (g - u mean(g u)),
-    dw = sum(dy u) over the rows. Only x and r are kept for it, and both passes are in float32."""
-
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        wide = full_precision(x)
-        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, w, r)
-        return w.to(x.dtype) * (x * r).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, r = ctx.saved_tensors
-        u, g = x * r, dy * full_precision(w)
-        dw = (dy * u).flatten(0, -2).sum(0)
-        return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
-
-
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
     x (..., D), weight (D,) -> (..., D); the mean is taken in at least float32."""
-    return RMSNormRows.apply(x, weight, eps)
+    wide = full_precision(x)
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * unit.to(x.dtype)
 
 
 def rope_frequencies(config):
@@ -261,26 +245,7 @@ class TreePlan:
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
     skip: int                   # so many first tokens are keys only: their rows ask for nothing
-    tiles: dict = field(default_factory=dict)       # what the kernels visit, see tree_tiles
-    ROWS = 128                  # of a block at most: large products, yet few of their scores are hidden
-
-    @cached_property
-    def blocks(self):
-        """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them
-        sees, and hidden (n, h) says which of the last h keys a row does not see: the others, all see."""
-        T, start, blocks, stops = len(self.end), self.skip, [], set(self.end.tolist())
-        while start < T:                                   # best stop where a subtree does: siblings apart
-            stop = max((e for e in stops if self.ROWS // 4 < e - start <= self.ROWS),
-                       default=min(start + self.ROWS, T))
-            j = torch.arange(stop)[self.end[:stop] > start]
-            all_see = (j <= start) & (self.end[j] >= stop)
-            keys, some = torch.cat([j[all_see], j[~all_see]]), j[~all_see]
-            i = torch.arange(start, stop)[:, None]
-            hidden = (some > i) | (i >= self.end[some])
-            rows = slice(start - self.skip, stop - self.skip)
-            blocks.append((rows, keys.to(self.position.device), hidden.to(self.position.device)))
-            start = stop
-        return blocks
+    visits: dict = field(default_factory=dict)      # what the fast twins visit, see row_blocks and tree_tiles
 
 
 def tree_plan(end, skip=0, device=None):
@@ -311,57 +276,11 @@ def attention_by_mask(q, k, v, plan):
     return F.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True).transpose(0, 1)
 
 
-class BlockAttention(torch.autograd.Function):
-    """p = softmax(q k' / sqrt(E)),  out = p v;   backward, with p computed again, and s = q k' / sqrt(E):
-    dv = p' do,  ds = p (do v' - sum(do out)),  dq = ds k / sqrt(E),  dk = ds' q / sqrt(E)"""
-
-    @staticmethod
-    def by_group(x, G):
-        """(T, H, E) -> (G, R, T, E): the R = H/G query heads that share a key head side by side."""
-        return x.unflatten(1, (G, -1)).permute(1, 2, 0, 3).contiguous()
-
-    @staticmethod
-    def visits(plan, q, k, v):
-        """Yield for each block of n rows, which sees m keys: rows, keys, q (G, R n, E), k and v (G, m, E), and
-        p (G, R n, m)."""
-        for rows, keys, hidden in plan.blocks:
-            some_q, some_k, some_v = q[:, :, rows].flatten(1, 2), k[:, keys], v[:, keys]
-            s = (some_q @ some_k.mT).unflatten(1, (q.shape[1], -1))        # (G, R, n, m)
-            s[..., len(keys) - hidden.shape[1]:].masked_fill_(hidden, -math.inf)
-            yield rows, keys, some_q, some_k, some_v, s.softmax(-1).flatten(1, 2)
-
-    @staticmethod
-    def forward(ctx, q, k, v, plan):
-        G = k.shape[1]
-        q, k, v = BlockAttention.by_group(q * q.shape[-1] ** -0.5, G), *(x.transpose(0, 1).contiguous() for x in (k, v))
-        out = torch.empty_like(q)
-        for rows, _, _, _, some_v, p in BlockAttention.visits(plan, q, k, v):
-            out[:, :, rows] = (p @ some_v).unflatten(1, (q.shape[1], -1))
-        ctx.save_for_backward(q, k, v, out)
-        ctx.plan = plan
-        return out.permute(2, 0, 1, 3).flatten(1, 2)                       # (T, H, E)
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, out = ctx.saved_tensors
-        do, dq = BlockAttention.by_group(do, len(k)), torch.empty_like(q)
-        delta = (do * out).sum(-1, keepdim=True)
-        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for rows, keys, some_q, some_k, some_v, p in BlockAttention.visits(ctx.plan, q, k, v):
-            some_do, some_delta = do[:, :, rows].flatten(1, 2), delta[:, :, rows].flatten(1, 2)
-            ds = (some_do @ some_v.mT).sub_(some_delta).mul_(p)
-            dq[:, :, rows] = (ds @ some_k).unflatten(1, (q.shape[1], -1))
-            dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))
-            dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))
-        dq = (dq * q.shape[-1] ** -0.5).permute(2, 0, 1, 3).flatten(1, 2)
-        return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
-
-
 def attention(q, k, v, plan):
-    """attention_by_mask a block of rows at a time, so that hardly anything hidden is computed.
+    """What attention_by_mask computes, by one of its fast twins in part II, which leave out what is hidden.
     q holds the rows from plan.skip on (a prompt after a cached instruction)."""
     fast = use_triton(q) and q.shape[-1] in WIDTHS
-    return (attention_triton if fast else BlockAttention.apply)(q, k, v, plan)
+    return (attention_triton if fast else attention_in_blocks)(q, k, v, plan)
 
 
 # ------------------------------------------------------------------ log-probabilities
@@ -424,7 +343,7 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return RMSNormRows.apply(x, self.weight, self.eps)                     # rms_norm with a leaner backward
 
 
 class Attention(nn.Module):
@@ -621,9 +540,9 @@ def draw_token(logits, key, position, temperature, top_p):
     again. An accepted token is in the nucleus and has its right relative probability there."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (full_precision(logits) / temperature).softmax(-1)
+    p = (full_precision(logits) if temperature == 1 else full_precision(logits) / temperature).softmax(-1)
     B, V = p.shape
-    blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
+    blocks = (F.pad(p, (0, -V % 256)) if V % 256 else p).view(B, -1, 256)
     sums = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))                        # (B, blocks + 1), 0 first
     token, left, draw = torch.empty_like(key), torch.arange(B, device=p.device), 0
     while len(left):
@@ -657,6 +576,96 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
 
 
 # ================================================================== part II: the same, faster
+
+# ------------------------------------------------------------------ plain products, on any device
+
+class RMSNormRows(torch.autograd.Function):
+    """y = w u,  u = x r,  r = 1 / sqrt(mean(x^2) + eps);   with g = w dy:  dx = r (g - u mean(g u)),
+    dw = sum(dy u) over the rows. Only x and r are kept for it, and both passes are in float32."""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        wide = full_precision(x)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, w, r)
+        return w.to(x.dtype) * (x * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, r = ctx.saved_tensors
+        u, g = x * r, dy * full_precision(w)
+        dw = (dy * u).flatten(0, -2).sum(0)
+        return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
+
+
+
+ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
+
+
+def row_blocks(plan):
+    """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them sees, and
+    hidden (n, h) says which of the last h keys a row does not see: the others, all rows see."""
+    if "blocks" not in plan.visits:
+        T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
+        blocks = plan.visits["blocks"] = []
+        while start < T:                                       # best stop where a subtree does: siblings apart
+            stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
+            j = torch.arange(stop)[end[:stop] > start]
+            seen = (j <= start) & (end[j] >= stop)             # by all rows of the block
+            keys, some, i = torch.cat([j[seen], j[~seen]]), j[~seen], torch.arange(start, stop)[:, None]
+            hidden, rows = (some > i) | (i >= end[some]), slice(start - plan.skip, stop - plan.skip)
+            blocks.append((rows, keys.to(plan.position.device), hidden.to(plan.position.device)))
+            start = stop
+    return plan.visits["blocks"]
+
+
+class BlockAttention(torch.autograd.Function):
+    """p = softmax(q k' / sqrt(E)),  out = p v;   backward, with p computed again, and s = q k' / sqrt(E):
+    dv = p' do,  ds = p (do v' - sum(do out)),  dq = ds k / sqrt(E),  dk = ds' q / sqrt(E)"""
+
+    @staticmethod
+    def by_group(x, G):
+        """(T, H, E) -> (G, R, T, E): the R = H/G query heads that share a key head side by side."""
+        return x.unflatten(1, (G, -1)).permute(1, 2, 0, 3).contiguous()
+
+    @staticmethod
+    def visits(plan, q, k, v):
+        """Yield for each block of n rows that see m keys: rows, keys, q (G, R n, E), k, v (G, m, E), p (G, R n, m)."""
+        for rows, keys, hidden in row_blocks(plan):
+            some_q, some_k, some_v = q[:, :, rows].flatten(1, 2), k[:, keys], v[:, keys]
+            s = (some_q @ some_k.mT).unflatten(1, (q.shape[1], -1))        # (G, R, n, m)
+            s[..., len(keys) - hidden.shape[1]:].masked_fill_(hidden, -math.inf)
+            yield rows, keys, some_q, some_k, some_v, s.softmax(-1).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan):
+        q = BlockAttention.by_group(q * q.shape[-1] ** -0.5, k.shape[1])
+        k, v = (x.transpose(0, 1).contiguous() for x in (k, v))            # (G, T, E)
+        out = torch.empty_like(q)
+        for rows, _, _, _, some_v, p in BlockAttention.visits(plan, q, k, v):
+            out[:, :, rows] = (p @ some_v).unflatten(1, (q.shape[1], -1))
+        ctx.save_for_backward(q, k, v, out)
+        ctx.plan = plan
+        return out.permute(2, 0, 1, 3).flatten(1, 2)                       # (T, H, E)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out = ctx.saved_tensors
+        do, dq = BlockAttention.by_group(do, len(k)), torch.empty_like(q)
+        delta = (do * out).sum(-1, keepdim=True)
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for rows, keys, some_q, some_k, some_v, p in BlockAttention.visits(ctx.plan, q, k, v):
+            some_do, some_delta = do[:, :, rows].flatten(1, 2), delta[:, :, rows].flatten(1, 2)
+            ds = (some_do @ some_v.mT).sub_(some_delta).mul_(p)
+            dq[:, :, rows] = (ds @ some_k).unflatten(1, (q.shape[1], -1))
+            dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))
+            dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))
+        dq = (dq * q.shape[-1] ** -0.5).permute(2, 0, 1, 3).flatten(1, 2)
+        return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
+
+
+attention_in_blocks = BlockAttention.apply  # (q, k, v, plan): q (T - skip, H, E), k and v (T, G, E) -> as q
+
 
 # ------------------------------------------------------------------ kernels
 #
@@ -783,14 +792,14 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
 
 def tree_tiles(plan, B):
     """Where rows look, in blocks of B: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
-    if B not in plan.tiles:
+    if B not in plan.visits:
         T = len(plan.end)
         end = F.pad(plan.end, (0, -T % B))                                 # whole blocks
         row = torch.arange(plan.skip, T, B)[:, None]                       # first of each row block
         sees = (torch.arange(0, T, B) < row + B) & (row < end.view(-1, B).amax(1))     # (row, key blocks)
         first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
-        plan.tiles[B] = [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
-    return plan.tiles[B]
+        plan.visits[B] = [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
+    return plan.visits[B]
 
 
 class TreeAttention(torch.autograd.Function):
@@ -1056,8 +1065,9 @@ class Engine:
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = pages[own + last // self.PAGE], last % self.PAGE
             self.filled[page] = offset + 1
-            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None]
-            attend = partial(self.attend, place=(page, offset), unread=unread, parts=parts, reads=reads)
+            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None, None, None]
+            bias = torch.zeros_like(unread, dtype=torch.float32).masked_fill_(unread, -math.inf)     # (pages, 1, 1, PAGE)
+            attend = partial(self.attend, place=(page, offset), bias=bias, parts=parts, reads=reads)
             attends = [partial(attend, n=n) for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
@@ -1065,7 +1075,7 @@ class Engine:
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, unread, parts, reads=None):
+    def attend(self, q, k, v, n, place, bias, parts, reads=None):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: scores of
         each part for its readers, then one maximum and one sum a row over all parts."""
         self.store(n, k, v, place)
@@ -1076,23 +1086,23 @@ class Engine:
             launch(paged_attention, (len(self.jobs), G, -(-self.width * R // M)), self.E, q, self.k[n], self.v[n],
                    before_k, before_v, *reads, self.filled, out, self.start, R, G, self.E, self.PAGE, M)
             return out
+        # p pages with w readers each:  x (B + 1, G, R, ...) -> (p, G, w R, ...),  and back to (p w, G, R, ...)
+        to_pages = lambda x, reader: x[reader].transpose(1, 2).flatten(2, 3)
+        to_rows = lambda x: x.unflatten(2, (-1, R)).transpose(1, 2).flatten(0, 1)
+        some = [(self.k[n, pages], self.v[n, pages], reader, bias[pages]) for pages, reader in parts]
+        if self.start:                                                             # one page that all rows read
+            everybody = torch.arange(B, device=q.device)[None]
+            some.append((before_k.transpose(0, 1)[None], before_v.transpose(0, 1)[None], everybody, 0.0))
         q = F.pad(q * self.E ** -0.5, (0, 0, 0, 0, 0, 1)).unflatten(1, (G, R))     # (B + 1, G, R, E)
-        top, seen = full_precision(q.new_full((B + 1, G, R), -1e30)), []           # p pages have w readers each
-        for pages, readers in parts:
-            s = full_precision(torch.einsum("pwgre,pgje->pwgrj", q[readers], self.k[n, pages]))
-            s.masked_fill_(unread[pages, None, None, None], -math.inf)
-            seen.append((readers.flatten(), s.flatten(0, 1), self.v[n, pages]))
-        if self.start:
-            s = full_precision(torch.einsum("bgre,ige->bgri", q, before_k))        # one page that all rows read
-            seen.append((torch.arange(B + 1, device=q.device), s, before_v.transpose(0, 1)[None]))
-        for reader, s, _ in seen:
-            top.scatter_reduce_(0, reader[:, None, None].expand(-1, G, R), s.amax(-1), "amax")
+        scores = [full_precision(to_pages(q, reader) @ keys.mT + hidden) for keys, _, reader, hidden in some]
+        top = scores[0].new_full((B + 1, G, R), -1e30)
+        for (*_, reader, _), s in zip(some, scores):
+            top.scatter_reduce_(0, reader.flatten()[:, None, None].expand(-1, G, R), to_rows(s.amax(-1)), "amax")
         out, total = top.new_zeros(B + 1, G, R, self.E), torch.zeros_like(top)
-        for reader, s, values in seen:
-            p = s.sub_(top[reader][..., None]).exp_()
-            total.index_add_(0, reader, p.sum(-1))
-            read = torch.einsum("pwgrj,pgje->pwgre", p.to(q.dtype).unflatten(0, (len(values), -1)), values)
-            out.index_add_(0, reader, full_precision(read.flatten(0, 1)))
+        for (_, values, reader, _), s in zip(some, scores):
+            p = s.sub_(to_pages(top, reader)[..., None]).exp_()
+            total.index_add_(0, reader.flatten(), to_rows(p.sum(-1)))
+            out.index_add_(0, reader.flatten(), to_rows(full_precision(p.to(q.dtype) @ values)))
         return (out / total[..., None])[:-1].to(q.dtype).flatten(1, 2)             # (B, H, E)
 
 

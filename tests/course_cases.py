@@ -232,9 +232,9 @@ def _(rng):
         raise AssertionError(f"end = {bad} does not nest: ValueError expected")
 
 
-@case("attention")
+@case("row_blocks", "BlockAttention.backward")
 def _(rng):
-    from model import attention, tree_plan
+    from model import attention, attention_by_mask, tree_plan
     for T in (1, 60, 300):
         end = forest(rng, 0, T)
         q, k, v = 2 * tensor(rng, T, 4, 4), 2 * tensor(rng, T, 2, 4), tensor(rng, T, 2, 4)
@@ -242,12 +242,17 @@ def _(rng):
         for first in (0, int(rng.integers(0, T)), T - 1):
             close(attention(q[first:], k, v, tree_plan(torch.tensor(end), first)), attend_by_hand(q[first:], k, v, end),
                   f"attention, rows from {first}")
-    # 40 sequences: 1/40 of the square is needed
-    end = torch.arange(640) // 16 * 16 + 16
-    q, k, v = tensor(rng, 640, 4, 4), tensor(rng, 640, 2, 4), tensor(rng, 640, 2, 4)
+        q, k, v, plan = *(x.requires_grad_() for x in (q, k, v)), tree_plan(torch.tensor(end))
+        g = tensor(rng, T, 4, 4)
+        got, want = (torch.autograd.grad(f(q, k, v, plan), (q, k, v), g) for f in (attention, attention_by_mask))
+        for name, a, b in zip("qkv", got, want):
+            close(a, b, f"gradient of {name}")
+    # 80 sequences: 1/80 of the square is needed
+    end = torch.arange(1280) // 16 * 16 + 16
+    q, k, v = tensor(rng, 1280, 4, 4), tensor(rng, 1280, 2, 4), tensor(rng, 1280, 2, 4)
     with Largest() as largest:
         attention(q, k, v, tree_plan(end))
-    holds(largest.size < 640 * 640 // 8,
+    holds(largest.size < 1280 * 1280 // 8,
           f"a tensor of {largest.size} numbers: the whole square was computed or masked")
 
 
@@ -925,8 +930,8 @@ WRONG = {
                 "    return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
     "apply_rope": "def apply_rope(x, cos, sin):\n    a, b = x.chunk(2, -1)\n"
                   "    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
-    "attention": "def attention(q, k, v, plan):\n    rest = k.new_zeros(len(k) - len(q), *q.shape[1:])\n"
-                 "    return attention_by_mask(torch.cat([rest, q]), k, v, plan)[len(rest):]",
+    "row_blocks": "def row_blocks(plan):\n    T = len(plan.end)\n    i, j = torch.arange(plan.skip, T)[:, None], torch.arange(T)\n"
+                  "    return [(slice(0, T - plan.skip), j, (j > i) | (i >= plan.end))]",
     "common_prefix": "def common_prefix(sequences):\n    same, most = 0, min(map(len, sequences))\n"
                      "    while same < most and len({tuple(s[:same + 1]) for s in sequences}) == 1:\n"
                      "        same += 1\n    return same",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # (file, right, wrong, test that must notice)
 MUTANTS = [
     ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_blocks"),
-    ("model.py", "hidden = (some > i) | (i >= self.end[some])", "hidden = (some > i) | (i > self.end[some])",
+    ("model.py", "hidden, rows = (some > i) | (i >= end[some])", "hidden, rows = (some > i) | (i > end[some])",
      "test_model.py -k by_blocks"),
     ("model.py", "while inside[-1] <= i:", "while inside[-1] < i:",
      "test_model.py -k does_not_nest"),
