@@ -94,7 +94,7 @@ def parse_arguments(argv):
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
     if not (sys.argv[1:] if argv is None else argv):
-        p.set_defaults(lr=3e-4, batch_size=32, beta=0.02)
+        p.set_defaults(lr=3e-5, batch_size=32, beta=0.02, dtype="float32")
     return p.parse_args(argv)
 
 

@@ -273,7 +273,7 @@ def parse_arguments(argv):
     common_arguments(p)
     if not (sys.argv[1:] if argv is None else argv):
         toy = sorted(map(str, Path("toy").glob("train_*.json")))
-        p.set_defaults(data=toy, lr=2e-3, epochs=2, batch_size=32)
+        p.set_defaults(data=toy, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
     args = p.parse_args(argv)
     if not args.data:
         p.error("--data FILE... is missing (without any argument the demo runs)")
