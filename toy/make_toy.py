@@ -162,8 +162,7 @@ class Wording:
         return f"{begin} {'not ' * f.negated}{self.state(f.left)}: {self.state(f.outcome)}."
 
     def same(self, what, a, other, b):
-        first, second = self.rng.sample([f"{what} {self.state(a)}", f"{other} {self.state(b)}"], 2)
-        return f"{first}, {second}: {'the same' if a == b else 'different'}.".capitalize()
+        return f"{what} {self.state(a)}, {other} {self.state(b)}: {'the same' if a == b else 'different'}."
 
     def shortcut(self, what, i):
         return f"{self.rng.choice(['In short', 'Clearly'])}, {what} {self.state(i)}."
