@@ -327,7 +327,7 @@ def demo():
     for name, title in (("sft", "R-SFT"), ("dpo", "R-SFT + HS-DPO")):
         print(f"\n==== {title}: out/{name} on toy/test.json")
         main(["--model", f"out/{name}", "--data", "toy/test.json", "--out", f"out/eval_{name}",
-              "--limit", "600", "--max-new-tokens", "224"])
+              "--limit", "600", "--max-new-tokens", "224", "--dtype", "float32"])
 
 
 def main(argv=None):

@@ -208,7 +208,7 @@ def parse_arguments(argv):
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
     toy = sorted(map(str, Path("toy").glob("train_*.json")))
-    return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100)
+    return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100, dtype="float32")
 
 
 def main(argv=None):

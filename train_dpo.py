@@ -85,7 +85,7 @@ def parse_arguments(argv):
     p.add_argument("--beta", type=at_least(0, float), default=0.01, help="DPO temperature (paper: 0.01)")
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
-    return read_arguments(p, argv, lr=3e-4, batch_size=32, beta=0.02)
+    return read_arguments(p, argv, lr=3e-5, batch_size=32, beta=0.02, dtype="float32")
 
 
 def main(argv=None):

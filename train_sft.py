@@ -273,7 +273,7 @@ def parse_arguments(argv):
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
     toy = sorted(map(str, Path("toy").glob("train_*.json")))
-    return read_arguments(p, argv, data=toy, lr=2e-3, epochs=2, batch_size=32)
+    return read_arguments(p, argv, data=toy, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
 
 
 def main(argv=None):

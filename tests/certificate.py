@@ -6,7 +6,8 @@
 1  solvable      a few patterns and the written rule give every verdict, so 100% can be reached
 2  no shortcut   logistic regression on words stays near the majority class (word pairs: shown)
 3  no word tells no word's positive rate leaves 40-60%, beyond what pairs of records do by chance
-4  composition   sizes, pairs that differ in one fact, held-out combinations, nesting, skipped checks
+4  composition   sizes, pairs that differ in one fact, held-out combinations, nesting, skipped checks,
+                 wordings of the reasoning steps (shown)
 
 Nothing is imported from the generator. If its sentences change, PATTERNS is what to edit.
 """
@@ -335,15 +336,17 @@ def certify_composition(files, pairs, claims):
     claims.add(not alone, f"pairs differ in one fact: {alone} records without a twin")
     claims.add(not same, f"twins have opposite verdicts on the request: {same} of {len(turned)} pairs do not")
     certify_held_out(found, claims)
+    print_wordings(files)
     deep = set().union(*(depths[name] for name in files if name != "test_deeper"))
     claims.add(min(depths["test_deeper"]) > max(deep),
                f"nesting: {sorted(depths['test_deeper'])} in test_deeper, {sorted(deep)} elsewhere")
     train = [x for name in TRAIN for x in skipped[name]]
     claims.add(0.2 <= np.mean(train) <= 0.3,
                f"skipped checks: in {100 * np.mean(train):.1f}% of training traces (20-30%)")
-    texts = [{row["text"] for row in files[name]} for name in (*TRAIN, *TEST)]
-    twice = len(set().union(*texts[:4]) & set().union(*texts[4:]))
-    claims.add(not twice, f"overlap: {twice} test texts occur in training")
+    texts = lambda names: {row["text"] for name in names for row in files[name]}
+    train, dev, test = texts(TRAIN), texts(["dev"]), texts(TEST)
+    claims.add(not test & (train | dev), f"overlap: {len(test & (train | dev))} test texts occur in training or dev")
+    claims.add(not dev & train, f"overlap: {len(dev & train)} dev texts occur in training")
 
 
 def certify_held_out(found, claims):
@@ -360,6 +363,25 @@ def certify_held_out(found, claims):
     for name in ("test", "test_deeper"):
         other = {r.combination for r in found[name]} - train
         claims.add(not other, f"{name}: {len(other)} combinations that training lacks")
+
+
+def print_wordings(files, least=20):
+    """In how many wordings are the reasoning steps told, facts being equal? Information, not a claim."""
+    told, count = defaultdict(set), Counter()
+    for name, row in [(name, row) for name in TRAIN for row in files[name] if row["reading"]]:
+        r, checks = row["reading"], bool(re.search(PATTERNS["checks"], row["trace"]))
+        facts = "|".join([*OPPOSITE, r.thing, r.owner, "the same", "different"])
+        for task in re.split(r"^# ", row["trace"], flags=re.M):
+            for step, text in re.findall(r"Reasoning Step (\d): (.*)", task):
+                key = (name, task[:6], step), (checks, r.wrappers, r.changed, r.left and r.left[0])
+                told[key].add(re.sub(rf"\b({facts})\b", "_", text))
+                count[key] += 1
+    fewest = {}
+    for (step, facts), wordings in told.items():
+        if count[step, facts] >= least:
+            fewest[step] = min(len(wordings), fewest.get(step, len(wordings)))
+    print(f"   wordings of a reasoning step, facts being equal: several in {sum(n > 1 for n in fewest.values())}, one in "
+          + ", ".join(f"{file} {task} step {step}" for (file, task, step), n in fewest.items() if n == 1))
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 
-from data import FORMATS, Tokenizer
+from data import Tokenizer
 
 ROWS = 4                # sequences, pairs or prompts
 
@@ -90,9 +90,10 @@ def trl(b, pairs, **options):
         model_init_kwargs={"dtype": str(b.products).removeprefix("torch.")}, output_dir=tempfile.mkdtemp(),
         report_to="none", logging_steps=1, dataloader_pin_memory=False, disable_tqdm=True, **options)
     if pairs:
-        template, (end, *_), _ = FORMATS[Tokenizer.from_pretrained(b.args.model).format]
-        text = lambda r: template.replace("{}", r["instruction"] + "\n" + r["input"])
-        data = [{"prompt": text(r), "chosen": r["chosen"] + end, "rejected": r["rejected"] + end}
+        t = Tokenizer.from_pretrained(b.args.model)
+        head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
+        text = lambda r: head + r["instruction"] + "\n" + r["input"] + tail
+        data = [{"prompt": text(r), "chosen": r["chosen"] + t.end, "rejected": r["rejected"] + t.end}
                 for some in records for r in some]
     else:                                                          # twice: packing may need more
         data = [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}

@@ -27,9 +27,19 @@ def test_mean_f1_equals_the_scorers():
 def test_intervals_are_paired():
     table = np.stack([np.random.default_rng(0).integers(0, 2, (200, 3))] * 2, -1)
     table[..., 1] = np.random.default_rng(1).integers(0, 2, (200, 3))
-    assert ablation.interval([table], [table])[:3] == (0, 0, 0)                   # a model minus itself
-    figure, low, high = ablation.interval([table])
+    cell = (7, table)
+    assert ablation.interval([cell], [cell]) == (0, 0, 0)                         # a model minus itself
+    figure, low, high = ablation.interval([cell])
     assert low < figure < high and high - low > 3
+    assert ablation.interval([cell, cell]) == (figure, low, high)                 # the same records are no new ones
+    again = np.concatenate([table, table])                                        # each row twice, drawn together
+    assert ablation.interval([(7, again)], groups={7: np.arange(400) % 200}) == (figure, low, high)
+
+
+def test_opposite_answers_to_a_pair_are_drawn_together():
+    records = make_corpus(seed=5, train=120, test=96)[0]["test"]
+    counts = np.bincount(ablation.groups_of(records))
+    assert set(counts) == {2, 4} and counts.sum() == 96                           # without and with responses
 
 
 def test_shuffled_keeps_source_and_verdicts_and_moves_the_reasoning():
@@ -43,9 +53,9 @@ def test_shuffled_keeps_source_and_verdicts_and_moves_the_reasoning():
 
 
 def test_a_small_ablation_runs(tmp_path, capsys):
-    ablation.main(["--out", str(tmp_path), "--skips", "0.25", "--train", "48", "--test", "12", "--epochs", "2",
-                   "--model", str(ROOT / "toy/model"), "--variants", "labels_1x", "shuffled", "r_sft"])
+    ablation.main(["--out", str(tmp_path), "--skips", "0.25", "--train", "48", "--test", "24", "--epochs", "1",
+                   "--model", str(ROOT / "toy/model"), "--variants", "labels", "shuffled", "r_sft", "--mine", "8"])
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["labels_1x", "shuffled", "r_sft"]
-    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in rows)
-    assert "variant" in capsys.readouterr().out
+    assert [row["variant"] for row in rows] == ["labels", "shuffled", "r_sft", "r_sft", "r_sft"]
+    assert all(row["ci95"][0] <= row.get("f1", row.get("difference")) <= row["ci95"][1] for row in rows)
+    assert "| r_sft - labels |" in capsys.readouterr().out
