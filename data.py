@@ -24,7 +24,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import KERNELS, InputError, at_least, choose_kernels, common_prefix, read_json, write_json, write_whole
+from model import (KERNELS, InputError, at_least, choose_kernels, common_prefix, read_json, write_json,
+                   write_whole)
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
@@ -409,7 +410,7 @@ def read_arguments(p, argv, **demo):
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
                    "fp32 weights; default: bfloat16 where the hardware has it)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: ours, on CUDA only")
+    p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: CUDA only")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     if not (sys.argv[1:] if argv is None else argv):
         p.set_defaults(**demo)
@@ -420,5 +421,10 @@ def read_arguments(p, argv, **demo):
     return args
 
 
-if __name__ == "__main__":                                  # show records as the model sees them
-    runpy.run_path(str(Path(__file__).parent / "tests/show.py"), run_name="__main__")
+def main(argv=None):
+    """Show records as the model sees them; tests/show.py draws them."""
+    runpy.run_path(str(Path(__file__).parent / "tests/show.py"))["main"](argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -343,7 +343,7 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return RMSNormRows.apply(x, self.weight, self.eps)                     # rms_norm with a leaner backward
+        return RMSNormRows.apply(x, self.weight, self.eps)                     # rms_norm, leaner backward
 
 
 class Attention(nn.Module):
@@ -603,12 +603,12 @@ ROWS = 128      # of a block at most: large products, yet few of their scores ar
 
 
 def row_blocks(plan):
-    """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them sees, and
-    hidden (n, h) says which of the last h keys a row does not see: the others, all rows see."""
+    """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them sees,
+    and hidden (n, h) says which of the last h keys a row does not see: the others, all rows see."""
     if "blocks" not in plan.visits:
         T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
         blocks = plan.visits["blocks"] = []
-        while start < T:                                       # best stop where a subtree does: siblings apart
+        while start < T:                                       # stops where a subtree does: siblings apart
             stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
             j = torch.arange(stop)[end[:stop] > start]
             seen = (j <= start) & (end[j] >= stop)             # by all rows of the block
@@ -630,7 +630,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def visits(plan, q, k, v):
-        """Yield for each block of n rows that see m keys: rows, keys, q (G, R n, E), k, v (G, m, E), p (G, R n, m)."""
+        """Yield for n rows that see m keys: rows, keys, q (G, R n, E), k and v (G, m, E), p (G, R n, m)."""
         for rows, keys, hidden in row_blocks(plan):
             some_q, some_k, some_v = q[:, :, rows].flatten(1, 2), k[:, keys], v[:, keys]
             s = (some_q @ some_k.mT).unflatten(1, (q.shape[1], -1))        # (G, R, n, m)
@@ -683,7 +683,7 @@ WIDTHS = (16, 32, 64, 128)                              # head widths E that the
 
 
 def choose_kernels(name):
-    """Use "triton" or "torch" (the twins everywhere) from now on; InputError where Triton is not installed."""
+    """Use "triton" or "torch" (the twins everywhere) from now on; InputError where there is no Triton."""
     global KERNELS
     if name == "triton" and triton is None:
         raise InputError("--kernels triton: Triton is not installed")
@@ -808,7 +808,8 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan):
         (N, H, E), (T, G, _) = q.shape, k.shape
-        assert k.shape == v.shape == (len(plan.end), G, E) and N == T - plan.skip and H % G == 0 and E in WIDTHS
+        assert k.shape == v.shape == (len(plan.end), G, E) and N == T - plan.skip
+        assert H % G == 0 and E in WIDTHS
         assert q.dtype == k.dtype == v.dtype and use_triton(q) and T * H * E < 2 ** 31
         q, k, v, B = q.contiguous(), k.contiguous(), v.contiguous(), 64 if q.element_size() == 2 else 32
         ctx.visits, ctx.sizes = tree_tiles(plan, B), (N, T, H, G, E, B)
@@ -1047,63 +1048,73 @@ class Engine:
         low, high = (torch.full_like(self.filled, len(own)).index_copy_(0, page, x) for x in span)
         return own, start, first, page, low, high
 
+    def parts(self, low, high):
+        """[(range of pages, their readers (pages, w))]: siblings read their prompt's pages, a row its own.
+        Among either lie pages of the other kind, or free: there, these have no reader, which is row B."""
+        B, of_prompt = len(self.owned), torch.zeros_like(low, dtype=torch.bool)
+        prompts = [page for job in self.jobs for page in job.pages]
+        of_prompt[prompts] = True
+        shared = slice(max(prompts) + 1)
+        alone = slice(min(page for pages in self.owned.values() for page in pages), None)
+        readers = low[shared, None] + torch.arange(self.width, device=self.device)
+        readers = torch.where(of_prompt[shared, None] & (readers <= high[shared, None]), readers, B)
+        return [(shared, readers), (alone, torch.where(of_prompt[alone], B, low[alone])[:, None])]
+
     def decode(self):
         """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), (own, *reads) = self.ints(rows).T, self.visits()
-        pages, low, high = reads[2:]
-        B, width, of_prompt = len(rows), torch.arange(self.width, device=self.device), self.filled < 0
-        prompts = [page for job in self.jobs for page in job.pages]
-        of_prompt[prompts] = True
-        shared = slice(max(prompts) + 1)                                           # B as a reader: nobody
-        alone = slice(min(page for pages in self.owned.values() for page in pages), None)
-        readers = low[shared, None] + width
-        readers = torch.where(of_prompt[shared, None] & (readers <= high[shared, None]), readers, B)
-        parts = [(shared, readers), (alone, torch.where(of_prompt[alone], B, low[alone])[:, None])]
-        reads = reads if use_triton(self.k) and self.E in WIDTHS else None
+        if use_triton(self.k) and self.E in WIDTHS:
+            attend = partial(self.attend_triton, reads=reads)
+        else:
+            attend = partial(self.attend, parts=self.parts(*reads[3:]))
         for _ in range(self.POLL):
             last = count - 1                                # the last drawn token is fed, its key stored
-            page, offset = pages[own + last // self.PAGE], last % self.PAGE
+            place = page, offset = reads[2][own + last // self.PAGE], last % self.PAGE
             self.filled[page] = offset + 1
-            unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None, None, None]
-            bias = torch.zeros_like(unread, dtype=torch.float32).masked_fill_(unread, -math.inf)     # (pages, 1, 1, PAGE)
-            attend = partial(self.attend, place=(page, offset), bias=bias, parts=parts, reads=reads)
-            attends = [partial(attend, n=n) for n in range(len(self.k))]
+            attends = [partial(attend, n=n, place=place) for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
             count = count + 1
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, bias, parts, reads=None):
+    def attend(self, q, k, v, n, place, parts):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: scores of
         each part for its readers, then one maximum and one sum a row over all parts."""
         self.store(n, k, v, place)
-        before_k, before_v = self.instruction[n]                                   # (I, G, E)
         B, G, R = len(q), self.G, q.shape[1] // self.G                             # R query heads share a key
-        if reads:
-            out, M = torch.empty_like(q), 16 if self.width * R <= 16 else 64
-            launch(paged_attention, (len(self.jobs), G, -(-self.width * R // M)), self.E, q, self.k[n], self.v[n],
-                   before_k, before_v, *reads, self.filled, out, self.start, R, G, self.E, self.PAGE, M)
-            return out
-        # p pages with w readers each:  x (B + 1, G, R, ...) -> (p, G, w R, ...),  and back to (p w, G, R, ...)
+        unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None, None, None]
+        bias = torch.zeros_like(unread, dtype=torch.float32).masked_fill_(unread, -math.inf)
+        # p pages with w readers:  x (B + 1, G, R, ...) -> (p, G, w R, ...),  and back to (p w, G, R, ...)
         to_pages = lambda x, reader: x[reader].transpose(1, 2).flatten(2, 3)
         to_rows = lambda x: x.unflatten(2, (-1, R)).transpose(1, 2).flatten(0, 1)
         some = [(self.k[n, pages], self.v[n, pages], reader, bias[pages]) for pages, reader in parts]
-        if self.start:                                                             # one page that all rows read
-            everybody = torch.arange(B, device=q.device)[None]
-            some.append((before_k.transpose(0, 1)[None], before_v.transpose(0, 1)[None], everybody, 0.0))
+        if self.start:                                                             # one page for all rows
+            before = (x.transpose(0, 1)[None] for x in self.instruction[n])        # (1, G, I, E)
+            some.append((*before, torch.arange(B, device=q.device)[None], 0.0))
         q = F.pad(q * self.E ** -0.5, (0, 0, 0, 0, 0, 1)).unflatten(1, (G, R))     # (B + 1, G, R, E)
         scores = [full_precision(to_pages(q, reader) @ keys.mT + hidden) for keys, _, reader, hidden in some]
         top = scores[0].new_full((B + 1, G, R), -1e30)
         for (*_, reader, _), s in zip(some, scores):
-            top.scatter_reduce_(0, reader.flatten()[:, None, None].expand(-1, G, R), to_rows(s.amax(-1)), "amax")
+            row = reader.flatten()[:, None, None].expand(-1, G, R)
+            top.scatter_reduce_(0, row, to_rows(s.amax(-1)), "amax")
         out, total = top.new_zeros(B + 1, G, R, self.E), torch.zeros_like(top)
         for (_, values, reader, _), s in zip(some, scores):
             p = s.sub_(to_pages(top, reader)[..., None]).exp_()
             total.index_add_(0, reader.flatten(), to_rows(p.sum(-1)))
             out.index_add_(0, reader.flatten(), to_rows(full_precision(p.to(q.dtype) @ values)))
         return (out / total[..., None])[:-1].to(q.dtype).flatten(1, 2)             # (B, H, E)
+
+    def attend_triton(self, q, k, v, n, place, reads):
+        """`attend` by the kernel."""
+        self.store(n, k, v, place)
+        out, R = torch.empty_like(q), q.shape[1] // self.G
+        M = 16 if self.width * R <= 16 else 64
+        launch(paged_attention, (len(self.jobs), self.G, -(-self.width * R // M)), self.E, q, self.k[n],
+               self.v[n], *self.instruction[n], *reads, self.filled, out, self.start, R, self.G, self.E,
+               self.PAGE, M)
+        return out
 
 
 def common_prefix(sequences):

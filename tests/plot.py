@@ -71,7 +71,7 @@ def panel(x, y, width, height, title, unit, runs, low=None, high=None):
     """Axes at (x, y) and one curve a run: runs is [(name, steps, values)]; low, high: fixed ends of the axis."""
     values = [v for _, _, some in runs for v in some]
     bottom, top = min(values) if low is None else low, max(values) if high is None else high
-    logarithmic = low is None and bottom > 0 and top > 20 * bottom
+    logarithmic = low is None and 20 * bottom < top < 10 ** 4 * bottom
     if top <= bottom:
         bottom, top = bottom - 0.5, top + 0.5
     if not logarithmic and low is None:

@@ -140,4 +140,4 @@ def test_memory_of_training_by_hand():
     need = lambda *args: train_sft.training_bytes(c, 8192, torch.bfloat16, torch.float32, *args)
     assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD)
     assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD)
-    assert need(1, True) == 16 * N + 4 * VD + 2 * (N + 8192 * (16 * 2048 + layer) + logits + VD)
+    assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + logits + VD)
