@@ -593,7 +593,7 @@ class RMSNormRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, r = ctx.saved_tensors
-        u, g = x * r, dy * full_precision(w)
+        u, g = x * r, dy * full_precision(w.to(x.dtype))
         dw = (dy * u).flatten(0, -2).sum(0)
         return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
 

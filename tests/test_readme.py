@@ -108,7 +108,7 @@ def test_every_flag_is_named_and_every_named_flag_exists(parse):
 def test_paths_exist():
     for path in set(re.findall(r"(?:\w+/)*\w+\.(?:py|patch|svg)\b", TEXT)) - {"train_grpo.py"}:
         assert any((ROOT / folder / path).exists() for folder in ("", "tests")), path
-    for pattern in re.findall(r"\btoy/[\w*]+(?:\.json)?", TEXT):
+    for pattern in re.findall(r"\btoy/[\w*]+(?:\.json|\.py)?", TEXT):
         assert list(ROOT.glob(pattern)), pattern
     headings = re.findall(r"^## (.*)", TEXT, re.M)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
