@@ -87,7 +87,8 @@ def main(chosen):
         if not chosen or number in chosen:
             ok = caught(*mutant)
             survived += not ok
-            print(f"{number:3} {'caught  ' if ok else 'SURVIVED'} {mutant[0]:13} {mutant[2].strip().splitlines()[0][:70]}", flush=True)
+            wrong = (mutant[2].strip() or "(nothing)").splitlines()[0][:70]
+            print(f"{number:3} {'caught  ' if ok else 'SURVIVED'} {mutant[0]:13} {wrong}", flush=True)
     print(f"{len(chosen) or len(MUTANTS)} mistakes, {survived} survived")
     return survived > 0
 

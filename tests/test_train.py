@@ -75,6 +75,7 @@ def test_a_run_learns_and_logs_what_happened(tmp_path):
     assert header["lr"] == 1e-3 and header["torch"] == torch.__version__
     assert [r["step"] for r in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["lr"] == 1e-3 and rows[3]["eval_loss"] > rows[7]["eval_loss"]
+    assert 0.5 < rows[3]["loss"] / rows[3]["eval_loss"] < 2                        # both are nats a token
     assert rows[0]["computed"] < rows[0]["tokens"] and rows[0]["loss_tokens"] < rows[0]["tokens"]
     want = {"step", "loss", "lr", "grad_norm", "tokens", "computed", "loss_tokens", "seconds", "tokens_per_second", "peak_memory"}
     assert want <= rows[0].keys()
