@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,8 +265,8 @@ def main(argv=None):
     reasoning = [name for name in args.variants if name != "labels"]
     jobs = [(args, *pair, skip, reasoning) for skip in args.skips for pair in seeds]
     jobs += [(args, *pair, None, ["labels"]) for pair in seeds if "labels" in args.variants]
-    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(jobs))) as pool:
-        done = pool.map(run_cell, jobs, chunksize=1)
+    with ProcessPoolExecutor(min(args.jobs, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(run_cell, jobs))                              # a process that dies is an error here
     cells, groups, notes = defaultdict(list), {}, []
     for (_, corpus, seed, skip, _), tables in zip(jobs, done):
         folder = folder_of(args, corpus, seed, skip)
