@@ -1,6 +1,6 @@
 # make demo   set up, then all four stages on the embedded corpus, ending in the table of F1 figures
 # make test   set up, then all tests
-# make ablation   the controls of the method on other seeds of the embedded corpus (about 40 minutes)
+# make ablation   the controls of the method on other seeds of the embedded corpus
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
