@@ -24,8 +24,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import (KERNELS, InputError, at_least, choose_kernels, common_prefix, read_json, write_json,
-                   write_whole)
+from model import (KERNELS, InputError, all_sum, at_least, choose_kernels, common_prefix, read_json,
+                   write_json, write_whole)
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
@@ -326,6 +326,7 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
                     (tokenizer.lost, "characters not in the vocabulary, replaced")):
         if n:
             print(f"{n} {what}", file=sys.stderr)
+    tokenizer.lost = 0
     return samples, kept
 
 
@@ -388,22 +389,32 @@ def lay_out(root, copies):
     return Pack(*(torch.tensor(x, dtype=torch.long) for x in (tokens, end, rows, targets, answer)))
 
 
+def deal(packs, rank, ranks):
+    """This rank's packs of a step: longest first to the lightest rank, the same number to each.
+    Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
+    hands = [[] for _ in range(ranks)]
+    most = -(-len(packs) // ranks)
+    for p in sorted(packs, key=lambda p: -len(p.tokens)):
+        min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
+    return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
+
+
 @torch.no_grad()
-def answer_logprobs(model, packs, answers, device):
+def answer_logprobs(model, packs, answers, rank_info):
     """log p of each answer, summed over its tokens: (answers,) in float64 on the CPU; 0 where in no pack."""
-    total = torch.zeros(answers, dtype=torch.float64)
-    for p in packs:
+    (device, rank, ranks), total = rank_info, torch.zeros(answers, dtype=torch.float64)
+    for p in deal(packs, rank, ranks):
         p = p.to(device)
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
         total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
-    return total
+    return all_sum(total, device)
 
 
 # ------------------------------------------------------------------ arguments
 
 def read_arguments(p, argv, **demo):
     """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
-    Without any argument, those of the demo hold."""
+    Without --model and --data, those of the demo hold, but for what is given."""
     p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records (generating: of each file)")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
@@ -412,12 +423,13 @@ def read_arguments(p, argv, **demo):
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: CUDA only")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
-    if not (sys.argv[1:] if argv is None else argv):
-        p.set_defaults(**demo)
     args = p.parse_args(argv)
-    choose_kernels(args.kernels)
     if demo and not args.data:
-        p.error("--data FILE... is missing (without any argument the demo runs)")
+        if args.model != p.get_default("model"):
+            p.error("--data FILE... is missing (the demo runs without --model and --data)")
+        p.set_defaults(**demo)
+        args = p.parse_args(argv)
+    choose_kernels(args.kernels)
     return args
 
 

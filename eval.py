@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,13 @@ from mine_hard import (answer_prompts, encode_prompts, generation, generation_ar
 from model import InputError, at_least, common_prefix, generate, join_ranks, read_json, write_json
 
 TITLES = {"request": "prompt harmfulness", "response": "response harmfulness", "completion": "refusal"}
-FIGURES = read_json(Path(__file__).with_name("tests") / "paper_f1.json")
-PAPER = {task: FIGURES[task] for task in TITLES}       # benchmark, rows, the paper's F1 of 1B, 3B and 8B
+
+
+@cache
+def paper_f1():
+    """{task: [[benchmark, rows, the paper's F1 of 1B, 3B and 8B]]}   (paper, Tables 2, 5 and 8)"""
+    return read_json(Path(__file__).with_name("tests") / "paper_f1.json")
+
 
 # ------------------------------------------------------------------ scoring
 
@@ -92,14 +98,14 @@ def reasoning_verdict(text):
 
 
 def legacy_pairs(gold, texts, name):
-    """(gold, predicted) lists as the released evaluate.py makes them: the first match in the last 300
+    """[(gold, predicted)] as the released evaluate.py makes them: the first match in the last 300
     characters; without one a row labelled harmful is left out, any other counts twice as wrong."""
     pairs, (positive, other) = [], VERDICTS[name]
     for label, text in zip(gold, texts):
         found = re.findall(rf"{name}:\s*({positive}|{other})", text[-300:], re.I)
         wrong = other if label == positive else positive
         pairs += [(label, found[0].lower())] if found else [] if label == "harmful" else [(label, wrong)] * 2
-    return map(list, zip(*pairs))
+    return pairs
 
 
 def score(rows, dataset, legacy=False, wished=None):
@@ -107,12 +113,13 @@ def score(rows, dataset, legacy=False, wished=None):
     results = []
     for name, (positive, _) in VERDICTS.items():
         some = [row for row in rows if row["gold"][name]]
-        if not some:
-            continue
-        gold, predicted = ([row[what][name] for row in some] for what in ("gold", "verdict"))
+        pairs = [(row["gold"][name], row["verdict"][name]) for row in some]
         concluded = [(reasoning_verdict(row["text"])[name], row["verdict"][name]) for row in some]
         if legacy:
-            gold, predicted = legacy_pairs(gold, [row["text"] for row in some], name)
+            pairs = legacy_pairs([gold for gold, _ in pairs], [row["text"] for row in some], name)
+        if not pairs:
+            continue
+        gold, predicted = map(list, zip(*pairs))
         tp, fp, fn, tn = cells = confusion(gold, predicted, positive)
         result = {"file": rows[0]["file"], "dataset": dataset, "task": name, "n": len(gold),
                   "f1": float(f1_of(*cells)), "precision": 100 * tp / max(tp + fp, 1),
@@ -143,7 +150,7 @@ def print_tables(results):
         print(f"\n{title:24}     n      F1   95% interval   precision  recall  none   AUPRC    "
               "paper 1B / 3B / 8B")
         for r in some:
-            paper = next((row[2:] for row in PAPER[task] if simple(row[0]) == simple(r["dataset"])), [])
+            paper = next((row[2:] for row in paper_f1()[task] if simple(row[0]) == simple(r["dataset"])), [])
             area = f"{r['auprc']:6.2f}" if "auprc" in r else "     -"
             low, high = r["ci95"]
             print(f"{r['dataset'][:24]:24} {r['n']:5}  {r['f1']:6.2f}   {low:5.1f} - {high:5.1f}   "
@@ -167,7 +174,7 @@ def simple(name):
 
 def labels_of(label, input, dataset):
     """gold_verdict, where a single word is about the task of a known benchmark."""
-    tasks = [task for task, rows in PAPER.items() if simple(dataset) in [simple(row[0]) for row in rows]]
+    tasks = [task for task in TITLES if simple(dataset) in [simple(row[0]) for row in paper_f1()[task]]]
     if len(tasks) == 1 and label.strip().lower() in VERDICTS[tasks[0]]:
         return {**dict.fromkeys(VERDICTS), tasks[0]: label.strip().lower()}
     return gold_verdict({"input": input, "output": label})
@@ -175,14 +182,14 @@ def labels_of(label, input, dataset):
 
 # ------------------------------------------------------------------ asking the model
 
-def verdict_probability(model, tokenizer, prompts, texts, name, max_tokens=8192):
+def verdict_probability(model, tokenizer, prompts, texts, name, rank_info, max_tokens=8192):
     """P(positive class) of task `name` for each text, which ends just before the verdict: two branches.
     p = exp(a) / (exp(a) + exp(b)), a and b the log-probabilities of the two words after prompt + text."""
     words = [tokenizer.encode(" " + word) for word in VERDICTS[name]]
     starts = [prompt + tokenizer.encode(text) for prompt, text in zip(prompts, texts)]
     root = common_prefix(starts)
     packs = pack([Sample(start, words, root) for start in starts], max_tokens)
-    total = answer_logprobs(model, packs, 2 * len(starts), model.device)
+    total = answer_logprobs(model, packs, 2 * len(starts), rank_info)
     return total.view(-1, 2).softmax(1)[:, 0].tolist()
 
 
@@ -195,12 +202,12 @@ def up_to_verdict(text, name):
     return "".join(before) + block[:found.end()]
 
 
-def answer_fast(model, tokenizer, prompts):
+def answer_fast(model, tokenizer, prompts, rank_info):
     """No reasoning: each verdict is the likelier word right after the prompt; [(text, {task: p})]."""
     texts, p = ["Answers: \n"] * len(prompts), [{} for _ in prompts]
     for name, (positive, other) in VERDICTS.items():
         texts = [f"{text}{name.capitalize()}:" for text in texts]
-        for i, x in enumerate(verdict_probability(model, tokenizer, prompts, texts, name)):
+        for i, x in enumerate(verdict_probability(model, tokenizer, prompts, texts, name, rank_info)):
             p[i][name] = x
             texts[i] += f" {positive if x > 0.5 else other}\n"
     return list(zip(texts, p))
@@ -221,9 +228,9 @@ def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, *
     prompts = encode_prompts(tokenizer, records, max_length)
     options = {"max_new_tokens": 2048, "temperature": 0, "stop": tokenizer.stop, **options}
     texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, **options)]
-    p = {name: verdict_probability(model, tokenizer, prompts, [up_to_verdict(t, name) for t in texts], name)
-         for name in ("request", "response")}
-    results = []
+    alone, results = (model.device, 0, 1), []
+    p = {name: verdict_probability(model, tokenizer, prompts, [up_to_verdict(t, name) for t in texts], name,
+                                   alone) for name in ("request", "response")}
     for i, (text, exchange) in enumerate(zip(texts, exchanges)):
         verdict = parse_verdict(text)
         needed = ["request"] if exchange.get("response") is None else list(VERDICTS)
@@ -245,7 +252,7 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
     start, kept = time.time(), not args.fast and any(out.glob("answers.jsonl*"))   # then nothing is timed
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
-                   for text, p in answer_fast(*load(), prompts)]
+                   for text, p in answer_fast(*load(), prompts, rank_info)]
     else:
         settings, options = generation(args, args.model, str(path), temperature=1.0 if args.k > 1 else 0)
         lines = answer_prompts(load, prompts, out / "answers.jsonl", rank_info, args.block, settings,
@@ -256,7 +263,7 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
     rows = [{"file": str(path), "gold": gold, **timing, **answer} for gold, answer in zip(golds, answers)]
     for task in tasks if args.scores and not args.fast else []:
         texts = [up_to_verdict(row["text"], task) for row in rows]
-        for row, p in zip(rows, verdict_probability(*load(), prompts, texts, task)):
+        for row, p in zip(rows, verdict_probability(*load(), prompts, texts, task, rank_info)):
             row.setdefault("p", {})[task] = p
     if rank_info[1] == 0:
         write_lines(out / "generated_predictions.jsonl", [
@@ -306,13 +313,16 @@ def parse_arguments(argv):
         p.error("--data FILE..., --prompt TEXT or --moderate is missing")
     if args.data and not args.out:
         p.error("--out DIR is missing")
+    if not args.data and (args.fast or args.k > 1 or args.scores):
+        p.error("--fast, --k and --scores are for --data")
     return args
 
 
 def moderate_lines(args, model, tokenizer):
     """Read exchanges from --prompt or standard input, print a verdict for each, in order."""
     one = [("--prompt", {"prompt": args.prompt, "response": args.response})]
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "max_length", "on_unparsable")}
+    names = "max_new_tokens", "max_length", "kv_tokens", "on_unparsable"
+    options = {name: getattr(args, name) for name in names}
     for _, exchange in parse_lines("--moderate", sys.stdin) if args.prompt is None else one:
         if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
                 and isinstance(exchange.get("response"), (str, type(None)))):

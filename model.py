@@ -87,12 +87,12 @@ def join_ranks(name=None):
 
 
 def all_sum(value, device):
-    """The sum of a number over all ranks, as a float; with one rank the number itself."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return float(value)
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    """The sum of a number or tensor over all ranks: a float, or a tensor in float64 on the CPU."""
+    total = torch.as_tensor(value, dtype=torch.float64)
+    if dist.is_available() and dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.cpu() if total.dim() else total.item()
 
 
 def check_memory(need, device, advice):
@@ -856,7 +856,7 @@ def row_gradients(Z, TARGET, TOTAL, GRAD, V):
 
 
 @jit
-def paged_attention(Q, K, V, K0, V0, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT, I,
+def paged_attention(Q, K, V, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
                     R: constexpr, G: constexpr, E: constexpr, P: constexpr, M: constexpr):
     # Engine.attend: program (job, key head g, M of the job's query heads, R for each of its rows b)
     job, g, m = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
@@ -865,10 +865,6 @@ def paged_attention(Q, K, V, K0, V0, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
     q = load_rows(Q, at, stop * G * R, 0, 1, E)
     top, total = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32)
     out = tl.zeros((M, E), tl.float32)
-    for start in range(0, I, P):                                           # the instruction: everybody
-        k, v = load_rows(K0, start + j, I, g, G, E), load_rows(V0, start + j, I, g, G, E)
-        s = scores(q, k, (start + j)[None] < I)
-        top, total, out = softmax_step(s, v, top, total, out)
     for n in range(tl.load(FIRST + job), tl.load(FIRST + job + 1)):        # pages: rows low .. high
         page = tl.load(PAGE + n)
         k = load_rows(K + page * (G * P * E), g * P + j, G * P, 0, 1, E)
@@ -881,9 +877,9 @@ def paged_attention(Q, K, V, K0, V0, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
 
 # ------------------------------------------------------------------ generation
 #
-# The cache is a pool of pages of 64 keys. A page belongs either to a prompt, and is then read by all
-# k samples of that prompt, or to one sample. The instruction is read by every row and lies apart.
-# Attention visits each page once, for all its readers together, and adds up per row.
+# The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a prompt,
+# which its k samples read, or to one sample. Attention visits each page once, for all its readers together,
+# and adds up per row.
 
 
 @dataclass
@@ -907,6 +903,7 @@ class Engine:
         c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
         self.width, self.seed, self.draw = width, seed, draw    # readers a page; draw: see draw_token
         self.G, self.E = c.num_key_value_heads, c.head_dim
+        self.R = c.num_attention_heads // self.G                # query heads that share a key
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, self.E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
         self.v = torch.zeros_like(self.k)
@@ -914,14 +911,12 @@ class Engine:
         self.filled, self.key = zeros(pages), zeros(max_rows)   # keys in a page; of a row, see row_key
         self.history, self.stop = zeros(max_rows, max_new_tokens + self.POLL), self.ints(list(stop))
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
-        self.owned, self.jobs = {}, []                          # live row -> its pages; jobs under way
-        # keys and values (layers, 2, I, G, E) of the prefix that all prompts share
-        self.instruction, kept = self.k.new_zeros(len(self.k), 2, 0, self.G, self.E), []
-        self.start = len(instruction)
+        self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
+        self.common = self.take_pages(self.pages_for(len(instruction)), 0)
         if instruction:
-            keep = lambda n, k, v: kept.append(torch.stack([k, v]))
-            self.read(instruction, [self.start] * self.start, keep)
-            self.instruction = torch.stack(kept)
+            n = len(instruction)
+            self.read(instruction, [n] * n, self.places(self.common, n))
+            self.start = n                                      # so many first tokens of every prompt are there
 
     @staticmethod
     def pages_for(tokens):
@@ -994,14 +989,21 @@ class Engine:
         return answers
 
     # ---- the model, on the device
-    def read(self, tokens, end, keep):
-        """Hidden states of a forest after the instruction; keep(n, k, v) stores what layer n computes."""
-        I = self.instruction.shape[2]
+    def places(self, pages, n):
+        """Where the n keys go that fill these pages: [(page, offset)]."""
+        P = self.PAGE
+        self.filled[pages] = self.ints([min(P, n - i) for i in range(0, n, P)])
+        return [(pages[i // P], i % P) for i in range(n)]
+
+    def read(self, tokens, end, places):
+        """Hidden states of a forest after the instruction; its keys and values go to these places."""
+        I, place = self.start, self.ints(places).T
         plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]), I, self.device)
 
         def attend(q, k, v, n):
-            keep(n, k, v)
-            k, v = (torch.cat([before, x]) for before, x in zip(self.instruction[n], (k, v)))
+            self.store(n, k, v, place)
+            before = (x[n, self.common].transpose(1, 2).flatten(0, 1)[:I] for x in (self.k, self.v))
+            k, v = (torch.cat(both) for both in zip(before, (k, v)))
             return attention(q, k, v, plan)
 
         attends = [partial(attend, n=n) for n in range(len(self.k))]
@@ -1009,16 +1011,15 @@ class Engine:
 
     def prefill(self, jobs):
         """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""
-        P, tokens, end, slots, rows = self.PAGE, [], [], [], []
+        tokens, end, places, rows = [], [], [], []
         for job in jobs:
             rest, job.count = job.prompt[self.start:], 1
             tokens += rest
             end += [len(tokens)] * len(rest)
-            slots += [(job.pages[i // P], i % P) for i in range(len(rest))]
+            places += self.places(job.pages, len(rest))
             rows += [(row, row_key(self.seed, job.prompt, sample), len(tokens) - 1, len(job.prompt))
                      for row, sample in job.rows.items()]
-            self.filled[job.pages] = self.ints([min(P, len(rest) - i) for i in range(0, len(rest), P)])
-        hidden = self.read(tokens, end, partial(self.store, place=self.ints(slots).T))
+        hidden = self.read(tokens, end, places)
         rows, key, last, length = self.ints(rows).T
         self.key[rows], self.history[rows] = key, -1
         self.append(rows, hidden[last], length, 0)
@@ -1034,86 +1035,87 @@ class Engine:
         self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
 
     def visits(self):
-        """What is read: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the pages
-        page[first[n]:first[n + 1]], b's own from page[own[b]] on; low .. high: the rows that read a page."""
-        start, first, own, visits = [0], [0], [], []
+        """What attend_triton reads: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the
+        pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
+        start, first, visits, B = [0], [0], [], len(self.owned)
         for job in self.jobs:
-            visits += [(page, len(own), len(own) + len(job.rows) - 1) for page in job.pages]
-            for row in job.rows:
-                visits += [(page, len(own), len(own)) for page in self.owned[row]]
-                own.append(len(visits) - len(self.owned[row]))
-            start.append(len(own))
+            b, stop = start[-1], start[-1] + len(job.rows)
+            visits += [(page, 0, B) for page in self.common] + [(page, b, stop - 1) for page in job.pages]
+            visits += [(page, b, b) for b, row in enumerate(job.rows, b) for page in self.owned[row]]
+            start.append(stop)
             first.append(len(visits))
-        start, first, own, page, *span = map(self.ints, (start, first, own, *zip(*visits)))
-        low, high = (torch.full_like(self.filled, len(own)).index_copy_(0, page, x) for x in span)
-        return own, start, first, page, low, high
+        start, first, page, *span = map(self.ints, (start, first, *zip(*visits)))
+        low, high = (torch.full_like(self.filled, B).index_copy_(0, page, x) for x in span)
+        return start, first, page, low, high
 
-    def parts(self, low, high):
-        """[(range of pages, their readers (pages, w))]: siblings read their prompt's pages, a row its own.
-        Among either lie pages of the other kind, or free: there, these have no reader, which is row B."""
-        B, of_prompt = len(self.owned), torch.zeros_like(low, dtype=torch.bool)
-        prompts = [page for job in self.jobs for page in job.pages]
-        of_prompt[prompts] = True
-        shared = slice(max(prompts) + 1)
-        alone = slice(min(page for pages in self.owned.values() for page in pages), None)
-        readers = low[shared, None] + torch.arange(self.width, device=self.device)
-        readers = torch.where(of_prompt[shared, None] & (readers <= high[shared, None]), readers, B)
-        return [(shared, readers), (alone, torch.where(of_prompt[alone], B, low[alone])[:, None])]
+    def parts(self):
+        """What `attend` reads: [(range of pages, readers (pages, w))] of instruction, prompts and answers, where
+        a page of another kind has row 0 for a reader; and places (B G R, S): which results, counted through
+        (parts, pages, G, w, R), a query head of a row adds up. The first R results are nothing."""
+        kinds = [(len(self.owned), [(self.common, b) for b in range(len(self.owned))]),
+                 (self.width, [(job.pages, i) for job in self.jobs for i in range(len(job.rows))]),
+                 (1, [(self.owned[row], 0) for job in self.jobs for row in job.rows])]
+        parts, found, before = [], [[] for _ in self.owned], self.R
+        for w, reads in kinds:
+            pages = {page for pages, _ in reads for page in pages} or {0}
+            readers = [[0] * w for _ in range(min(pages), max(pages) + 1)]
+            for b, (own, i) in enumerate(reads):
+                for n in (page - min(pages) for page in own):
+                    readers[n][i] = b
+                    found[b].append((before + (n * self.G * w + i) * self.R, w * self.R))
+            parts.append((slice(min(pages), max(pages) + 1), self.ints(readers)))
+            before += len(readers) * w * self.G * self.R
+        most = max(map(len, found))
+        first, step = self.ints([x + [(0, 0)] * (most - len(x)) for x in found])[:, None, None].unbind(-1)
+        g, r = torch.arange(self.G, device=self.device)[:, None, None], self.ints(range(self.R))[:, None]
+        return parts, (first + step * g + r).flatten(0, 2)
 
     def decode(self):
         """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
-        (rows, length, count), (own, *reads) = self.ints(rows).T, self.visits()
+        (rows, length, count), own = self.ints(rows).T, [self.owned[row] for row, _, _ in rows]
+        own = self.ints([pages + pages[-1:] * (max(map(len, own)) - len(pages)) for pages in own])
         if use_triton(self.k) and self.E in WIDTHS:
-            attend = partial(self.attend_triton, reads=reads)
+            attend = partial(self.attend_triton, reads=self.visits())
         else:
-            attend = partial(self.attend, parts=self.parts(*reads[3:]))
+            parts, places = self.parts()
+            attend = partial(self.attend, parts=parts, places=places)
         for _ in range(self.POLL):
             last = count - 1                                # the last drawn token is fed, its key stored
-            place = page, offset = reads[2][own + last // self.PAGE], last % self.PAGE
+            page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
             self.filled[page] = offset + 1
-            attends = [partial(attend, n=n, place=place) for n in range(len(self.k))]
+            attends = [partial(attend, n=n, place=(page, offset)) for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
             count = count + 1
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, parts):
-        """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: scores of
-        each part for its readers, then one maximum and one sum a row over all parts."""
+    def attend(self, q, k, v, n, place, parts, places):
+        """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
+        over each page, and then over pages, whose weights are softmax(lse), lse = log sum exp(scores)."""
         self.store(n, k, v, place)
-        B, G, R = len(q), self.G, q.shape[1] // self.G                             # R query heads share a key
-        unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None, None, None]
-        bias = torch.zeros_like(unread, dtype=torch.float32).masked_fill_(unread, -math.inf)
-        # p pages with w readers:  x (B + 1, G, R, ...) -> (p, G, w R, ...),  and back to (p w, G, R, ...)
-        to_pages = lambda x, reader: x[reader].transpose(1, 2).flatten(2, 3)
-        to_rows = lambda x: x.unflatten(2, (-1, R)).transpose(1, 2).flatten(0, 1)
-        some = [(self.k[n, pages], self.v[n, pages], reader, bias[pages]) for pages, reader in parts]
-        if self.start:                                                             # one page for all rows
-            before = (x.transpose(0, 1)[None] for x in self.instruction[n])        # (1, G, I, E)
-            some.append((*before, torch.arange(B, device=q.device)[None], 0.0))
-        q = F.pad(q * self.E ** -0.5, (0, 0, 0, 0, 0, 1)).unflatten(1, (G, R))     # (B + 1, G, R, E)
-        scores = [full_precision(to_pages(q, reader) @ keys.mT + hidden) for keys, _, reader, hidden in some]
-        top = scores[0].new_full((B + 1, G, R), -1e30)
-        for (*_, reader, _), s in zip(some, scores):
-            row = reader.flatten()[:, None, None].expand(-1, G, R)
-            top.scatter_reduce_(0, row, to_rows(s.amax(-1)), "amax")
-        out, total = top.new_zeros(B + 1, G, R, self.E), torch.zeros_like(top)
-        for (_, values, reader, _), s in zip(some, scores):
-            p = s.sub_(to_pages(top, reader)[..., None]).exp_()
-            total.index_add_(0, reader.flatten(), to_rows(p.sum(-1)))
-            out.index_add_(0, reader.flatten(), to_rows(full_precision(p.to(q.dtype) @ values)))
-        return (out / total[..., None])[:-1].to(q.dtype).flatten(1, 2)             # (B, H, E)
+        q = (q * self.E ** -0.5).unflatten(1, (self.G, self.R))                    # (B, G, R, E)
+        unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None]
+        bias = full_precision(q.new_zeros(unread.shape)).masked_fill_(unread, -1e30)[:, None, None]
+        results = [(bias.new_full((self.R,), -math.inf), q.new_zeros(self.R, self.E))]
+        for pages, readers in parts:                                               # p pages, w readers each
+            some = q[readers].transpose(1, 2).flatten(2, 3)                        # (p, G, w R, E)
+            s = full_precision(some @ self.k[n, pages].mT) + bias[pages]           # (p, G, w R, keys)
+            p = s.softmax(-1)
+            lse = s.amax(-1) - p.amax(-1).log()                                    # as max p = exp(max s - lse)
+            results.append((lse.flatten(), (p.to(q.dtype) @ self.v[n, pages]).flatten(0, 2)))
+        lse, out = map(torch.cat, zip(*results))
+        weight = lse[places].softmax(-1)                                           # (B G R, S)
+        out = F.embedding_bag(places, full_precision(out), mode="sum", per_sample_weights=weight)
+        return out.to(q.dtype).view(len(q), -1, self.E)                            # (B, H, E)
 
     def attend_triton(self, q, k, v, n, place, reads):
         """`attend` by the kernel."""
         self.store(n, k, v, place)
-        out, R = torch.empty_like(q), q.shape[1] // self.G
-        M = 16 if self.width * R <= 16 else 64
-        launch(paged_attention, (len(self.jobs), self.G, -(-self.width * R // M)), self.E, q, self.k[n],
-               self.v[n], *self.instruction[n], *reads, self.filled, out, self.start, R, self.G, self.E,
-               self.PAGE, M)
+        out, M = torch.empty_like(q), 16 if self.width * self.R <= 16 else 64
+        launch(paged_attention, (len(self.jobs), self.G, -(-self.width * self.R // M)), self.E, q, self.k[n],
+               self.v[n], *reads, self.filled, out, self.R, self.G, self.E, self.PAGE, M)
         return out
 
 
@@ -1142,17 +1144,17 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         item = (model.compute_dtype or model.head.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
-    answer = width * Engine.pages_for(max_new_tokens + Engine.POLL)
+    answer, common = width * Engine.pages_for(max_new_tokens + Engine.POLL), Engine.pages_for(start)
     most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
-    pages = (kv_tokens - start) // Engine.PAGE
-    if pages < max(most):
-        number, need = jobs[most.index(max(most))].number, start + max(most) * Engine.PAGE
-        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need {need}; "
+    pages, need = kv_tokens // Engine.PAGE, common + max(most)
+    if pages < need:
+        number = jobs[most.index(max(most))].number
+        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need {need * Engine.PAGE}; "
                          f"raise it or lower --max-new-tokens")
     max_rows = max(width, max_rows or (1024 if device.type == "cuda" else 128))
     draw = partial(draw_token, temperature=temperature, top_p=top_p)
-    engine = Engine(model, prompts[0][:start], width, max_rows, min(pages, sum(most)), max_new_tokens, stop,
-                    seed, draw)
+    engine = Engine(model, prompts[0][:start], width, max_rows, min(pages, common + sum(most)), max_new_tokens,
+                    stop, seed, draw)
     waiting, answers = deque(jobs), [{} for _ in prompts]
     while waiting or engine.jobs:
         engine.start_some(waiting)

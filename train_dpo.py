@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import Tokenizer, answer_logprobs, encode_records, pack, read_arguments, read_records
+from data import Tokenizer, answer_logprobs, deal, encode_records, pack, read_arguments, read_records
 from model import InputError, all_sum, at_least, join_ranks, read_json, write_json
-from train_sft import common_arguments, deal, load, lr_at, make_optimizer, run_steps, start_run, update
+from train_sft import common_arguments, load, lr_at, make_optimizer, run_steps, start_run, update
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
@@ -50,13 +50,8 @@ def pairs_loss(logprobs, answer, samples, reference, weight, args):
 
 def reference_logprobs(model, samples, args, rank_info):
     """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected."""
-    device, rank, ranks = rank_info
-    packs = deal(pack(samples, args.max_tokens, not args.no_share), rank, ranks)
-    total = answer_logprobs(model, packs, 2 * len(samples), device)
-    if ranks > 1:
-        total = total.to(device)
-        torch.distributed.all_reduce(total)
-    return total.cpu().view(-1, 2)
+    packs = pack(samples, args.max_tokens, not args.no_share)
+    return answer_logprobs(model, packs, 2 * len(samples), rank_info).view(-1, 2)
 
 
 def kept_reference(model, samples, args, rank_info):
@@ -77,7 +72,7 @@ def kept_reference(model, samples, args, rank_info):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="out/sft", help="folder of the R-SFT model; also the reference")
-    p.add_argument("--data", nargs="+", default=["out/hard/hard.jsonl"], metavar="FILE", help="hard samples")
+    p.add_argument("--data", nargs="+", metavar="FILE", help="hard samples")
     p.add_argument("--out", default="out/dpo", help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-6, help="peak learning rate (paper: 5e-6)")
     p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
@@ -85,7 +80,8 @@ def parse_arguments(argv):
     p.add_argument("--beta", type=at_least(0, float), default=0.01, help="DPO temperature (paper: 0.01)")
     p.add_argument("--sft", type=at_least(0, float), default=2.0, help="factor of the SFT term (paper: 2.0)")
     common_arguments(p)
-    return read_arguments(p, argv, lr=3e-5, batch_size=32, beta=0.02, dtype="float32")
+    return read_arguments(p, argv, data=["out/hard/hard.jsonl"], lr=3e-5, batch_size=32, beta=0.02,
+                          dtype="float32")
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (Tokenizer, answer_logprobs, encode_records, lay_out, pack, parse_records, read_arguments,
+from data import (Tokenizer, answer_logprobs, deal, encode_records, pack, parse_records, read_arguments,
                   read_records)
 from model import (InputError, Llama, LlamaConfig, TokenLogprobs, all_sum, at_least, check_memory, join_ranks,
                    pick_dtype, read_json, read_tensors, weight_files, write_json, write_whole, writing)
@@ -112,16 +112,6 @@ def shard(model, device, products):
 def make_optimizer(model, lr):
     """AdamW as in the paper's run: betas 0.9 and 0.999, eps 1e-8, no weight decay."""
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=model.device.type != "mps")
-
-
-def deal(packs, rank, ranks):
-    """This rank's packs of a step: longest first to the lightest rank, the same number to each.
-    Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
-    hands = [[] for _ in range(ranks)]
-    most = -(-len(packs) // ranks)
-    for p in sorted(packs, key=lambda p: -len(p.tokens)):
-        min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
-    return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
 
 
 def update(model, optimizer, lr):
@@ -256,9 +246,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
 
 def evaluate(model, samples, args, rank_info):
     """Mean -log p over the answer tokens of held-out samples."""
-    device, rank, ranks = rank_info
-    packs = deal(pack(samples, args.max_tokens), rank, ranks)
-    total = all_sum(answer_logprobs(model, packs, len(samples), device).sum(), device)
+    total = answer_logprobs(model, pack(samples, args.max_tokens), len(samples), rank_info).sum().item()
     return -total / sum(len(s.answers[0]) for s in samples)
 
 

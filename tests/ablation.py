@@ -49,8 +49,8 @@ import make_toy  # noqa: E402
 import mine_hard  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
-from data import (VERDICTS, Tokenizer, format_answers, gold_verdict, parse_verdict, read_records,  # noqa: E402
-                  split_input)
+from data import (VERDICTS, Tokenizer, format_answers, gold_verdict, parse_records, parse_verdict,  # noqa: E402
+                  read_records, split_input)
 from model import read_json, write_json  # noqa: E402
 
 VARIANTS = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8", "ensemble",
@@ -122,10 +122,9 @@ class Cell:
     def first_four(self):
         """The pairs of k = 4: a sample depends on its number, so these are the first of the k = 8."""
         self.mine("k8", [self.r_sft()], 8)
-        lines = mine_hard.read_lines(self.folder / "mined_k8/samples.jsonl")
-        pool = read_records(self.folder / "pool.json")
-        return mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", {x["prompt"]: x["samples"][:4] for x in lines})],
-                                "all", "random", 0.2, self.seed)[0]
+        pool, lines = read_records(self.folder / "pool.json"), parse_records(self.folder / "mined_k8/samples.jsonl")
+        answers = {line["prompt"]: line["samples"][:4] for _, line in lines}
+        return mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", answers)], "all", "random", 0.2, self.seed)[0]
 
     def dpo(self, name, pairs):
         out, tokenizer = self.folder / name, Tokenizer.from_pretrained(self.args.model)

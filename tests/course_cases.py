@@ -409,8 +409,7 @@ def _(rng):
 
 @case("deal")
 def _(rng):
-    from data import Pack
-    from train_sft import deal
+    from data import Pack, deal
     zeros, scored = lambda n: torch.zeros(n, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     for ranks in (1, 2, 3, 7):
         sizes = rng.choice(3000, int(rng.integers(1, 20)), replace=False) + 1
@@ -817,7 +816,7 @@ def _(rng):
                              for _ in range(2))
             texts.append(["nothing", first + "x" * 300, "x" * 400 + first.upper(),
                           first.title() + second][rng.integers(4)])
-        got, want = legacy_pairs(gold, texts, name), zip(*legacy_by_hand(gold, texts, name))
+        got, want = legacy_pairs(gold, texts, name), legacy_by_hand(gold, texts, name)
         holds([list(x) for x in got] == [list(x) for x in want], f"legacy_pairs for {name}")
 
 
@@ -866,7 +865,7 @@ def _(rng):
     texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]))
              for _ in prompts]
     for name in ("request", "completion"):
-        got = verdict_probability(model, tokenizer, prompts, texts, name)
+        got = verdict_probability(model, tokenizer, prompts, texts, name, (model.device, 0, 1))
         want = []
         for prompt, text in zip(prompts, texts):
             both = []

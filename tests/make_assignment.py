@@ -67,7 +67,7 @@ EXERCISES = [Exercise(*row) for row in [
     ("sft_loss", S, 2, 1, "test_train.py", "whole_step"),
     ("lr_at", S, 2, 1, "test_train.py", "half_a_cosine"),
     ("batches", S, 2, 2, "test_train.py", "function_of_seed"),
-    ("deal", S, 2, 3, "test_train.py", "deal_gives"),
+    ("deal", D, 2, 3, "test_train.py", "deal_gives"),
 
     ("draw_token", M, 3, 4, "test_model.py", "from_the_nucleus or covers_a_large"),
     ("parse_verdict", D, 3, 3, "test_data.py", "parse_verdict"),

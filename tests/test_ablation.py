@@ -1,13 +1,16 @@
 """The ablation's own arithmetic, and a small form of it from end to end."""
 import json
+from argparse import Namespace
 
 import ablation
+import mine_hard
 import numpy as np
 from conftest import ROOT
 
 from data import gold_verdict
 from eval import f1
 from make_toy import make_corpus
+from model import write_json
 
 
 def test_mean_f1_equals_the_scorers():
@@ -59,3 +62,21 @@ def test_a_small_ablation_runs(tmp_path, capsys):
     assert [row["variant"] for row in rows] == ["labels", "shuffled", "r_sft", "r_sft", "r_sft"]
     assert all(row["ci95"][0] <= row.get("f1", row.get("difference")) <= row["ci95"][1] for row in rows)
     assert "| r_sft - labels |" in capsys.readouterr().out
+
+
+def test_four_samples_are_the_first_of_eight(tmp_path):
+    args = Namespace(out=tmp_path, train=48, test=24, mine=8)
+    cell = ablation.Cell(args, corpus_seed=5, seed=1, skip=0.25)
+    mined, pool = cell.folder / "mined_k8", cell.everything()[:2]
+    for path in (cell.folder / "r_sft/config.json", mined / "hard.jsonl"):             # made already: nothing runs
+        path.parent.mkdir()
+        path.write_text("{}")
+    write_json(cell.folder / "pool.json", pool)
+    told = lambda i, verdict: {"text": f"{i}", "finish": "stop", "verdict": verdict}
+    wrong, gold = dict.fromkeys(("request", "completion", "response")), [gold_verdict(r) for r in pool]
+    right = [[0, 1, 4], [0, 1, 2, 3]]                            # of eight: three, and all of the first four
+    lines = [{"prompt": n, "samples": [told(i, gold[n] if i in right[n] else wrong) for i in range(8)]} for n in (0, 1)]
+    mine_hard.write_lines(mined / "samples.jsonl", lines)
+    pair, = cell.first_four()                                    # the second prompt is not hard with four
+    assert (pair["input"], pair["k_correct"], pair["k_incorrect"]) == (pool[0]["input"], 2, 2)
+    assert pair["chosen"] in "01" and pair["rejected"] in "23"

@@ -229,11 +229,27 @@ def test_a_bad_exchange_ends_moderation(place, capsys, monkeypatch, line, says):
     assert says in fails(capsys, evaluation.main, ["--model", str(place / "model"), "--moderate", "--device", "cpu"])
 
 
+@pytest.mark.parametrize("flags", [["--fast"], ["--k", "3"], ["--scores"]])
+def test_a_flag_that_moderation_does_not_know_is_named(place, capsys, flags):
+    message = fails(capsys, evaluation.main, ["--model", str(place / "model"), "--prompt", "a", *flags])
+    assert "--fast, --k and --scores are for --data" in message
+
+
+def test_the_demo_takes_flags_but_no_other_model(capsys):
+    args = train_sft.parse_arguments(["--resume", "--lr", "1e-3"])                 # as its last line says: --resume
+    assert args.resume and args.lr == 1e-3 and args.batch_size == 32 and len(args.data) == 4
+    assert train_sft.parse_arguments(["--data", "x"]).batch_size == 384
+    assert "--data FILE... is missing" in fails(capsys, train_sft.main, ["--model", "llama"])
+
+
 def test_odd_predictions_are_scored_or_named(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     lines({"prompt": None, "label": "harmful", "predict": "Request: harmful"})(path)
     evaluation.main(["--predictions", str(path), "--dataset", "x"])
     assert "100.00" in capsys.readouterr().out
+    lines({"prompt": None, "label": "harmful", "predict": ""})(path)               # which the released script leaves out
+    evaluation.main(["--predictions", str(path), "--dataset", "x", "--legacy"])
+    assert "0 have no verdict" in capsys.readouterr().out
     text(b"\xff")(path)
     assert "p.jsonl: cannot read: not UTF-8" in fails(capsys, evaluation.main, ["--predictions", str(path)])
 
@@ -247,6 +263,8 @@ def test_half_a_surrogate_pair_goes_through_all_stages(place, capsys):
     written = (place / "eval/records/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(written[0])["prompt"].endswith(odd["input"])
     assert "1 characters not in the vocabulary, replaced" in capsys.readouterr().err
+    run(place, "sft", "--eval-data", place / "records.jsonl", "--out", place / "again")
+    assert capsys.readouterr().err.count("1 characters not in the vocabulary") == 2        # not 1, then 2
 
 
 def test_fewer_records_than_a_batch_and_more_steps_than_batches_are_fine(place):

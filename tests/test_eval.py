@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from eval import (PAPER, InputError, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, read_predictions,
-                  reasoning_verdict, score, threshold_for, up_to_verdict, verdict_probability, weighted_average)
+from eval import (InputError, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, paper_f1,
+                  read_predictions, reasoning_verdict, score, threshold_for, up_to_verdict, verdict_probability, weighted_average)
 from model import Llama
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
@@ -38,14 +38,14 @@ def test_released_predictions_give_the_golden_f1(size, dataset):
     assert f1(gold, predicted, positive) == pytest.approx(entry["f1_unparsable_wrong_once"], abs=1e-9)
     texts = [f"{task}: {p}" if p else "none" for p in predicted]
     legacy = legacy_pairs(gold, texts, task)
-    assert f1(*legacy, positive) == pytest.approx(entry["f1_evaluate_py"], abs=1e-9)
+    assert f1(*zip(*legacy), positive) == pytest.approx(entry["f1_evaluate_py"], abs=1e-9)
     low, high = bootstrap(confusion(gold, predicted, positive))
     assert low < f1(gold, predicted, positive) <= high or high == 100
 
 
 def test_the_papers_averages_follow_from_its_cells():
     want = {"request": (77.68, 80.76, 81.09), "response": (79.06, 80.80, 81.22), "completion": (88.51, 85.95, 89.96)}
-    for task, rows in PAPER.items():
+    for task, rows in ((task, paper_f1()[task]) for task in want):
         for column, average in enumerate(want[task], 2):
             assert weighted_average([row[column] for row in rows], [row[1] for row in rows]) == pytest.approx(average, abs=0.01)
     assert np.mean([want[t][2] for t in want]) == pytest.approx(84.09, abs=0.01)
@@ -94,7 +94,7 @@ def test_verdict_probability_is_the_softmax_of_two_branches(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
     prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
     texts = ["Request:", "x\n\nAnswers: \nRequest:"]
-    got = verdict_probability(model, tokenizer, prompts, texts, "request")
+    got = verdict_probability(model, tokenizer, prompts, texts, "request", (model.device, 0, 1))
     for prompt, text, p in zip(prompts, texts, got):
         total = []
         for word in (H, U):

@@ -9,9 +9,9 @@ from conftest import tiny_model, tiny_samples
 from safetensors.torch import load_file
 
 import train_sft
-from data import pack
+from data import deal, pack
 from model import InputError, LlamaConfig
-from train_sft import batches, deal, lr_at, make_optimizer, sft_loss, update
+from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
         "--dtype", "float32", "--device", "cpu"]
