@@ -162,6 +162,7 @@ class Tokenizer:
         return [self.ids[rank] for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
 
     def count_lost(self, _):
+        """What stands in for a character that cannot be encoded."""
         self.lost += 1
         return self.substitute
 

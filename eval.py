@@ -52,6 +52,7 @@ def f1(gold, predicted, positive):
 
 
 def f1_of(tp, fp, fn, tn=0):
+    """F1 in percent of counts, numbers or arrays; 0 where there is nothing to count."""
     return 200 * tp / np.maximum(2 * tp + fp + fn, 1)
 
 

@@ -167,6 +167,7 @@ class Meter:
         self.done, self.tokens, self.start = 0, 0, time.time()
 
     def add(self, tokens):
+        """One more prompt is answered, with so many tokens."""
         self.done, self.tokens = self.done + 1, self.tokens + tokens
         left, seconds = self.total - self.done, time.time() - self.start
         if self.rank == 0 and (left == 0 or sys.stdout.isatty()):

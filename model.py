@@ -334,19 +334,30 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 
+def without_storing(f, *inputs):
+    """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again."""
+    if torch.is_grad_enabled():
+        return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return f(*inputs)
+
+
 class Linear(nn.Linear):
-    """y = x W'; the weight is cast to x's dtype for the product."""
+    """y = x W', x (..., in) -> (..., out); the weight is cast to x's dtype for the product."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
+    """rms_norm with its weight, by the leaner twin of part II: x (T, D) -> (T, D)."""
+
     def forward(self, x):
-        return RMSNormRows.apply(x, self.weight, self.eps)                     # rms_norm, leaner backward
+        return RMSNormRows.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
+    """o(attend(rope(q(x)), rope(k(x)), v(x))): x (T, D) -> (T, D); see Llama.hidden for `attend`."""
+
     def __init__(self, c):
         super().__init__()
         self.E = c.head_dim
@@ -363,7 +374,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))   (SwiGLU, Shazeer 2020, Eq. 6)"""
+    """down(silu(gate(x)) * up(x)), x (T, D) -> (T, D)   (SwiGLU, Shazeer 2020, Eq. 6)"""
 
     def __init__(self, c):
         super().__init__()
@@ -372,7 +383,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        down = lambda gate, up: self.down_proj(F.silu(gate) * up)
+        return without_storing(down, self.gate_proj(x), self.up_proj(x))       # (T, F) each
 
 
 class Block(nn.Module):
@@ -412,6 +424,7 @@ class Llama(nn.Module):
 
     @property
     def device(self):
+        """Where the weights are."""
         return self.head.device
 
     def hidden(self, tokens, position, attends):
@@ -421,10 +434,8 @@ class Llama(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)                                # (T, D)
         cos, sin = rope_tables(self.config, position, x.dtype)
         for layer, attend in zip(self.model["layers"], attends):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, attend)
+            run = partial(without_storing, layer) if self.recompute else layer
+            x = run(x, cos, sin, attend)
         return self.model["norm"](x)
 
     def forward(self, tokens, end, rows=None, targets=None):
@@ -598,7 +609,6 @@ class RMSNormRows(torch.autograd.Function):
         return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
 
 
-
 ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
 
 
@@ -644,15 +654,16 @@ class BlockAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         for rows, _, _, _, some_v, p in BlockAttention.visits(plan, q, k, v):
             out[:, :, rows] = (p @ some_v).unflatten(1, (q.shape[1], -1))
+        out = out.permute(2, 0, 1, 3).flatten(1, 2)                        # (T, H, E)
         ctx.save_for_backward(q, k, v, out)
         ctx.plan = plan
-        return out.permute(2, 0, 1, 3).flatten(1, 2)                       # (T, H, E)
+        return out
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, out = ctx.saved_tensors
+        delta = BlockAttention.by_group((do * out).sum(-1, keepdim=True), len(k))
         do, dq = BlockAttention.by_group(do, len(k)), torch.empty_like(q)
-        delta = (do * out).sum(-1, keepdim=True)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
         for rows, keys, some_q, some_k, some_v, p in BlockAttention.visits(ctx.plan, q, k, v):
             some_do, some_delta = do[:, :, rows].flatten(1, 2), delta[:, :, rows].flatten(1, 2)
@@ -711,6 +722,7 @@ def load_rows(X, rows, N, head, heads: constexpr, E: constexpr):
 
 @jit
 def store_rows(X, x, rows, N, head, heads: constexpr, E: constexpr):
+    """The reverse of load_rows: rows from N on are not written."""
     tl.store(X + (rows[:, None] * heads + head) * E + tl.arange(0, E), x, mask=rows[:, None] < N)
 
 
@@ -877,9 +889,9 @@ def paged_attention(Q, K, V, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
 
 # ------------------------------------------------------------------ generation
 #
-# The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a prompt,
-# which its k samples read, or to one sample. Attention visits each page once, for all its readers together,
-# and adds up per row.
+# The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a
+# prompt, which its k samples read, or to one sample. Attention visits each page once, for all its readers
+# together, and adds up per row.
 
 
 @dataclass
@@ -916,13 +928,15 @@ class Engine:
         if instruction:
             n = len(instruction)
             self.read(instruction, [n] * n, self.places(self.common, n))
-            self.start = n                                      # so many first tokens of every prompt are there
+            self.start = n                                      # so much of every prompt is there already
 
     @staticmethod
     def pages_for(tokens):
+        """How many pages hold so many keys."""
         return -(-tokens // Engine.PAGE)
 
     def ints(self, values):
+        """Python's numbers as int64 on the device."""
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- rows and pages, on the host
@@ -1035,8 +1049,8 @@ class Engine:
         self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
 
     def visits(self):
-        """What attend_triton reads: job n has the rows b = start[n] .. start[n + 1] of the batch, which read the
-        pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
+        """What attend_triton reads: job n has the rows b = start[n] .. start[n + 1] of the batch, which read
+        the pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
         start, first, visits, B = [0], [0], [], len(self.owned)
         for job in self.jobs:
             b, stop = start[-1], start[-1] + len(job.rows)
@@ -1049,9 +1063,9 @@ class Engine:
         return start, first, page, low, high
 
     def parts(self):
-        """What `attend` reads: [(range of pages, readers (pages, w))] of instruction, prompts and answers, where
-        a page of another kind has row 0 for a reader; and places (B G R, S): which results, counted through
-        (parts, pages, G, w, R), a query head of a row adds up. The first R results are nothing."""
+        """What `attend` reads: [(range of pages, readers (pages, w))] of instruction, prompts and answers,
+        where a page of another kind has row 0 for a reader; and places (B G R, S): which results, counted
+        through (parts, pages, G, w, R), a query head of a row adds up. The first R results are nothing."""
         kinds = [(len(self.owned), [(self.common, b) for b in range(len(self.owned))]),
                  (self.width, [(job.pages, i) for job in self.jobs for i in range(len(job.rows))]),
                  (1, [(self.owned[row], 0) for job in self.jobs for row in job.rows])]
@@ -1103,7 +1117,7 @@ class Engine:
             some = q[readers].transpose(1, 2).flatten(2, 3)                        # (p, G, w R, E)
             s = full_precision(some @ self.k[n, pages].mT) + bias[pages]           # (p, G, w R, keys)
             p = s.softmax(-1)
-            lse = s.amax(-1) - p.amax(-1).log()                                    # as max p = exp(max s - lse)
+            lse = s.amax(-1) - p.amax(-1).log()                                    # max p = exp(max s - lse)
             results.append((lse.flatten(), (p.to(q.dtype) @ self.v[n, pages]).flatten(0, 2)))
         lse, out = map(torch.cat, zip(*results))
         weight = lse[places].softmax(-1)                                           # (B G R, S)
@@ -1149,12 +1163,12 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     pages, need = kv_tokens // Engine.PAGE, common + max(most)
     if pages < need:
         number = jobs[most.index(max(most))].number
-        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need {need * Engine.PAGE}; "
-                         f"raise it or lower --max-new-tokens")
+        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need "
+                         f"{need * Engine.PAGE}; raise it or lower --max-new-tokens")
     max_rows = max(width, max_rows or (1024 if device.type == "cuda" else 128))
     draw = partial(draw_token, temperature=temperature, top_p=top_p)
-    engine = Engine(model, prompts[0][:start], width, max_rows, min(pages, common + sum(most)), max_new_tokens,
-                    stop, seed, draw)
+    pages = min(pages, common + sum(most))
+    engine = Engine(model, prompts[0][:start], width, max_rows, pages, max_new_tokens, stop, seed, draw)
     waiting, answers = deque(jobs), [{} for _ in prompts]
     while waiting or engine.jobs:
         engine.start_some(waiting)

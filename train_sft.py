@@ -76,7 +76,7 @@ def training_bytes(c, T, products, storage, ranks, recompute):
         N = sum(weight.numel() for weight in Llama(c).parameters())
     D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    layer = 4 * D + 3 * q + 2 * k + 4 * F               # numbers a token: norms, attention, SwiGLU
+    layer = 4 * D + 2 * q + 2 * k + 2 * F               # numbers a token: norms, attention, SwiGLU
     kept = T * (L * D + layer if recompute else L * layer) + TokenLogprobs.LOGITS + V * D
     cast = 0 if products == storage else N / L if recompute or ranks > 1 else N
     return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept)

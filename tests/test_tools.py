@@ -576,6 +576,8 @@ def test_traces_keep_what_is_right(tmp_path, capsys):
     assert "1 records; {'right': 1, 'wrong': 2, 'without a request': 1}" in capsys.readouterr().out
     only, = read_records(tmp_path / "out.json")
     assert only == record("May I?", None, lines[0]["predict"])
+    traces.main([str(path), "--out", str(tmp_path / "labels.json"), "--labels"])
+    assert read_records(tmp_path / "labels.json") == [record("May I?", None, format_answers(H))]
 
 
 def test_every_mutant_still_finds_its_place():

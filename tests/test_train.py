@@ -137,7 +137,7 @@ def test_memory_of_training_by_hand():
     c = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
                     num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
     N, VD, logits = 1_235_814_400, 128256 * 2048, 2 ** 25
-    layer = 4 * 2048 + 3 * 2048 + 2 * 512 + 4 * 8192
+    layer = 4 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192
     need = lambda *args: train_sft.training_bytes(c, 8192, torch.bfloat16, torch.float32, *args)
     assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD)
     assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD)

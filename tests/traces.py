@@ -1,9 +1,10 @@
 """Saved predictions become training records: the reasoning of another guard, kept where its verdict is right.
 
-    python tests/traces.py PREDICTIONS... --out traces.json [--limit N] [--seed S] [--most-characters M]
+    python tests/traces.py PREDICTIONS... --out traces.json [--limit N] [--seed S] [--most-characters M] [--labels]
 
 PREDICTIONS are JSON lines {"prompt", "label", "predict"} as the released models' files are; a record is
-kept if every verdict that its label names is right, each prompt once, in seeded order.
+kept if every verdict that its label names is right, each prompt once, in seeded order. --labels leaves the
+reasoning out: the same records for the baseline that learns nothing but verdicts.
 """
 import argparse
 import random
@@ -12,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import HUMAN, INSTRUCTION, parse_records, parse_verdict  # noqa: E402
+from data import HUMAN, INSTRUCTION, format_answers, parse_records, parse_verdict  # noqa: E402
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
 from model import InputError, write_json  # noqa: E402
@@ -43,11 +44,14 @@ def main(argv=None):
     p.add_argument("--limit", type=int, help="keep the first N of the shuffled records")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle")
     p.add_argument("--most-characters", type=int, default=10 ** 9, help="leave out longer exchanges and traces")
+    p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
     counts = Counter()
     records = {r["input"]: r for path in args.predictions for r in right_traces(path, counts)}
     records = [r for r in records.values() if len(r["input"]) + len(r["output"]) <= args.most_characters]
     random.Random(args.seed).shuffle(records)
+    if args.labels:
+        records = [{**r, "output": format_answers(**parse_verdict(r["output"]))} for r in records]
     write_json(args.out, records[:args.limit])
     print(f"{args.out}: {len(records[:args.limit])} records; {dict(counts)}")
 
