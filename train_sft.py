@@ -71,7 +71,8 @@ def common_arguments(p):
 
 def training_bytes(c, T, products, storage, ranks, recompute):
     """What one rank holds at the most, for packs of T tokens: weights, gradients and AdamW's two moments; the
-    weights as they enter products; what each layer keeps for its backward pass; the head's gradient."""
+    weights as they enter products; what each layer keeps for its backward pass; the head's gradient; and
+    0.4 GB for Python and torch. A CPU's allocator may add a third in a long run: it keeps what was freed."""
     with torch.device("meta"):
         N = sum(weight.numel() for weight in Llama(c).parameters())
     D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
@@ -79,7 +80,7 @@ def training_bytes(c, T, products, storage, ranks, recompute):
     layer = 4 * D + 2 * q + 2 * k + 2 * F               # numbers a token: norms, attention, SwiGLU
     kept = T * (L * D + layer if recompute else L * layer) + TokenLogprobs.LOGITS + V * D
     cast = 0 if products == storage else N / L if recompute or ranks > 1 else N
-    return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept)
+    return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept) + 4e8
 
 
 def load(args, rank_info, samples):
