@@ -5,7 +5,8 @@
     format_input, parse_verdict              the prompt, and its inverse: reading the verdicts
     Tokenizer                                tiktoken over a Hugging Face or Meta vocabulary
     read_records, encode_records             files -> records -> samples of token ids
-    pack                                     samples -> streams that never hold a prefix twice
+    pack, deal                               samples -> streams that never hold a prefix twice -> ranks
+    answer_logprobs                          what a model makes of them, with all ranks
 
 Simpler than elsewhere: one user turn and one answer; no system prompt; byte-level BPE only.
 """

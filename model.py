@@ -90,7 +90,7 @@ def all_sum(value, device):
     """The sum of a number or tensor over all ranks: a float, or a tensor in float64 on the CPU."""
     total = torch.as_tensor(value, dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
-        total = total.to(device)
+        total = total.to(device, copy=True)                # all_reduce writes into what it is given
         dist.all_reduce(total)
     return total.cpu() if total.dim() else total.item()
 
@@ -335,7 +335,8 @@ def token_logprobs(hidden, head, targets):
 # ------------------------------------------------------------------ the model
 
 def without_storing(f, *inputs):
-    """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again."""
+    """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again, up to the
+    last tensor that it needs: a product at the end of f is not made twice."""
     if torch.is_grad_enabled():
         return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
     return f(*inputs)

@@ -113,7 +113,7 @@ def main(argv=None):
             (part * ranks / count).backward()                # FSDP averages gradients over the ranks
             totals += seen
         norm = update(model, optimizer, lr)
-        loss, preference, accuracy, margin, won, lost = (all_sum(x, device) / count for x in totals)
+        loss, preference, accuracy, margin, won, lost = (all_sum(totals, device) / count).tolist()
         log(device, step=step, loss=loss, lr=lr, grad_norm=norm,
             tokens=sum(len(s.prompt) + len(a) for s in chosen for a in s.answers),
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),

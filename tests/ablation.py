@@ -49,8 +49,9 @@ import make_toy  # noqa: E402
 import mine_hard  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
-from data import (VERDICTS, Tokenizer, format_answers, gold_verdict, parse_records, parse_verdict,  # noqa: E402
-                  read_records, split_input)
+import traces  # noqa: E402
+from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict, read_records,  # noqa: E402
+                  split_input)
 from model import read_json, write_json  # noqa: E402
 
 VARIANTS = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8", "ensemble",
@@ -60,10 +61,6 @@ CONTRASTS = [("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"),
              ("hs_dpo_k8", "hs_dpo"), ("ensemble", "hs_dpo"), ("swapped", "hs_dpo")]
 DPO_LR = "3e-5"                     # as the demo; further SFT takes it too
 SOURCES = ["wildguard", "aegis", "beavertails", "toxicchat"]
-
-
-def labels_only(records):
-    return [{**r, "output": format_answers(**gold_verdict(r))} for r in records]
 
 
 def shuffled(by_source, seed):
@@ -143,7 +140,7 @@ class Cell:
         if name == "r_sft":
             return self.r_sft()
         if name.startswith("labels"):
-            return self.sft(name, labels_only(self.everything()), epochs=int(name[-2]) * self.args.epochs)
+            return self.sft(name, traces.labels_only(self.everything()), epochs=int(name[-2]) * self.args.epochs)
         if name == "shuffled":
             return self.sft(name, shuffled(self.train, self.seed))
         if name == "ensemble":

@@ -57,7 +57,7 @@ ITEMS = {                           # name: (function, what it needs); the impor
     "generate transformers sorted": (partial(peers.sample, sort=True), "peers"),
     "generate transformers at once": (partial(peers.sample, groups=(0,)), "peers"),
     "stops": (partial(sample, stops=True), "model"),
-    "stops transformers": (partial(peers.sample, sort=True, stops=True), "peers model"),
+    "stops transformers": (partial(peers.sample, groups=(4, 0), sort=True, stops=True), "peers model"),
     "attention": (attend, ""),
     "attention twin": (twin(attend), "cuda"),
     "attention varlen_attn": (partial(attend, prepare=peers.varlen), "peers cuda"),

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import HUMAN, INSTRUCTION, format_answers, parse_records, parse_verdict  # noqa: E402
+from data import HUMAN, INSTRUCTION, format_answers, gold_verdict, parse_records, parse_verdict  # noqa: E402
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
 from model import InputError, write_json  # noqa: E402
@@ -37,6 +37,11 @@ def right_traces(path, counts):
     return records
 
 
+def labels_only(records):
+    """The same records without reasoning: the output is the verdicts of the trace."""
+    return [{**r, "output": format_answers(**gold_verdict(r))} for r in records]
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("predictions", nargs="+", metavar="FILE", help="prediction files of a teacher")
@@ -50,9 +55,7 @@ def main(argv=None):
     records = {r["input"]: r for path in args.predictions for r in right_traces(path, counts)}
     records = [r for r in records.values() if len(r["input"]) + len(r["output"]) <= args.most_characters]
     random.Random(args.seed).shuffle(records)
-    if args.labels:
-        records = [{**r, "output": format_answers(**parse_verdict(r["output"]))} for r in records]
-    write_json(args.out, records[:args.limit])
+    write_json(args.out, (labels_only(records) if args.labels else records)[:args.limit])
     print(f"{args.out}: {len(records[:args.limit])} records; {dict(counts)}")
 
 
