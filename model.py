@@ -9,7 +9,7 @@ Part I is complete and readable alone.
     Llama                         the module, weights in and out
     draw_token, generate_plain    a sampler without a cache, the twin of the engine
 Part II holds fast twins; each names the plain function that it must equal.
-    RMSNormRows, BlockAttention   in plain products, with backward passes that keep little
+    BlockAttention                attention in plain products, block by block
     kernels                       attention and log-probabilities on CUDA, in Triton
     generate, generate_iter       paged key/value cache that shares prompts among samples
 
@@ -350,10 +350,10 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """rms_norm with its weight, by the leaner twin of part II: x (T, D) -> (T, D)."""
+    """rms_norm with its weight: x (T, D) -> (T, D)."""
 
     def forward(self, x):
-        return RMSNormRows.apply(x, self.weight, self.eps)
+        return without_storing(rms_norm, x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -589,26 +589,7 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
 
 # ================================================================== part II: the same, faster
 
-# ------------------------------------------------------------------ plain products, on any device
-
-class RMSNormRows(torch.autograd.Function):
-    """y = w u,  u = x r,  r = 1 / sqrt(mean(x^2) + eps);   with g = w dy:  dx = r (g - u mean(g u)),
-    dw = sum(dy u) over the rows. Only x and r are kept for it, and both passes are in float32."""
-
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        wide = full_precision(x)
-        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, w, r)
-        return w.to(x.dtype) * (x * r).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, r = ctx.saved_tensors
-        u, g = x * r, dy * full_precision(w.to(x.dtype))
-        dw = (dy * u).flatten(0, -2).sum(0)
-        return g.sub_(u * (g * u).mean(-1, keepdim=True)).mul_(r).to(x.dtype), dw.to(w.dtype), None
-
+# ------------------------------------------------------------------ attention in plain products, on any device
 
 ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
 
@@ -869,23 +850,19 @@ def row_gradients(Z, TARGET, TOTAL, GRAD, V):
 
 
 @jit
-def paged_attention(Q, K, V, START, FIRST, PAGE, LOW, HIGH, FILLED, OUT,
-                    R: constexpr, G: constexpr, E: constexpr, P: constexpr, M: constexpr):
-    # Engine.attend: program (job, key head g, M of the job's query heads, R for each of its rows b)
-    job, g, m = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
-    b, stop, j = tl.load(START + job) + m // R, tl.load(START + job + 1), tl.arange(0, P)
-    at = (b * G + g) * R + m % R                                           # q is (B G R, E) here
-    q = load_rows(Q, at, stop * G * R, 0, 1, E)
-    top, total = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32)
-    out = tl.zeros((M, E), tl.float32)
-    for n in range(tl.load(FIRST + job), tl.load(FIRST + job + 1)):        # pages: rows low .. high
-        page = tl.load(PAGE + n)
-        k = load_rows(K + page * (G * P * E), g * P + j, G * P, 0, 1, E)
-        v = load_rows(V + page * (G * P * E), g * P + j, G * P, 0, 1, E)
-        reads = (tl.load(LOW + page) <= b) & (b <= tl.load(HIGH + page))
-        s = scores(q, k, reads[:, None] & (j[None] < tl.load(FILLED + page)))
-        top, total, out = softmax_step(s, v, top, total, out)
-    store_rows(OUT, out / total[:, None], at, stop * G * R, 0, 1, E)
+def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: constexpr, M: constexpr):
+    # attend_pages: program (page and key head n, M of its W queries)
+    n, m, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, P)
+    row, stop = n * W + m, (n + 1) * W
+    q = load_rows(Q, row, stop, 0, 1, E)
+    k, v = load_rows(K, n * P + j, (n + 1) * P, 0, 1, E), load_rows(V, n * P + j, (n + 1) * P, 0, 1, E)
+    s = scores(q, k, (tl.load(BIAS + n // G * P + j) == 0)[None])          # (queries, keys)
+    top = tl.maximum(tl.max(s, 1), -1e30)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    store_rows(OUT, out, row, stop, 0, 1, E)
+    tl.store(LSE + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < stop)
 
 
 # ------------------------------------------------------------------ generation
@@ -906,6 +883,21 @@ class Job:
     count: int = 0                              # tokens drawn, in each row
 
 
+def attend_pages(q, k, v, bias):
+    """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -1e30 where no key is
+    -> lse = log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), of scores s = q k' / sqrt(E) + bias."""
+    (p, G, W, E), P = q.shape, k.shape[2]
+    if use_triton(q) and E in WIDTHS:
+        out, M = q.new_empty(q.shape, dtype=torch.float32), 16 if W <= 16 else 64
+        lse = out.new_empty(p, G, W)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        launch(page_kernel, (p * G, -(-W // M)), E, q, k, v, bias, out, lse, W, G, E, P, M)
+        return lse, out
+    s = ((q * E ** -0.5) @ k.mT).add_(bias[:, None, None])
+    weight = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32))
+    return s.amax(-1) - weight.amax(-1).log(), weight.to(v.dtype) @ v      # the largest weight = exp(max s - lse)
+
+
 class Engine:
     """Decodes many rows at once over a paged cache."""
     PAGE = 64           # keys a page
@@ -919,10 +911,10 @@ class Engine:
         self.R = c.num_attention_heads // self.G                # query heads that share a key
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, self.E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
-        self.v = torch.zeros_like(self.k)
-        zeros = partial(torch.zeros, dtype=torch.long, device=self.device)
-        self.filled, self.key = zeros(pages), zeros(max_rows)   # keys in a page; of a row, see row_key
-        self.history, self.stop = zeros(max_rows, max_new_tokens + self.POLL), self.ints(list(stop))
+        self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, self.E))
+        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -1e30 where no key is yet
+        self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # of each row, see row_key
+        self.history = self.key[:, None].repeat(1, max_new_tokens + self.POLL)
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
         self.common = self.take_pages(self.pages_for(len(instruction)), 0)
@@ -945,7 +937,7 @@ class Engine:
         """Claim n free pages: the lowest for a prompt (end 0), the highest for answers (end -1), so that the
         pages with several readers and those with one lie apart, and the ranges visited are short."""
         pages = [self.free_pages.pop(end) for _ in range(n)]
-        self.filled[pages] = 0
+        self.bias[pages] = -1e30
         return pages
 
     def free(self, rows):
@@ -1006,13 +998,12 @@ class Engine:
     # ---- the model, on the device
     def places(self, pages, n):
         """Where the n keys go that fill these pages: [(page, offset)]."""
-        P = self.PAGE
-        self.filled[pages] = self.ints([min(P, n - i) for i in range(0, n, P)])
-        return [(pages[i // P], i % P) for i in range(n)]
+        return [(page, offset) for page in pages for offset in range(self.PAGE)][:n]
 
     def read(self, tokens, end, places):
         """Hidden states of a forest after the instruction; its keys and values go to these places."""
         I, place = self.start, self.ints(places).T
+        self.bias[*place] = 0
         plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]), I, self.device)
 
         def attend(q, k, v, n):
@@ -1026,15 +1017,15 @@ class Engine:
 
     def prefill(self, jobs):
         """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""
-        tokens, end, places, rows = [], [], [], []
+        tokens, end, place, rows = [], [], [], []
         for job in jobs:
             rest, job.count = job.prompt[self.start:], 1
             tokens += rest
             end += [len(tokens)] * len(rest)
-            places += self.places(job.pages, len(rest))
+            place += self.places(job.pages, len(rest))
             rows += [(row, row_key(self.seed, job.prompt, sample), len(tokens) - 1, len(job.prompt))
                      for row, sample in job.rows.items()]
-        hidden = self.read(tokens, end, places)
+        hidden = self.read(tokens, end, place)
         rows, key, last, length = self.ints(rows).T
         self.key[rows], self.history[rows] = key, -1
         self.append(rows, hidden[last], length, 0)
@@ -1048,20 +1039,6 @@ class Engine:
         """Draw the next token of each row, its number `count` after a prompt of `length`: hidden (B, D)."""
         logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
         self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
-
-    def visits(self):
-        """What attend_triton reads: job n has the rows b = start[n] .. start[n + 1] of the batch, which read
-        the pages page[first[n]:first[n + 1]]; low .. high: the rows that read a page."""
-        start, first, visits, B = [0], [0], [], len(self.owned)
-        for job in self.jobs:
-            b, stop = start[-1], start[-1] + len(job.rows)
-            visits += [(page, 0, B) for page in self.common] + [(page, b, stop - 1) for page in job.pages]
-            visits += [(page, b, b) for b, row in enumerate(job.rows, b) for page in self.owned[row]]
-            start.append(stop)
-            first.append(len(visits))
-        start, first, page, *span = map(self.ints, (start, first, *zip(*visits)))
-        low, high = (torch.full_like(self.filled, B).index_copy_(0, page, x) for x in span)
-        return start, first, page, low, high
 
     def parts(self):
         """What `attend` reads: [(range of pages, readers (pages, w))] of instruction, prompts and answers,
@@ -1090,16 +1067,13 @@ class Engine:
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), own = self.ints(rows).T, [self.owned[row] for row, _, _ in rows]
         own = self.ints([pages + pages[-1:] * (max(map(len, own)) - len(pages)) for pages in own])
-        if use_triton(self.k) and self.E in WIDTHS:
-            attend = partial(self.attend_triton, reads=self.visits())
-        else:
-            parts, places = self.parts()
-            attend = partial(self.attend, parts=parts, places=places)
+        parts, places = self.parts()
         for _ in range(self.POLL):
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
-            self.filled[page] = offset + 1
-            attends = [partial(attend, n=n, place=(page, offset)) for n in range(len(self.k))]
+            self.bias[page, offset] = 0
+            attends = [partial(self.attend, n=n, place=(page, offset), parts=parts, places=places)
+                       for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
             count = count + 1
@@ -1108,30 +1082,17 @@ class Engine:
 
     def attend(self, q, k, v, n, place, parts, places):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
-        over each page, and then over pages, whose weights are softmax(lse), lse = log sum exp(scores)."""
+        over each page, and then over pages, whose weights are softmax(lse)."""
         self.store(n, k, v, place)
-        q = (q * self.E ** -0.5).unflatten(1, (self.G, self.R))                    # (B, G, R, E)
-        unread = torch.arange(self.PAGE, device=self.device) >= self.filled[:, None]
-        bias = full_precision(q.new_zeros(unread.shape)).masked_fill_(unread, -1e30)[:, None, None]
-        results = [(bias.new_full((self.R,), -math.inf), q.new_zeros(self.R, self.E))]
+        heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
+        results = [(self.nothing[:, 0] - math.inf, self.nothing)]
         for pages, readers in parts:                                               # p pages, w readers each
-            some = q[readers].transpose(1, 2).flatten(2, 3)                        # (p, G, w R, E)
-            s = full_precision(some @ self.k[n, pages].mT) + bias[pages]           # (p, G, w R, keys)
-            p = s.softmax(-1)
-            lse = s.amax(-1) - p.amax(-1).log()                                    # max p = exp(max s - lse)
-            results.append((lse.flatten(), (p.to(q.dtype) @ self.v[n, pages]).flatten(0, 2)))
+            some = heads[readers].transpose(1, 2).flatten(2, 3)                    # (p, G, w R, E)
+            lse, out = attend_pages(some, self.k[n, pages], self.v[n, pages], self.bias[pages])
+            results.append((lse.flatten(), out.flatten(0, 2)))
         lse, out = map(torch.cat, zip(*results))
         weight = lse[places].softmax(-1)                                           # (B G R, S)
-        out = F.embedding_bag(places, full_precision(out), mode="sum", per_sample_weights=weight)
-        return out.to(q.dtype).view(len(q), -1, self.E)                            # (B, H, E)
-
-    def attend_triton(self, q, k, v, n, place, reads):
-        """`attend` by the kernel."""
-        self.store(n, k, v, place)
-        out, M = torch.empty_like(q), 16 if self.width * self.R <= 16 else 64
-        launch(paged_attention, (len(self.jobs), self.G, -(-self.width * self.R // M)), self.E, q, self.k[n],
-               self.v[n], *reads, self.filled, out, self.R, self.G, self.E, self.PAGE, M)
-        return out
+        return F.embedding_bag(places, out, mode="sum", per_sample_weights=weight).view_as(q).to(q.dtype)
 
 
 def common_prefix(sequences):

@@ -910,16 +910,17 @@ def _(rng):
         close(a, b, f"gradient of {name}", 1e-5)
 
 
-@case("paged_attention")
+@case("page_kernel")
 def _(rng):
-    import model
-    size = config(head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
-    llama = model.Llama.random(size, int(rng.integers(10 ** 6)), 0.2)
-    prompts = [[1, 2, 3] + rng.integers(0, 61, n).tolist() for n in (2, 70)]
-    answers = {}
-    for model.KERNELS in ("torch", "triton"):
-        answers[model.KERNELS] = model.generate(llama, prompts, k=2, max_new_tokens=6)
-    holds(answers["triton"] == answers["torch"], f"other tokens than without kernels: {answers}")
+    from model import attend_pages
+    for W in (1, int(rng.integers(2, 16)), 70):                               # queries of a page
+        q, k, v = (tensor(rng, 3, 2, n, 16).float() for n in (W, 64, 64))
+        filled = torch.tensor([1, 64, int(rng.integers(2, 64))])
+        lse, out = attend_pages(q, k, v, torch.where(torch.arange(64) < filled[:, None], 0, -1e30).float())
+        for p, n in enumerate(filled):
+            s = q[p].double() @ k[p, :, :n].double().mT / 4
+            close(lse[p], s.logsumexp(-1), f"log sum exp of {n} keys", 1e-5)
+            close(out[p], s.softmax(-1) @ v[p, :, :n].double(), f"attention to {n} keys", 1e-5)
 
 
 # ------------------------------------------------------------------ plausible mistakes

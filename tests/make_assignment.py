@@ -39,7 +39,7 @@ SETS = {
         "honest sentence on what they show."),
     5: ("Kernels (voluntary)", 15,
         "set 2; a first look at Triton's tutorials; no GPU is needed, an interpreter runs them",
-        "part II of model.py down to `paged_attention`; each kernel names its twin in part I",
+        "part II of model.py down to `page_kernel`; each kernel names its twin in part I",
         "On a GPU: time `attention` with and without the kernel for sequences of 512, 2048 and 8192 tokens."),
 }
 
@@ -103,7 +103,7 @@ EXERCISES = [Exercise(*row) for row in [
      ("tree_forward", "tree_backward_kv")),
     ("tree_backward_kv", M, 5, 6, "test_kernels.py", "check_tree_attention and (packed or pairs)",
      ("tree_forward", "tree_backward_q")),
-    ("paged_attention", M, 5, 8, "test_kernels.py", "check_paged_attention and lengths1"),
+    ("page_kernel", M, 5, 6, "test_kernels.py", "check_attend_pages"),
 ]]
 
 # ------------------------------------------------------------------ source text

@@ -17,7 +17,7 @@ import torch
 from conftest import CONFIG, tiny_samples
 
 import model
-from model import (Engine, Llama, attention, attention_by_mask, attention_triton, generate, token_logprobs, tree_plan)
+from model import (Llama, attend_pages, attention, attention_by_mask, attention_triton, generate, token_logprobs, tree_plan)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter multiplies bf16 wrongly
@@ -101,22 +101,28 @@ def check_token_logprobs(V, dtype, monkeypatch):
     assert none.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("W", [1, 9, 16, 17, 64, 65])                           # tiles hold 16 or 64 queries
+def check_attend_pages(W, dtype):
+    rng, filled = torch.Generator().manual_seed(W), torch.tensor([1, 7, 63, 64])
+    q, k, v = (torch.randn(4, 2, n, 16, generator=rng).to(DEVICE, dtype) for n in (W, 64, 64))
+    bias = torch.where(torch.arange(64) < filled[:, None], 0, -1e30).to(q)
+    lse, out = attend_pages(q, k, v, bias)
+    for p, n in enumerate(filled.tolist()):
+        s = q[p].double() @ k[p, :, :n].double().mT / 4
+        assert error(lse[p], s.logsumexp(-1)) < 1e-5
+        assert error(out[p], s.softmax(-1) @ v[p, :, :n].double()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("H, G, k, lengths", [(6, 2, 3, (1, 70)), (4, 4, 1, (3, 64)), (3, 1, 23, (5,))])
-def check_paged_attention(H, G, k, lengths, monkeypatch):
-    differences = []
-
-    class Both(Engine):
-        def attend_triton(self, q, k, v, n, place, reads):
-            got, want = super().attend_triton(q, k, v, n, place, reads), self.attend(q, k, v, n, place, *self.parts())
-            differences.append(error(got, want.double()))
-            return want
-
+def check_generate(H, G, k, lengths, monkeypatch):
     config = replace(CONFIG, head_dim=16, num_attention_heads=H, num_key_value_heads=G, num_hidden_layers=1)
     model_ = Llama.random(config, std=0.1).to(DEVICE)
-    prompts = [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in lengths])]
-    monkeypatch.setattr("model.Engine", Both)
-    generate(model_, prompts, k, max_new_tokens=6, stop=list(range(25)))        # some siblings end early
-    assert len(differences) >= 4 and max(differences) < 1e-5
+    prompts, answers = [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in lengths])], {}
+    for kernels in ("torch", "triton"):
+        monkeypatch.setattr("model.KERNELS", kernels)
+        answers[kernels] = generate(model_, prompts, k, max_new_tokens=6, stop=list(range(25)))  # some end early
+    assert answers["triton"] == answers["torch"]
 
 
 # ------------------------------------------------------------------ compilation, without a GPU

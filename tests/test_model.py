@@ -12,7 +12,7 @@ from make_golden import CONFIGS, QUESTIONS, ROWS, TOKENS, random_weights
 from safetensors.torch import save_file
 
 from data import Tokenizer, pack
-from model import (InputError, Llama, LlamaConfig, RMSNormRows, apply_rope, attention, attention_by_mask, common_prefix,
+from model import (InputError, Llama, LlamaConfig, RMSNorm, apply_rope, attention, attention_by_mask, common_prefix,
                    draw_token, generate, generate_plain, rms_norm, rope_frequencies, rope_tables, row_blocks, row_key,
                    token_logprobs, tree_plan, uniform)
 
@@ -80,9 +80,10 @@ def test_rms_norm_by_hand():
     # mean of squares of (3, 4) is 12.5, so (3, 4) / 3.5355 = (0.8485, 1.1314), times weights (1, 10)
     y = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 0.0)
     assert torch.allclose(y, torch.tensor([0.848528, 11.313708]))
-    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
-    assert torch.allclose(RMSNormRows.apply(x, w, 0.1), rms_norm(x, w, 0.1), atol=1e-12)      # its fast twin
-    assert torch.autograd.gradcheck(lambda x, w: RMSNormRows.apply(x, w, 0.1), (x, w))
+    x, norm = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), RMSNorm(5, 0.1).double()
+    norm.weight.data.normal_()
+    assert torch.allclose(norm(x), rms_norm(x, norm.weight, 0.1), atol=1e-12)
+    assert torch.autograd.gradcheck(norm, (x,))                 # though nothing is kept but x
 
 
 def test_rope_pairs_the_halves_of_a_head():
