@@ -17,6 +17,7 @@ Shape letters, the same everywhere: T tokens of a stream, N scored tokens, D wid
 G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded.
 """
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
@@ -83,6 +84,7 @@ def join_ranks(name=None):
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=2))            # some ranks mine for longer
+        atexit.register(dist.destroy_process_group)
     return device, dist.get_rank() if ranks > 1 else 0, ranks
 
 
@@ -277,10 +279,10 @@ def attention_by_mask(q, k, v, plan):
 
 
 def attention(q, k, v, plan):
-    """What attention_by_mask computes, by one of its fast twins in part II, which leave out what is hidden.
-    q holds the rows from plan.skip on (a prompt after a cached instruction)."""
-    fast = use_triton(q) and q.shape[-1] in WIDTHS
-    return (attention_triton if fast else attention_in_blocks)(q, k, v, plan)
+    """What attention_by_mask computes, by one of its fast twins in part II, which leave out what is hidden:
+    q (T - skip, H, E) holds the rows from plan.skip on (a prompt after a cached instruction)."""
+    fast = TreeAttention if use_triton(q) and q.shape[-1] in WIDTHS else BlockAttention
+    return fast.apply(q, k, v, plan)
 
 
 # ------------------------------------------------------------------ log-probabilities
@@ -657,9 +659,6 @@ class BlockAttention(torch.autograd.Function):
         return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
 
 
-attention_in_blocks = BlockAttention.apply  # (q, k, v, plan): q (T - skip, H, E), k and v (T, G, E) -> as q
-
-
 # ------------------------------------------------------------------ kernels
 #
 # A kernel says what one program does with a tile of rows; the grid says how many programs run. Sums are
@@ -820,9 +819,6 @@ class TreeAttention(torch.autograd.Function):
         dk, dv = q.new_empty(2, T, H, E, dtype=torch.float32)
         launch(tree_backward_kv, (-(-T // B), H), E, q, k, v, do, lse, delta, dk, dv, end, *ctx.sizes)
         return dq, *(x.view(T, G, -1, E).sum(2).to(k.dtype) for x in (dk, dv)), None
-
-
-attention_triton = TreeAttention.apply      # (q, k, v, plan): q (N, H, E), k and v (T, G, E) -> (N, H, E)
 
 
 @jit
@@ -1002,12 +998,12 @@ class Engine:
 
     def read(self, tokens, end, places):
         """Hidden states of a forest after the instruction; its keys and values go to these places."""
-        I, place = self.start, self.ints(places).T
-        self.bias[*place] = 0
+        I, (page, offset) = self.start, self.ints(places).T
+        self.bias[page, offset] = 0
         plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]), I, self.device)
 
         def attend(q, k, v, n):
-            self.store(n, k, v, place)
+            self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
             before = (x[n, self.common].transpose(1, 2).flatten(0, 1)[:I] for x in (self.k, self.v))
             k, v = (torch.cat(both) for both in zip(before, (k, v)))
             return attention(q, k, v, plan)
@@ -1029,11 +1025,6 @@ class Engine:
         rows, key, last, length = self.ints(rows).T
         self.key[rows], self.history[rows] = key, -1
         self.append(rows, hidden[last], length, 0)
-
-    def store(self, n, k, v, place):
-        """Write keys and values (T, G, E) of layer n to their places in the cache, (page, offset)."""
-        page, offset = place
-        self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
 
     def append(self, rows, hidden, length, count):
         """Draw the next token of each row, its number `count` after a prompt of `length`: hidden (B, D)."""
@@ -1083,7 +1074,8 @@ class Engine:
     def attend(self, q, k, v, n, place, parts, places):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
         over each page, and then over pages, whose weights are softmax(lse)."""
-        self.store(n, k, v, place)
+        page, offset = place                                                       # of the new keys
+        self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
         results = [(self.nothing[:, 0] - math.inf, self.nothing)]
         for pages, readers in parts:                                               # p pages, w readers each

@@ -11,12 +11,12 @@ is the model we start from; its log-probabilities are computed once, before the 
 second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
 """
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from data import Tokenizer, answer_logprobs, deal, encode_records, pack, read_arguments, read_records
-from model import InputError, all_sum, at_least, join_ranks, read_json, write_json
+from model import InputError, all_sum, at_least, join_ranks
 from train_sft import common_arguments, load, lr_at, make_optimizer, run_steps, start_run, update
 
 
@@ -49,24 +49,10 @@ def pairs_loss(logprobs, answer, samples, reference, weight, args):
 
 
 def reference_logprobs(model, samples, args, rank_info):
-    """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected."""
+    """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected. A run that is resumed computes
+    them again: it starts from the same model before it loads its checkpoint."""
     packs = pack(samples, args.max_tokens, not args.no_share)
     return answer_logprobs(model, packs, 2 * len(samples), rank_info).view(-1, 2)
-
-
-def kept_reference(model, samples, args, rank_info):
-    """reference_logprobs, computed once and kept in OUT/reference.json for a resumed run."""
-    path = Path(args.out) / "reference.json"
-    if args.resume and path.exists():
-        kept = read_json(path)
-        if len(kept) != len(samples):
-            raise InputError(f"{path}: holds {len(kept)} pairs, --data has {len(samples)}; "
-                             "resume with the same data")
-        return torch.tensor(kept, dtype=torch.float64)
-    reference = reference_logprobs(model, samples, args, rank_info)
-    if rank_info[1] == 0:
-        write_json(path, reference.tolist())
-    return reference
 
 
 def parse_arguments(argv):
@@ -86,7 +72,6 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    checkpoint = start_run(args)
     rank_info = device, rank, ranks = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     fields = ("instruction", "input", "chosen", "rejected")
@@ -98,9 +83,10 @@ def main(argv=None):
     weights = torch.tensor(weights, dtype=torch.float64)
     if not samples:
         raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
+    checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights
-    reference = kept_reference(model, samples, args, rank_info)
+    reference = reference_logprobs(model, samples, args, rank_info)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
     for step, steps, batch, log in left:
         lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]

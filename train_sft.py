@@ -161,6 +161,8 @@ def checkpoints(out):
 
 def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
+    if hasattr(model, "reshard"):                       # FSDP: a forward pass leaves the head whole
+        model.reshard()
     weights = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
     states.set_model_state_dict(model, weights, options=FULL)
     state = states.get_optimizer_state_dict(model, optimizer)               # (FULL tells rank 0 alone)
@@ -205,14 +207,14 @@ class Log:
                   end="\n" if keep else "\r", flush=True)
 
 
-def start_run(args):
+def start_run(args, samples):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
-    log = Path(args.out) / "metrics.jsonl"
+    log, args.samples = Path(args.out) / "metrics.jsonl", len(samples)
     if not args.resume and log.exists():
         raise InputError(f"{args.out}: already holds a run; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
-    old = next(parse_records(log))[1] if checkpoint and log.exists() else vars(args)
-    for name in ("model", "data", "limit", "batch_size", "max_length", "seed"):
+    old = next(parse_records(log))[1] if log.exists() else vars(args)
+    for name in ("model", "data", "samples", "limit", "batch_size", "max_length", "seed"):
         if old.get(name) != getattr(args, name):
             raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
                              f"{getattr(args, name)!r}; choose another --out")
@@ -267,7 +269,6 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    checkpoint = start_run(args)
     rank_info = device, rank, ranks = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     records = [record for path in args.data for record in read_records(path)][:args.limit]
@@ -276,6 +277,7 @@ def main(argv=None):
     held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
     if not samples:
         raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
+    checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)

@@ -898,11 +898,11 @@ def _(rng):
 
 @case("softmax_step", "tree_forward", "tree_backward_q", "tree_backward_kv")
 def _(rng):
-    from model import attention_by_mask, attention_triton, tree_plan
+    from model import attention_by_mask, TreeAttention, tree_plan
     end = forest(rng, 0, int(rng.integers(34, 60)))                           # a block is 32 rows here
     T, plan = len(end), tree_plan(torch.tensor(end))
     q, k, v, g = (tensor(rng, T, heads, 16).float().requires_grad_() for heads in (2, 1, 1, 2))
-    got = attention_triton(q, k, v, plan)
+    got = TreeAttention.apply(q, k, v, plan)
     close(got, attend_by_hand(q, k, v, end), "attention", 1e-5)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     want = torch.autograd.grad(attention_by_mask(*exact, plan), exact, g.detach().double())

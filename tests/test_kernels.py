@@ -17,7 +17,7 @@ import torch
 from conftest import CONFIG, tiny_samples
 
 import model
-from model import (Llama, attend_pages, attention, attention_by_mask, attention_triton, generate, token_logprobs, tree_plan)
+from model import (Llama, TreeAttention, attend_pages, attention, attention_by_mask, generate, token_logprobs, tree_plan)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter multiplies bf16 wrongly
@@ -86,7 +86,7 @@ def check_tree_attention(name, dtype):
         exact = lambda q, k, v: attention_by_mask(torch.cat([q.new_zeros(T - N, H, E), q]), k, v, plan)[T - N:]
         judge(lambda *x: attention(*x, plan), exact, (q, k, v), dtype)
     q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
-    assert torch.equal(attention(q, k, v, plan), attention_triton(q, k, v, plan))   # the switch chose the kernel
+    assert torch.equal(attention(q, k, v, plan), TreeAttention.apply(q, k, v, plan))   # the switch chose the kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +134,7 @@ def launches(dtype, E):
     model.launch = lambda kernel, grid, width, *args: made.append((kernel, args, min(8, max(4, width // 16))))
     model.use_triton = lambda x: True
     q, k, v = (torch.zeros(64, heads, E, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
-    attention_triton(q, k, v, tree_plan(torch.full((64,), 64))).sum().backward()
+    TreeAttention.apply(q, k, v, tree_plan(torch.full((64,), 64))).sum().backward()
     head = torch.zeros(128, 16, dtype=dtype, requires_grad=True)
     token_logprobs(head[:8], head, torch.zeros(8, dtype=torch.long)).sum().backward()
     config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
