@@ -25,8 +25,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import (KERNELS, InputError, all_sum, at_least, choose_kernels, common_prefix, read_json,
-                   write_json, write_whole)
+from model import (KERNELS, InputError, all_sum, at_least, choose_kernels, common_prefix, parse_json, read_json,
+                   read_text, write_json, write_whole)
 
 # ------------------------------------------------------------------ the prompt and its verdicts
 
@@ -232,7 +232,7 @@ def read_tokenizer_model(path):
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    says = template.read_text(encoding="utf-8") if template.exists() else ""
+    says = read_text(template) if template.exists() else ""
     if not says and config.exists():
         says = str(read_json(config).get("chat_template") or "")
     known = says or special
@@ -263,27 +263,17 @@ def read_records(path, fields=("instruction", "input", "output")):
 
 def parse_records(path):
     """Yield ("record 3" or "line 3", value) of a JSON array or JSON-lines file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        array = json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8 text: {error}"
-        raise InputError(f"{path}: cannot read: {reason}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if array is None:
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
         return parse_lines(path, text.split("\n"))
-    return ((f"record {i}", record) for i, record in enumerate(array, 1))
+    return ((f"record {i}", record) for i, record in enumerate(parse_json(path, text), 1))
 
 
 def parse_lines(path, lines):
     """Yield ("line 3", value) of lines of JSON, without the empty ones."""
     for i, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                yield f"line {i}", json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {i} is not valid JSON: {error}") from None
+            yield f"line {i}", parse_json(f"{path}: line {i}", line)
 
 
 @dataclass

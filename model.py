@@ -23,11 +23,9 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
-from itertools import accumulate
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -130,14 +128,25 @@ def write_json(path, value):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path):
-    """Parse a JSON file; InputError names the file and the place of a mistake."""
+def read_text(path):
+    """The text of a UTF-8 file; InputError where there is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from None
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or f'not UTF-8: {error}'}") from None
+
+
+def parse_json(place, text):
+    """The value of a JSON text; InputError names its place (a file, or a line of it) and the mistake."""
+    try:
+        return json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+        raise InputError(f"{place} is not valid JSON: {error}") from None
+
+
+def read_json(path):
+    """The value in a JSON file."""
+    return parse_json(path, read_text(path))
 
 
 # ------------------------------------------------------------------ configuration
@@ -241,13 +250,12 @@ def apply_rope(x, cos, sin):
 
 # ------------------------------------------------------------------ the prefix tree
 
-@dataclass
+@dataclass(eq=False)                # a plan equals only itself, so that row_blocks and tree_tiles know it again
 class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
     skip: int                   # so many first tokens are keys only: their rows ask for nothing
-    visits: dict = field(default_factory=dict)      # what the fast twins visit, see row_blocks and tree_tiles
 
 
 def tree_plan(end, skip=0, device=None):
@@ -487,24 +495,13 @@ class Llama(nn.Module):
         model.load_state_dict(found, assign=True)
         return model
 
-    def save_pretrained(self, folder, dtype=None, state=None, shard_bytes=5 * 10 ** 9):
-        """Write config.json and safetensors that transformers and vLLM load; dtype: default config's.
+    def save_pretrained(self, folder, dtype=None, state=None):
+        """Write config.json and model.safetensors for transformers and vLLM; dtype: default config's.
         state: the weights to write where `self` holds only a part of them (see train_sft.save)."""
-        dtype, folder, shards = dtype or getattr(torch, self.config.torch_dtype), Path(folder), [{}]
-        nbytes = lambda shard: sum(tensor.nbytes for tensor in shard.values())
-        for name, tensor in (state or self.state_dict()).items():
-            tensor = tensor.detach().to("cpu", dtype).contiguous()
-            if shards[-1] and nbytes(shards[-1]) + tensor.nbytes > shard_bytes:
-                shards.append({})
-            shards[-1][name] = tensor
-        n, where = len(shards), {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
-            write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
-            where.update(dict.fromkeys(shard, file))
-        if n > 1:
-            index = {"metadata": {"total_size": sum(map(nbytes, shards))}, "weight_map": where}
-            write_json(folder / "model.safetensors.index.json", index)
+        folder, dtype = Path(folder), dtype or getattr(torch, self.config.torch_dtype)
+        state = {name: tensor.detach().to("cpu", dtype).contiguous()
+                 for name, tensor in (state or self.state_dict()).items()}
+        write_whole(folder / "model.safetensors", partial(save_file, state, metadata={"format": "pt"}))
         write_json(folder / "config.json", self.config.to_json())
 
 
@@ -596,21 +593,21 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
 ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
 
 
+@lru_cache(1)
 def row_blocks(plan):
     """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them sees,
     and hidden (n, h) says which of the last h keys a row does not see: the others, all rows see."""
-    if "blocks" not in plan.visits:
-        T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
-        blocks = plan.visits["blocks"] = []
-        while start < T:                                       # stops where a subtree does: siblings apart
-            stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
-            j = torch.arange(stop)[end[:stop] > start]
-            seen = (j <= start) & (end[j] >= stop)             # by all rows of the block
-            keys, some, i = torch.cat([j[seen], j[~seen]]), j[~seen], torch.arange(start, stop)[:, None]
-            hidden, rows = (some > i) | (i >= end[some]), slice(start - plan.skip, stop - plan.skip)
-            blocks.append((rows, keys.to(plan.position.device), hidden.to(plan.position.device)))
-            start = stop
-    return plan.visits["blocks"]
+    T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
+    blocks = []
+    while start < T:                                           # stops where a subtree does: siblings apart
+        stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
+        j = torch.arange(stop)[end[:stop] > start]
+        seen = (j <= start) & (end[j] >= stop)                 # by all rows of the block
+        keys, some, i = torch.cat([j[seen], j[~seen]]), j[~seen], torch.arange(start, stop)[:, None]
+        hidden, rows = (some > i) | (i >= end[some]), slice(start - plan.skip, stop - plan.skip)
+        blocks.append((rows, keys.to(plan.position.device), hidden.to(plan.position.device)))
+        start = stop
+    return blocks
 
 
 class BlockAttention(torch.autograd.Function):
@@ -715,19 +712,10 @@ def scores(q, k, sees):
 
 
 @jit
-def softmax_step(s, v, top, total, out):
-    """Add keys of scores s (rows, keys) and values v to a softmax under way: top is the largest score so
-    far, total = sum 2^(s - top), out = sum 2^(s - top) v   (Milakov & Gimelshein 2018)"""
-    new = tl.maximum(top, tl.max(s, 1))
-    p, old = tl.exp2(s - new[:, None]), tl.exp2(top - new)
-    out = tl.dot(p.to(v.dtype), v, out * old[:, None], input_precision="ieee")
-    return new, total * old + tl.sum(p, 1), out
-
-
-@jit
 def tree_forward(Q, K, V, OUT, LSE, END, FIRST, BLOCKS, N, T,
                  H: constexpr, G: constexpr, E: constexpr, B: constexpr):
-    # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row block a, head h)
+    # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row block a, head h). Of the keys so far:
+    # top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v   (Milakov & Gimelshein 2018)
     a, h = tl.program_id(0), tl.program_id(1)
     row = a * B + tl.arange(0, B)                       # in q, which holds the last N of T rows
     i, q = (row + T - N)[:, None], load_rows(Q, row, N, h, H, E)
@@ -737,7 +725,10 @@ def tree_forward(Q, K, V, OUT, LSE, END, FIRST, BLOCKS, N, T,
         j = tl.load(BLOCKS + n) * B + tl.arange(0, B)
         k, v = load_rows(K, j, T, h * G // H, G, E), load_rows(V, j, T, h * G // H, G, E)
         s = scores(q, k, (j[None] <= i) & (i < tl.load(END + j)[None]))           # (rows, keys)
-        top, total, out = softmax_step(s, v, top, total, out)
+        new = tl.maximum(top, tl.max(s, 1))
+        p, old = tl.exp2(s - new[:, None]), tl.exp2(top - new)
+        out = tl.dot(p.to(v.dtype), v, out * old[:, None], input_precision="ieee")
+        top, total = new, total * old + tl.sum(p, 1)
     store_rows(OUT, out / total[:, None], row, N, h, H, E)
     tl.store(LSE + h * N + row, top + tl.log2(total), mask=row < N)
 
@@ -783,16 +774,15 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
     store_rows(DV, dv, j, T, h, H, E)
 
 
+@lru_cache(1)
 def tree_tiles(plan, B):
     """Where rows look, in blocks of B: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
-    if B not in plan.visits:
-        T = len(plan.end)
-        end = F.pad(plan.end, (0, -T % B))                                 # whole blocks
-        row = torch.arange(plan.skip, T, B)[:, None]                       # first of each row block
-        sees = (torch.arange(0, T, B) < row + B) & (row < end.view(-1, B).amax(1))     # (row, key blocks)
-        first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
-        plan.visits[B] = [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
-    return plan.visits[B]
+    T = len(plan.end)
+    end = F.pad(plan.end, (0, -T % B))                                     # whole blocks
+    row = torch.arange(plan.skip, T, B)[:, None]                           # first of each row block
+    sees = (torch.arange(0, T, B) < row + B) & (row < end.view(-1, B).amax(1))         # (row, key blocks)
+    first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
+    return [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
 
 
 class TreeAttention(torch.autograd.Function):
@@ -952,11 +942,11 @@ class Engine:
         return len(self.free_rows) >= len(job.samples) and len(self.free_pages) >= need
 
     def start_some(self, waiting):
-        """Move jobs from the queue into the cache, as many as fit, and draw their first tokens."""
-        while waiting and self.fits(waiting[0]):
+        """Move jobs from the stack into the cache, as many as fit, and draw their first tokens."""
+        while waiting and self.fits(waiting[-1]):
             jobs, tokens = [], 0
-            while waiting and self.fits(waiting[0]) and tokens < self.PREFILL:
-                jobs.append(job := waiting.popleft())
+            while waiting and self.fits(waiting[-1]) and tokens < self.PREFILL:
+                jobs.append(job := waiting.pop())
                 n = len(job.prompt) - self.start
                 job.rows = {self.free_rows.pop(): sample for sample in job.samples}
                 job.pages = self.take_pages(self.pages_for(n), 0)
@@ -1123,10 +1113,10 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     draw = partial(draw_token, temperature=temperature, top_p=top_p)
     pages = min(pages, common + sum(most))
     engine = Engine(model, prompts[0][:start], width, max_rows, pages, max_new_tokens, stop, seed, draw)
-    waiting, answers = deque(jobs), [{} for _ in prompts]
+    waiting, answers = jobs[::-1], [{} for _ in prompts]                           # the next job on top
     while waiting or engine.jobs:
         engine.start_some(waiting)
-        waiting.extendleft(engine.reserve())
+        waiting += engine.reserve()
         engine.decode()
         for number, sample, ids in engine.finish():
             answers[number][sample] = ids

@@ -247,12 +247,6 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
 # ---- end of the plumbing ----
 
 
-def evaluate(model, samples, args, rank_info):
-    """Mean -log p over the answer tokens of held-out samples."""
-    total = answer_logprobs(model, pack(samples, args.max_tokens), len(samples), rank_info).sum().item()
-    return -total / sum(len(s.answers[0]) for s in samples)
-
-
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
@@ -295,7 +289,8 @@ def main(argv=None):
                    tokens=sum(len(s.prompt) + len(s.answers[0]) for s in chosen),
                    computed=int(all_sum(sum(len(p.tokens) for p in packs), device)), loss_tokens=count)
         if held_out and (step % epoch == 0 or step == steps):
-            row["eval_loss"] = evaluate(model, held_out, args, rank_info)
+            total = answer_logprobs(model, pack(held_out, args.max_tokens), len(held_out), rank_info).sum()
+            row["eval_loss"] = sft_loss(total, sum(len(s.answers[0]) for s in held_out)).item()
         log(device, **row)
 
 

@@ -96,7 +96,6 @@ EXERCISES = [Exercise(*row) for row in [
 
     ("row_totals", M, 5, 4, "test_kernels.py", "check_token_logprobs and 4097"),
     ("row_gradients", M, 5, 3, "test_kernels.py", "check_token_logprobs and 4097"),
-    ("softmax_step", M, 5, 3, "test_kernels.py", "check_tree_attention and (packed or pairs)"),
     ("tree_forward", M, 5, 6, "test_kernels.py", "check_tree_attention and (packed or pairs)",
      ("tree_backward_q", "tree_backward_kv")),
     ("tree_backward_q", M, 5, 6, "test_kernels.py", "check_tree_attention and (packed or pairs)",

@@ -118,7 +118,7 @@ FILES = [
     ("model/config.json", config(intermediate_size=48), "sft", "model.safetensors: tensor .*mlp.* has shape .* config.json says"),
     ("model/config.json", config(num_hidden_layers=3), "dpo", "9 tensors are missing, the first is model.layers.2"),
     ("model/config.json", config(tie_word_embeddings=False), "sft", "1 tensors are missing, the first is lm_head.weight"),
-    ("model/config.json", text(b"\xff\xfe{}"), "sft", "config.json: not valid JSON: 'utf-8'"),
+    ("model/config.json", text(b"\xff\xfe{}"), "sft", "config.json: cannot read: not UTF-8"),
     ("model/config.json", without_tokens, "sft", "model: the tokenizer has more tokens than config.json says"),
     ("model/model.safetensors", tensors(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": w["model.norm.weight"].clone()})), "sft",
      "tensor model.layers.0.self_attn.q_proj.bias is not part of a LLaMA"),
@@ -128,7 +128,7 @@ FILES = [
     ("model/model.safetensors", text(POINTER), "sft", "model.safetensors: damaged or cut short .* fetch"),
     ("model/model.safetensors", text(""), "dpo", "model.safetensors: damaged or cut short"),
     ("model/tokenizer.json", move("vocab.json"), "sft", "neither tokenizer.json nor tokenizer.model"),
-    ("model/tokenizer.json", text(POINTER), "mine", "tokenizer.json: not valid JSON"),
+    ("model/tokenizer.json", text(POINTER), "mine", "tokenizer.json is not valid JSON"),
     ("model/tokenizer.json", text('{"model": {"type": "Unigram", "vocab": []}}'), "sft", "tokenizer.json: only byte-level BPE"),
     ("model/tokenizer.json", move("tokenizer.model"), "sft", "tokenizer.model: not a Llama 3 tokenizer.model"),
     ("records.jsonl", text('[{"instruction": "caf\xe9"}]'.encode("latin-1")), "sft", "records.jsonl: cannot read: not UTF-8"),
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch
 @pytest.mark.parametrize("file, spoil, says", [
     ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors: damaged or cut short"),
     ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors: no such file"),
-    ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json: not valid JSON")])
+    ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON")])
 def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, says):
     spoil(interrupted(place, monkeypatch) / file)
     assert says in fails(capsys, run, place, "sft", "--resume", "--batch-size", 2)

@@ -155,11 +155,11 @@ GOOD = '{"instruction": "i", "input": "x", "output": "y"}'
 
 @pytest.mark.parametrize("text, says", [
     ("", "no usable record"), ("[]", "no usable record"), (GOOD + "\nnope", "line 2 is not valid JSON"),
-    ("[" + GOOD + ", 3]", "record 2 is not a JSON object"), ("[" + GOOD, "not valid JSON"),
+    ("[" + GOOD + ", 3]", "record 2 is not a JSON object"), ("[" + GOOD, "is not valid JSON"),
     (GOOD + '\n{"instruction": "i", "input": "x"}', "line 2 has no text in field 'output'"),
     ('{"instruction": "i", "input": 3, "output": "y"}', "line 1 has no text in field 'input'")])
 def test_bad_records_name_file_and_place(tmp_path, text, says):
-    with pytest.raises(InputError, match=f"bad.json: .*{says}"):
+    with pytest.raises(InputError, match=f"bad.json.*{says}"):
         read_records(write(tmp_path / "bad.json", text))
 
 
