@@ -25,11 +25,10 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import (KERNELS, InputError, all_sum, at_least, choose_kernels, common_prefix, parse_json, read_json,
-                   read_text, write_json, write_whole)
+from model import (KERNELS, InputError, all_sum, at_least, choose_kernels, common_prefix, parse_json,
+                   read_json, read_text, write_json, write_whole)
 
 # ------------------------------------------------------------------ the prompt and its verdicts
-
 # 490 characters, byte for byte as the released models learned it: spaces before newlines, the last newline
 INSTRUCTION = """\
 You are a classifier for analyzing interactions between humans and AI.\x20
@@ -48,11 +47,9 @@ VERDICTS = {"request": ("harmful", "unharmful"),           # task 1: (positive c
             "response": ("harmful", "unharmful")}          # task 3
 HUMAN, ASSISTANT = "Human user:\n", "\n\nAI assistant:\n"
 
-
 def format_input(prompt, response=None):
     """The exchange as the paper writes it; a missing response is the word None."""
     return f"{HUMAN}{prompt}{ASSISTANT}{'None' if response is None else response}\n\n"
-
 
 def split_input(text):
     """(prompt, response or None) of a formatted input; a marker typed into the request stays part of it."""
@@ -60,7 +57,6 @@ def split_input(text):
     if not found or not prompt.startswith(HUMAN):
         return text, None
     return prompt.removeprefix(HUMAN), None if response == "None" else response
-
 
 def parse_verdict(text):
     """The verdicts of a generated text: {"request", "completion", "response"}, None where absent: those of
@@ -73,11 +69,9 @@ def parse_verdict(text):
         verdict[name] = word if word in words else None
     return verdict
 
-
 def format_answers(request=None, completion=None, response=None):
     """The closing block that parse_verdict reads back; a missing verdict is the word None."""
     return f"Answers: \nRequest: {request}\nCompletion: {completion}\nResponse: {response}"
-
 
 def gold_verdict(record):
     """The labels of a record: those in its `output`, which is a reasoning trace, a block or one word.
@@ -88,9 +82,7 @@ def gold_verdict(record):
     field = "request" if split_input(record["input"])[1] is None else "response"
     return {**dict.fromkeys(VERDICTS), "completion" if word in VERDICTS["completion"] else field: word}
 
-
 # ------------------------------------------------------------------ tokenizer
-
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after every digit was split off: a digit ends a run of spaces as the end of text does
 DIGIT_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -108,19 +100,16 @@ FORMATS = {"llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id
            "raw": ("<|begin_of_text|>", "", "", ["<|end_of_text|>", "<|endoftext|>", "<|im_end|>"])}
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
 
-
 def byte_letters():
     """The printable letter that stands for each byte in a byte-level BPE file: {letter: byte}."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
-
 class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text that looks
     like one, typed by an attacker, is encoded as plain text.
     tokens: {bytes: id}; order: the bytes by merge priority; special: {text: id}."""
-
     def __init__(self, tokens, order, pattern, special, format, folder):
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(order + missing)}
@@ -197,7 +186,6 @@ class Tokenizer:
         write_json(folder / path.name, {**config, "eos_token": self.end, "chat_template": template})
         write_json(folder / "generation_config.json", {"eos_token_id": self.stop, "do_sample": False})
 
-
 def read_tokenizer_json(path):
     """(tokens, order, pattern, special) of a byte-level BPE tokenizer.json; InputError for other kinds."""
     raw, letters = read_json(path), byte_letters()
@@ -217,7 +205,6 @@ def read_tokenizer_json(path):
         pattern = splitters["Split"]["pattern"]["Regex"]
     return tokens, order, pattern, special
 
-
 def read_tokenizer_model(path):
     """(tokens, order, pattern, special) of Meta's Llama 3 file: a base64 token and its rank a line."""
     try:
@@ -228,7 +215,6 @@ def read_tokenizer_model(path):
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     return tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special
 
-
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -238,9 +224,7 @@ def find_format(folder, special):
     known = says or special
     return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 
-
 # ------------------------------------------------------------------ records
-
 def read_records(path, fields=("instruction", "input", "output")):
     """The records of a JSON array or JSON-lines file that have text in these fields; empty ones are skipped
     and counted. InputError names file and record where one is no object, or a field is missing or no text."""
@@ -260,7 +244,6 @@ def read_records(path, fields=("instruction", "input", "output")):
         raise InputError(f"{path}: no usable record")
     return records
 
-
 def parse_records(path):
     """Yield ("record 3" or "line 3", value) of a JSON array or JSON-lines file."""
     text = read_text(path)
@@ -268,13 +251,11 @@ def parse_records(path):
         return parse_lines(path, text.split("\n"))
     return ((f"record {i}", record) for i, record in enumerate(parse_json(path, text), 1))
 
-
 def parse_lines(path, lines):
     """Yield ("line 3", value) of lines of JSON, without the empty ones."""
     for i, line in enumerate(lines, 1):
         if line.strip():
             yield f"line {i}", parse_json(f"{path}: line {i}", line)
-
 
 @dataclass
 class Sample:
@@ -282,7 +263,6 @@ class Sample:
     prompt: list
     answers: list
     root: int = 0               # so many first tokens are shared by all prompts with this instruction
-
 
 def fit_prompt(tokenizer, record, room):
     """(ids of the record's prompt, was it cut?) in at most `room` tokens; None where even an empty exchange
@@ -295,7 +275,6 @@ def fit_prompt(tokenizer, record, room):
     longest = max(len(text or "") for text in texts)
     ids = cut(bisect_right(range(1, longest), room, key=lambda most: len(cut(most))))
     return (ids if len(ids) <= room else None), True
-
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
@@ -321,9 +300,7 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     tokenizer.lost = 0
     return samples, kept
 
-
 # ------------------------------------------------------------------ the tree packer
-
 @dataclass
 class Pack:
     """One stream: tokens (T,), end (T,), and N loss pairs (rows[n], targets[n]) of answer answer[n]."""
@@ -337,7 +314,6 @@ class Pack:
         """Move all but `end`, which is read on the host."""
         tokens, *scored = (x.to(device) for x in (self.tokens, self.rows, self.targets, self.answer))
         return Pack(tokens, self.end, *scored)
-
 
 def pack(samples, max_tokens, share=True):
     """Lay samples out as forests of at most max_tokens each (more only if one sample is longer): first fit,
@@ -361,7 +337,6 @@ def pack(samples, max_tokens, share=True):
         place[2] += copies
     return [lay_out(root, copies) for _, root, copies in sorted(bins, key=lambda b: -b[0])]
 
-
 def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
     The prompt's last row is scored once for each answer; the end mark is a target and never fed."""
@@ -380,7 +355,6 @@ def lay_out(root, copies):
     end[:len(root)] = [len(tokens)] * len(root)
     return Pack(*(torch.tensor(x, dtype=torch.long) for x in (tokens, end, rows, targets, answer)))
 
-
 def deal(packs, rank, ranks):
     """This rank's packs of a step: longest first to the lightest rank, the same number to each.
     Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
@@ -389,7 +363,6 @@ def deal(packs, rank, ranks):
     for p in sorted(packs, key=lambda p: -len(p.tokens)):
         min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
     return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
-
 
 @torch.no_grad()
 def answer_logprobs(model, packs, answers, rank_info):
@@ -401,17 +374,15 @@ def answer_logprobs(model, packs, answers, rank_info):
         total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
     return all_sum(total, device)
 
-
 # ------------------------------------------------------------------ arguments
-
 def read_arguments(p, argv, **demo):
     """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
     Without --model and --data, those of the demo hold, but for what is given."""
     p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records (generating: of each file)")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
-    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (training keeps "
-                   "fp32 weights; default: bfloat16 where the hardware has it)")
+    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (default: "
+                   "bfloat16 where the hardware has it; training keeps fp32 weights)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: CUDA only")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
@@ -424,11 +395,9 @@ def read_arguments(p, argv, **demo):
     choose_kernels(args.kernels)
     return args
 
-
 def main(argv=None):
     """Show records as the model sees them; tests/show.py draws them."""
     runpy.run_path(str(Path(__file__).parent / "tests/show.py"))["main"](argv)
-
 
 if __name__ == "__main__":
     main()

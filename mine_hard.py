@@ -26,18 +26,15 @@ from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ran
                    write_json, write_whole)
 
 # ------------------------------------------------------------------ the method
-
 def judge(verdict, gold):
     """Is this output correct: is every verdict that the record labels right? No verdict is not.
     verdict, gold: dicts as parse_verdict gives them; gold is None where there is no label."""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
-
 def judge_all(samples, gold):
     """[is it correct, for each sample] under `judge`; an answer that was cut off is never correct."""
     return [judge(s["verdict"], gold) and s["finish"] == "stop" for s in samples]
-
 
 def judge_by_field(samples, gold):
     """The released code's rule: [correct, wrong or (None) dropped, for each sample] on one field.
@@ -50,7 +47,6 @@ def judge_by_field(samples, gold):
             return right
     return [None] * len(samples)
 
-
 def pick_pair(samples, right, rule, rng):
     """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the longest."""
     good = [s["text"] for s, ok in zip(samples, right) if ok is True]
@@ -58,13 +54,11 @@ def pick_pair(samples, right, rule, rng):
     pick = partial(max, key=len) if rule == "longest" else rng.choice
     return pick(good), pick(bad)
 
-
 def sample_weights(differences, gamma):
     """alpha = 1 + Norm(k_incorrect - k_correct, gamma)   (GuardReasoner, Eq. 2)
     Norm maps the differences of the mined set linearly to [-gamma, gamma]; all equal: alpha = 1."""
     low, high = min(differences, default=0), max(differences, default=0)
     return [1 + gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0 for d in differences]
-
 
 def select(records, sources, answers, judging, pairing, gamma, seed):
     """hard.jsonl from all models' answers [(model, {prompt number: samples})], and a count of outcomes.
@@ -89,9 +83,7 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
     weights = sample_weights([pair["k_incorrect"] - pair["k_correct"] for pair in pairs], gamma)
     return [{**pair, "weight": weight} for pair, weight in zip(pairs, weights)], count
 
-
 # ------------------------------------------------------------------ answering all prompts (eval.py too)
-
 def encode_prompts(tokenizer, records, max_length):
     """The prompt ids of each record; InputError where not even an empty exchange fits."""
     prompts = [fit_prompt(tokenizer, record, max_length)[0] for record in records]
@@ -99,12 +91,10 @@ def encode_prompts(tokenizer, records, max_length):
         raise InputError(f"--max-length {max_length} is too short for the template itself")
     return prompts
 
-
 def lazy_model(args, folder, device):
     """(tokenizer, load) of a folder; load() -> (model, tokenizer) reads the weights at its first call."""
     tokenizer, dtype = Tokenizer.from_pretrained(folder, args.format), pick_dtype(device, args.dtype)
     return tokenizer, cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
-
 
 def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **options):
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
@@ -127,7 +117,6 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **
         part.unlink(missing_ok=True)
     return [line for _, line in parse_records(path)]
 
-
 def answer_block(model, tokenizer, prompts, first, settings, meter, options):
     """The lines of one block, in the order of its prompts."""
     lines = [None] * len(prompts)
@@ -140,7 +129,6 @@ def answer_block(model, tokenizer, prompts, first, settings, meter, options):
         meter.add(sum(map(len, answers)))
     return lines
 
-
 def check_settings(path, settings, rank):
     """Remember what a file is made with; refuse to continue it with something else."""
     settings = json.loads(json.dumps(settings))                                # as the file gives them back
@@ -152,16 +140,13 @@ def check_settings(path, settings, rank):
     if rank == 0 and old is settings:
         write_json(path, settings)
 
-
 def write_lines(path, lines):
     """Write a JSON value a line, whole; half a surrogate pair is written as JSON spells it."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
-
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
-
     def __init__(self, total, label, rank):
         self.total, self.label, self.rank = total, label, rank
         self.done, self.tokens, self.start = 0, 0, time.time()
@@ -174,14 +159,12 @@ class Meter:
             print(f"\r{self.label}{self.done}/{self.total} prompts  {self.tokens / seconds:,.0f} tokens/s  "
                   f"{seconds / self.done * left / 60:.1f} min left  ", end="" if left else "\n", flush=True)
 
-
 def generation_arguments(p):
     """The arguments of everything that generates."""
     p.add_argument("--max-length", type=at_least(1), default=4096, help="user texts are cut to fit in it")
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
     p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
-
 
 def generation(args, model, data, **sampling):
     """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
@@ -190,9 +173,7 @@ def generation(args, model, data, **sampling):
                     format=args.format, dtype=args.dtype, **options)
     return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 
-
 # ------------------------------------------------------------------ the script
-
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR", help="one model, or an ensemble")
@@ -210,7 +191,6 @@ def parse_arguments(argv):
     generation_arguments(p)
     toy = sorted(map(str, Path("toy").glob("train_*.json")))
     return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100, dtype="float32")
-
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -239,7 +219,6 @@ def main(argv=None):
     write_lines(out / "hard.jsonl", hard)
     print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights "
           + ", ".join(f"{w:.2f} x {c}" for w, c in sorted(Counter(p["weight"] for p in hard).items())))
-
 
 if __name__ == "__main__":
     main()

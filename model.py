@@ -37,10 +37,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ errors, devices, files
-
 class InputError(SystemExit):
     """An error that a user can cause and mend: a script ends with this one line on stderr."""
-
 
 def at_least(low, kind=int):
     """An argparse type: a finite number that is not below `low`."""
@@ -49,7 +47,6 @@ def at_least(low, kind=int):
             return kind(text)
         raise argparse.ArgumentTypeError(f"must be at least {low}")
     return number
-
 
 def pick_device(name=None):
     """The torch.device to run on: `name` if given, else CUDA, else Apple's MPS, else the CPU."""
@@ -60,7 +57,6 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
-
 def pick_dtype(device, name=None):
     """The dtype of products: `name` if given, else bfloat16 where the hardware multiplies it."""
     if name is not None:
@@ -69,7 +65,6 @@ def pick_dtype(device, name=None):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and native() else torch.float32
-
 
 def join_ranks(name=None):
     """(device, rank, ranks) of this process: alone, or one of those that torchrun started."""
@@ -85,7 +80,6 @@ def join_ranks(name=None):
         atexit.register(dist.destroy_process_group)
     return device, dist.get_rank() if ranks > 1 else 0, ranks
 
-
 def all_sum(value, device):
     """The sum of a number or tensor over all ranks: a float, or a tensor in float64 on the CPU."""
     total = torch.as_tensor(value, dtype=torch.float64)
@@ -94,14 +88,12 @@ def all_sum(value, device):
         dist.all_reduce(total)
     return total.cpu() if total.dim() else total.item()
 
-
 def check_memory(need, device, advice):
     """InputError with `advice` if the device cannot hold `need` bytes: better now than in an hour."""
     there = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
              os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if need > there:
         raise InputError(f"needs {need / 2 ** 30:.1f} GiB, {there / 2 ** 30:.1f} are there: {advice}")
-
 
 @contextlib.contextmanager
 def writing(path):
@@ -110,7 +102,6 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot write: {getattr(error, 'strerror', None) or error}") from None
-
 
 def write_whole(path, write):
     """Call `write(temporary path)`, then rename: `path` is either absent, old, or complete."""
@@ -121,20 +112,18 @@ def write_whole(path, write):
         write(temporary)
         os.replace(temporary, path)
 
-
 def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
 
 def read_text(path):
     """The text of a UTF-8 file; InputError where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or f'not UTF-8: {error}'}") from None
-
+        reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
+        raise InputError(f"{path}: cannot read: {reason}") from None
 
 def parse_json(place, text):
     """The value of a JSON text; InputError names its place (a file, or a line of it) and the mistake."""
@@ -143,14 +132,11 @@ def parse_json(place, text):
     except ValueError as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
 
-
 def read_json(path):
     """The value in a JSON file."""
     return parse_json(path, read_text(path))
 
-
 # ------------------------------------------------------------------ configuration
-
 @dataclass
 class LlamaConfig:
     """The fields of a LLaMA config.json that shape the computation, under Hugging Face's names."""
@@ -202,13 +188,10 @@ class LlamaConfig:
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                 "attention_bias": False, "mlp_bias": False, **vars(self), "rope_scaling": scaling}
 
-
 # ------------------------------------------------------------------ the plain operations
-
 def full_precision(x):
     """x in float32, or in float64 if it has that already: for sums, exponentials and norms."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang & Sennrich 2019, Eq. 4)
@@ -216,7 +199,6 @@ def rms_norm(x, weight, eps):
     wide = full_precision(x)
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * unit.to(x.dtype)
-
 
 def rope_frequencies(config):
     """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
@@ -232,13 +214,11 @@ def rope_frequencies(config):
     keep = ((turns - low) / (high - low)).clamp(0, 1)      # 1: a short wave, 0: a long one
     return keep * frequency + (1 - keep) * frequency / scaling["factor"]
 
-
 def rope_tables(config, position, dtype):
     """cos and sin (T, 1, E/2) of position (T,) x frequency (E/2,), for apply_rope."""
     exact = position.cpu() if position.device.type == "mps" else position      # MPS has no float64
     angle = exact.double()[:, None, None] * rope_frequencies(config).to(exact.device)
     return angle.cos().to(position.device, dtype), angle.sin().to(position.device, dtype)
-
 
 def apply_rope(x, cos, sin):
     """Turn each pair (x_i, x_{i+E/2}) by its position's angle   (Su et al. 2021, Eq. 34)
@@ -247,16 +227,13 @@ def apply_rope(x, cos, sin):
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-
 # ------------------------------------------------------------------ the prefix tree
-
-@dataclass(eq=False)                # a plan equals only itself, so that row_blocks and tree_tiles know it again
+@dataclass(eq=False)            # a plan equals only itself: row_blocks and tree_tiles know it again
 class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
     position: torch.Tensor      # (T,) how many keys a row sees, less one
     skip: int                   # so many first tokens are keys only: their rows ask for nothing
-
 
 def tree_plan(end, skip=0, device=None):
     """Read a forest, written depth first, from `end`: query i sees key j iff j <= i < end[j].
@@ -275,7 +252,6 @@ def tree_plan(end, skip=0, device=None):
     closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # keys whose subtree is over at row i
     return TreePlan(end, (torch.arange(T) - closed).to(device), skip)
 
-
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
     q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once; its (T, T) mask is only for
@@ -285,16 +261,13 @@ def attention_by_mask(q, k, v, plan):
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))                       # (H or G, T, E)
     return F.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True).transpose(0, 1)
 
-
 def attention(q, k, v, plan):
     """What attention_by_mask computes, by one of its fast twins in part II, which leave out what is hidden:
     q (T - skip, H, E) holds the rows from plan.skip on (a prompt after a cached instruction)."""
     fast = TreeAttention if use_triton(q) and q.shape[-1] in WIDTHS else BlockAttention
     return fast.apply(q, k, v, plan)
 
-
 # ------------------------------------------------------------------ log-probabilities
-
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
     Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
@@ -336,14 +309,11 @@ class TokenLogprobs(torch.autograd.Function):
             d_head += dz.T @ hidden[some]                                  # summed as precisely as head
         return d_hidden, d_head, None
 
-
 def token_logprobs(hidden, head, targets):
     """log p(target | prefix) in nats: hidden (N, D), head (V, D), targets (N,) -> (N,) float32."""
     return TokenLogprobs.apply(hidden, head, targets)
 
-
 # ------------------------------------------------------------------ the model
-
 def without_storing(f, *inputs):
     """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again, up to the
     last tensor that it needs: a product at the end of f is not made twice."""
@@ -351,24 +321,18 @@ def without_storing(f, *inputs):
         return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
     return f(*inputs)
 
-
 class Linear(nn.Linear):
     """y = x W', x (..., in) -> (..., out); the weight is cast to x's dtype for the product."""
-
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-
 class RMSNorm(nn.RMSNorm):
     """rms_norm with its weight: x (T, D) -> (T, D)."""
-
     def forward(self, x):
         return without_storing(rms_norm, x, self.weight, self.eps)
 
-
 class Attention(nn.Module):
     """o(attend(rope(q(x)), rope(k(x)), v(x))): x (T, D) -> (T, D); see Llama.hidden for `attend`."""
-
     def __init__(self, c):
         super().__init__()
         self.E = c.head_dim
@@ -383,10 +347,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.E))                         # (T, G, E)
         return self.o_proj(attend(q, k, v).flatten(1))                         # (T, D)
 
-
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), x (T, D) -> (T, D)   (SwiGLU, Shazeer 2020, Eq. 6)"""
-
     def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -397,11 +359,9 @@ class MLP(nn.Module):
         down = lambda gate, up: self.down_proj(F.silu(gate) * up)
         return without_storing(down, self.gate_proj(x), self.up_proj(x))       # (T, F) each
 
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Only `attend` mixes tokens: that is what makes
     a shared prefix exact."""
-
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
@@ -412,10 +372,8 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Llama(nn.Module):
     """LLaMA under Hugging Face's weight names; see forward for what it computes."""
-
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -504,13 +462,11 @@ class Llama(nn.Module):
         write_whole(folder / "model.safetensors", partial(save_file, state, metadata={"format": "pt"}))
         write_json(folder / "config.json", self.config.to_json())
 
-
 def weight_files(folder):
     """The safetensors files of a folder: one file, or the shards its index names."""
     index = folder / "model.safetensors.index.json"
     names = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
     return [folder / name for name in sorted(set(names))]
-
 
 def read_tensors(path):
     """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
@@ -523,14 +479,11 @@ def read_tensors(path):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut short ({error}); fetch or write it again") from None
 
-
 # ------------------------------------------------------------------ sampling
-
 def row_key(seed, prompt, sample):
     """A number of 32 bits for one sampled answer: a hash of (seed, prompt ids, sample number)."""
     text = f"{seed} {sample} {' '.join(map(str, prompt))}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
-
 
 def uniform(key, position, draw):
     """Numbers in (0, 1) that depend on nothing but key (B,), position (B,) and the draw's number.
@@ -540,7 +493,6 @@ def uniform(key, position, draw):
         x = x & 0xFFFFFFFF
         x = (x ^ (x >> 16)) * multiplier
     return (x.to(torch.float32 if x.device.type == "mps" else torch.float64) + 0.5) / 2 ** 32
-
 
 def draw_token(logits, key, position, temperature, top_p):
     """One token a row from the nucleus: the likeliest tokens that together reach top_p
@@ -570,7 +522,6 @@ def draw_token(logits, key, position, temperature, top_p):
         token[left[ok]], left, draw = pick[ok], left[~ok], draw + 1
     return token
 
-
 @torch.inference_mode()
 def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(), seed=0):
     """`generate` without a cache, one token of one sample at a time: slow, and what it must equal."""
@@ -585,13 +536,10 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
                 answer.append(draw_token(logits, key, position, temperature, top_p).item())
     return answers
 
-
 # ================================================================== part II: the same, faster
 
-# ------------------------------------------------------------------ attention in plain products, on any device
-
+# ------------------------------------------------------------------ attention in plain products
 ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
-
 
 @lru_cache(1)
 def row_blocks(plan):
@@ -609,11 +557,9 @@ def row_blocks(plan):
         start = stop
     return blocks
 
-
 class BlockAttention(torch.autograd.Function):
     """p = softmax(q k' / sqrt(E)),  out = p v;   backward, with p computed again, and s = q k' / sqrt(E):
     dv = p' do,  ds = p (do v' - sum(do out)),  dq = ds k / sqrt(E),  dk = ds' q / sqrt(E)"""
-
     @staticmethod
     def by_group(x, G):
         """(T, H, E) -> (G, R, T, E): the R = H/G query heads that share a key head side by side."""
@@ -655,7 +601,6 @@ class BlockAttention(torch.autograd.Function):
         dq = (dq * q.shape[-1] ** -0.5).permute(2, 0, 1, 3).flatten(1, 2)
         return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
 
-
 # ------------------------------------------------------------------ kernels
 #
 # A kernel says what one program does with a tile of rows; the grid says how many programs run. Sums are
@@ -670,7 +615,6 @@ except ImportError:                                     # no wheel for this syst
 KERNELS = "triton" if triton else "torch"               # see choose_kernels
 WIDTHS = (16, 32, 64, 128)                              # head widths E that the attention kernels know
 
-
 def choose_kernels(name):
     """Use "triton" or "torch" (the twins everywhere) from now on; InputError where there is no Triton."""
     global KERNELS
@@ -678,18 +622,15 @@ def choose_kernels(name):
         raise InputError("--kernels triton: Triton is not installed")
     KERNELS = name
 
-
 def use_triton(x):
     """Is this tensor for the kernels: are they switched on, and do they know its device and dtype?"""
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return KERNELS == "triton" and device and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
-
 def launch(kernel, grid, width, x, *args):
     """Run a kernel whose tiles are `width` wide, on the device of x, which need not be the current one."""
     with torch.cuda.device_of(x):
         kernel[grid](x, *args, num_warps=min(8, max(4, width // 16)), num_stages=2)
-
 
 @jit
 def load_rows(X, rows, N, head, heads: constexpr, E: constexpr):
@@ -697,12 +638,10 @@ def load_rows(X, rows, N, head, heads: constexpr, E: constexpr):
     at = (rows[:, None] * heads + head) * E + tl.arange(0, E)
     return tl.load(X + at, mask=rows[:, None] < N, other=0.0)
 
-
 @jit
 def store_rows(X, x, rows, N, head, heads: constexpr, E: constexpr):
     """The reverse of load_rows: rows from N on are not written."""
     tl.store(X + (rows[:, None] * heads + head) * E + tl.arange(0, E), x, mask=rows[:, None] < N)
-
 
 @jit
 def scores(q, k, sees):
@@ -710,12 +649,11 @@ def scores(q, k, sees):
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (1.4426950408889634 / q.shape[1] ** 0.5)
     return tl.where(sees, s, float("-inf"))
 
-
 @jit
 def tree_forward(Q, K, V, OUT, LSE, END, FIRST, BLOCKS, N, T,
                  H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row block a, head h). Of the keys so far:
-    # top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v   (Milakov & Gimelshein 2018)
+    # top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v   (Milakov 2018)
     a, h = tl.program_id(0), tl.program_id(1)
     row = a * B + tl.arange(0, B)                       # in q, which holds the last N of T rows
     i, q = (row + T - N)[:, None], load_rows(Q, row, N, h, H, E)
@@ -731,7 +669,6 @@ def tree_forward(Q, K, V, OUT, LSE, END, FIRST, BLOCKS, N, T,
         top, total = new, total * old + tl.sum(p, 1)
     store_rows(OUT, out / total[:, None], row, N, h, H, E)
     tl.store(LSE + h * N + row, top + tl.log2(total), mask=row < N)
-
 
 @jit
 def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, BLOCKS, N, T,
@@ -750,7 +687,6 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, BLOCKS, N, T,
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store_rows(DQ, dq * (1 / E ** 0.5), row, N, h, H, E)
-
 
 @jit
 def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
@@ -773,7 +709,6 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
     store_rows(DK, dk * (1 / E ** 0.5), j, T, h, H, E)
     store_rows(DV, dv, j, T, h, H, E)
 
-
 @lru_cache(1)
 def tree_tiles(plan, B):
     """Where rows look, in blocks of B: row block a sees key blocks blocks[first[a]:first[a + 1]]."""
@@ -784,10 +719,8 @@ def tree_tiles(plan, B):
     first, blocks = F.pad(sees.sum(1).cumsum(0), (1, 0)), sees.nonzero()[:, 1]
     return [x.to(plan.position.device, torch.int32) for x in (end, first, blocks)]
 
-
 class TreeAttention(torch.autograd.Function):
     """`attention` as kernels that visit only what `end` leaves visible; a rerun gives the same bits."""
-
     @staticmethod
     def forward(ctx, q, k, v, plan):
         (N, H, E), (T, G, _) = q.shape, k.shape
@@ -810,7 +743,6 @@ class TreeAttention(torch.autograd.Function):
         launch(tree_backward_kv, (-(-T // B), H), E, q, k, v, do, lse, delta, dk, dv, end, *ctx.sizes)
         return dq, *(x.view(T, G, -1, E).sum(2).to(k.dtype) for x in (dk, dv)), None
 
-
 @jit
 def row_totals(Z, TARGET, PICKED, TOTAL, V):
     # z[target] and log sum exp(z) of one row of logits, read once: the sum shrinks when the maximum grows
@@ -825,7 +757,6 @@ def row_totals(Z, TARGET, PICKED, TOTAL, V):
     tl.store(PICKED + n, tl.load(Z + tl.load(TARGET + n)).to(tl.float32))
     tl.store(TOTAL + n, top + tl.log(total))
 
-
 @jit
 def row_gradients(Z, TARGET, TOTAL, GRAD, V):
     # z <- g (onehot(target) - softmax(z)), in place, for 4096 logits of one row
@@ -833,7 +764,6 @@ def row_gradients(Z, TARGET, TOTAL, GRAD, V):
     Z += n.to(tl.int64) * V
     p = tl.exp(tl.load(Z + v, mask=v < V, other=0.0).to(tl.float32) - tl.load(TOTAL + n))
     tl.store(Z + v, tl.load(GRAD + n) * (tl.where(v == tl.load(TARGET + n), 1.0, 0.0) - p), mask=v < V)
-
 
 @jit
 def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: constexpr, M: constexpr):
@@ -850,13 +780,11 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: const
     store_rows(OUT, out, row, stop, 0, 1, E)
     tl.store(LSE + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < stop)
 
-
 # ------------------------------------------------------------------ generation
 #
 # The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a
 # prompt, which its k samples read, or to one sample. Attention visits each page once, for all its readers
 # together, and adds up per row.
-
 
 @dataclass
 class Job:
@@ -868,10 +796,9 @@ class Job:
     pages: list = field(default_factory=list)   # where the prompt's keys lie
     count: int = 0                              # tokens drawn, in each row
 
-
 def attend_pages(q, k, v, bias):
-    """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -1e30 where no key is
-    -> lse = log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), of scores s = q k' / sqrt(E) + bias."""
+    """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -1e30 for no key ->
+    log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), where s = q k' / sqrt(E) + bias."""
     (p, G, W, E), P = q.shape, k.shape[2]
     if use_triton(q) and E in WIDTHS:
         out, M = q.new_empty(q.shape, dtype=torch.float32), 16 if W <= 16 else 64
@@ -881,8 +808,7 @@ def attend_pages(q, k, v, bias):
         return lse, out
     s = ((q * E ** -0.5) @ k.mT).add_(bias[:, None, None])
     weight = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32))
-    return s.amax(-1) - weight.amax(-1).log(), weight.to(v.dtype) @ v      # the largest weight = exp(max s - lse)
-
+    return s.amax(-1) - weight.amax(-1).log(), weight.to(v.dtype) @ v      # max weight = exp(max s - lse)
 
 class Engine:
     """Decodes many rows at once over a paged cache."""
@@ -904,8 +830,7 @@ class Engine:
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
         self.common = self.take_pages(self.pages_for(len(instruction)), 0)
-        if instruction:
-            n = len(instruction)
+        if n := len(instruction):
             self.read(instruction, [n] * n, self.places(self.common, n))
             self.start = n                                      # so much of every prompt is there already
 
@@ -1076,13 +1001,11 @@ class Engine:
         weight = lse[places].softmax(-1)                                           # (B G R, S)
         return F.embedding_bag(places, out, mode="sum", per_sample_weights=weight).view_as(q).to(q.dtype)
 
-
 def common_prefix(sequences):
     """How many first items all sequences share, leaving at least one item of each."""
     first, last = min(sequences), max(sequences)       # in dictionary order, these two differ earliest
     same = [a == b for a, b in zip(first, last)]
     return min([*same, False].index(False), len(first) - 1, len(last) - 1)
-
 
 @torch.inference_mode()
 def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(), seed=0,
@@ -1122,7 +1045,6 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
             answers[number][sample] = ids
             if len(answers[number]) == k:
                 yield number, [answers[number][s] for s in range(k)]
-
 
 def generate(model, prompts, k=1, **options):
     """For each prompt k lists of new ids; see generate_iter for the options."""

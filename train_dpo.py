@@ -19,7 +19,6 @@ from data import Tokenizer, answer_logprobs, deal, encode_records, pack, read_ar
 from model import InputError, all_sum, at_least, join_ranks
 from train_sft import common_arguments, load, lr_at, make_optimizer, run_steps, start_run, update
 
-
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     """-alpha log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
     Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2). All (B,): log-probabilities
@@ -27,11 +26,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)             # (B,)
     return -weight * F.logsigmoid(beta * margin)
 
-
 def answer_sums(logprobs, answer, answers):
     """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. answers-1."""
     return logprobs.new_zeros(answers).index_add(0, answer, logprobs)
-
 
 def pairs_loss(logprobs, answer, samples, reference, weight, args):
     """The summed loss of a pack's pairs, and the sums that are logged, (6,): loss, preference term,
@@ -47,13 +44,11 @@ def pairs_loss(logprobs, answer, samples, reference, weight, args):
     seen = torch.stack([loss, preference, (margin > 0).to(loss), args.beta * margin, *policy.T]).detach()
     return loss.sum(), seen.sum(1).double().cpu()
 
-
 def reference_logprobs(model, samples, args, rank_info):
     """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected. A run that is resumed computes
     them again: it starts from the same model before it loads its checkpoint."""
     packs = pack(samples, args.max_tokens, not args.no_share)
     return answer_logprobs(model, packs, 2 * len(samples), rank_info).view(-1, 2)
-
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +63,6 @@ def parse_arguments(argv):
     common_arguments(p)
     return read_arguments(p, argv, data=["out/hard/hard.jsonl"], lr=3e-5, batch_size=32, beta=0.02,
                           dtype="float32")
-
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -105,7 +99,6 @@ def main(argv=None):
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
             loss_tokens=sum(len(a) for s in chosen for a in s.answers), pairs=count, preference=preference,
             accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
-
 
 if __name__ == "__main__":
     main()

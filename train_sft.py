@@ -35,17 +35,14 @@ from model import (InputError, Llama, LlamaConfig, TokenLogprobs, all_sum, at_le
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
-
 def sft_loss(logprobs, count):
     """L = -(1/count) sum_n log p(target_n)   (GuardReasoner Eq. 1, as a mean over tokens)
     logprobs (N,) of one pack; count: the answer tokens of the whole step, over all packs and ranks."""
     return -logprobs.sum() / count
 
-
 def lr_at(step, steps, peak):
     """Learning rate of step 0, 1, ... of `steps`: half a cosine from `peak` to 0, no warm-up."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-
 
 def batches(n, size, epochs, seed):
     """Yield lists of sample numbers; the order depends on (seed, epoch) alone. The last may be short."""
@@ -54,9 +51,7 @@ def batches(n, size, epochs, seed):
         for i in range(0, n, size):
             yield order[i:i + size]
 
-
 # ---- plumbing shared with train_dpo.py: nothing about SFT from here to the next line of this kind ----
-
 
 def common_arguments(p):
     """The arguments that mean the same in both trainers."""
@@ -67,7 +62,6 @@ def common_arguments(p):
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--save-every", type=at_least(0), default=0, metavar="N", help="checkpoint every N steps")
     p.add_argument("--keep", type=at_least(1), default=2, metavar="N", help="keep the newest N checkpoints")
-
 
 def training_bytes(c, T, products, storage, ranks, recompute):
     """What one rank holds at the most, for packs of T tokens: weights, gradients and AdamW's two moments; the
@@ -81,7 +75,6 @@ def training_bytes(c, T, products, storage, ranks, recompute):
     kept = T * (L * D + layer if recompute else L * layer) + TokenLogprobs.LOGITS + V * D
     cast = 0 if products == storage else N / L if recompute or ranks > 1 else N
     return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept) + 4e8
-
 
 def load(args, rank_info, samples):
     """The model of args.model for training: fp32 weights, sharded where there are more ranks.
@@ -97,7 +90,6 @@ def load(args, rank_info, samples):
     model.compute_dtype, model.recompute = products, args.recompute
     return shard(model, device, products) if ranks > 1 else model
 
-
 def shard(model, device, products):
     """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer)."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -109,11 +101,9 @@ def shard(model, device, products):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model.to(device), mesh=mesh)      # embedding and head add up many gradients: in fp32
 
-
 def make_optimizer(model, lr):
     """AdamW as in the paper's run: betas 0.9 and 0.999, eps 1e-8, no weight decay."""
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=model.device.type != "mps")
-
 
 def update(model, optimizer, lr):
     """Clip gradients to norm 1, step, clear; returns the norm before clipping."""
@@ -123,7 +113,6 @@ def update(model, optimizer, lr):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
 
 def save(folder, model, optimizer, step, rank, keep=2):
     """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, keep the newest `keep`."""
@@ -142,7 +131,6 @@ def save(folder, model, optimizer, step, rank, keep=2):
         for old in checkpoints(folder.parent)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-
 def save_final(args, model, tokenizer, rank):
     """Write the finished model, its tokenizer and chat template to --out, in the base model's dtype."""
     weights = states.get_model_state_dict(model, options=FULL)
@@ -153,11 +141,9 @@ def save_final(args, model, tokenizer, rank):
         model.save_pretrained(args.out, state=weights)
         print(f"wrote {args.out}")
 
-
 def checkpoints(out):
     """The complete checkpoint folders of a run, oldest first."""
     return sorted(p for p in Path(out).glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists())
-
 
 def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
@@ -173,10 +159,8 @@ def resume(folder, model, optimizer):
     states.set_optimizer_state_dict(model, optimizer, state, options=FULL)
     return read_json(folder / "state.json")["step"]
 
-
 class Log:
     """metrics.jsonl (first line: arguments and versions; then one object a step) and the console line."""
-
     def __init__(self, args, step, steps):
         self.path, self.first, self.steps = Path(args.out) / "metrics.jsonl", step, steps
         self.started = self.tick = time.time()
@@ -206,7 +190,6 @@ class Log:
                   f"{row['peak_memory']:.1f} GiB  {left / 60:.1f} min left ",
                   end="\n" if keep else "\r", flush=True)
 
-
 def start_run(args, samples):
     """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
     log, args.samples = Path(args.out) / "metrics.jsonl", len(samples)
@@ -219,7 +202,6 @@ def start_run(args, samples):
             raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
                              f"{getattr(args, name)!r}; choose another --out")
     return checkpoint[0] if checkpoint else None
-
 
 def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
     """Yield (step, steps, sample numbers, log) of each step that is left, then write the model to --out.
@@ -243,9 +225,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
             raise InputError(f"interrupted after step {step}; the same command with --resume continues")
     save_final(args, model, tokenizer, rank)
 
-
 # ---- end of the plumbing ----
-
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,7 +239,6 @@ def parse_arguments(argv):
     common_arguments(p)
     toy = sorted(map(str, Path("toy").glob("train_*.json")))
     return read_arguments(p, argv, data=toy, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
-
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -292,7 +271,6 @@ def main(argv=None):
             total = answer_logprobs(model, pack(held_out, args.max_tokens), len(held_out), rank_info).sum()
             row["eval_loss"] = sft_loss(total, sum(len(s.answers[0]) for s in held_out)).item()
         log(device, **row)
-
 
 if __name__ == "__main__":
     main()
