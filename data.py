@@ -5,7 +5,7 @@
     format_input, parse_verdict              the prompt, and its inverse: reading the verdicts
     Tokenizer                                tiktoken over a Hugging Face or Meta vocabulary
     read_records, encode_records             files -> records -> samples of token ids
-    pack, deal                               samples -> streams that never hold a prefix twice -> ranks
+    pack, deal                               samples -> streams that hold a prompt once -> ranks
     answer_logprobs                          what a model makes of them, with all ranks
 
 Simpler than elsewhere: one user turn and one answer; no system prompt; byte-level BPE only.
@@ -59,9 +59,9 @@ def split_input(text):
     return prompt.removeprefix(HUMAN), None if response == "None" else response
 
 def parse_verdict(text):
-    """The verdicts of a generated text: {"request", "completion", "response"}, None where absent: those of
-    the last "Answers:" block, or of the last such line anywhere where it lacks one. Case does not matter,
-    and any word but the two allowed ones is no verdict."""
+    """The verdicts of a generated text, {"request", "completion", "response"}: the word after each name in
+    the last line that begins with it (the Answers: block comes last); None where absent. Case does not
+    matter, and any word but the two allowed ones is no verdict."""
     verdict = {}
     for name, words in VERDICTS.items():                    # the block ends the text: its line is the last
         found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
@@ -281,10 +281,10 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     The root is the longest common *token* prefix of all prompts with that instruction."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
-        ends = [tokenizer.answer_ids(record[name]) for name in answers]
-        prompt, cut = fit_prompt(tokenizer, record, max_length - max(map(len, ends)))
+        ids = [tokenizer.answer_ids(record[name]) for name in answers]
+        prompt, cut = fit_prompt(tokenizer, record, max_length - max(map(len, ids)))
         if prompt is not None:
-            samples.append(Sample(prompt, ends))
+            samples.append(Sample(prompt, ids))
             kept.append(record)
             groups[record["instruction"]].append(samples[-1])
             cuts += cut

@@ -7,8 +7,8 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, each judged)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-hard.jsonl follows from samples.jsonl and the selection flags: with --resume and other flags no model is
-loaded. Prompts are answered in fixed blocks, and only unfinished blocks are redone, so any number of
+hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: with --resume and others of these no model
+is loaded. Prompts are answered in fixed blocks, and only unfinished blocks are redone, so any number of
 stops and ranks gives the same file. Not the released code's rules, unless asked: see --judge, --pair.
 """
 import argparse
@@ -27,8 +27,8 @@ from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ran
 
 # ------------------------------------------------------------------ the method
 def judge(verdict, gold):
-    """Is this output correct: is every verdict that the record labels right? No verdict is not.
-    verdict, gold: dicts as parse_verdict gives them; gold is None where there is no label."""
+    """Is this output correct: is every verdict that the record labels right? A missing verdict is wrong.
+    verdict, gold: dicts as parse_verdict gives them; a None in gold is no label."""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
@@ -182,10 +182,8 @@ def parse_arguments(argv):
     p.add_argument("--k", type=at_least(1), default=4, help="answers to each prompt (released code: 4)")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released: 0.7")
     p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="nucleus (paper: 0.95)")
-    p.add_argument("--judge", choices=["all", "field"], default="all",
-                   help="an output is correct if all labelled verdicts are, or (released) one field's is")
-    p.add_argument("--pair", choices=["random", "longest"], default="random",
-                   help="which correct and which incorrect output make the pair (released code: longest)")
+    p.add_argument("--judge", choices=["all", "field"], default="all", help="what is right (released: field)")
+    p.add_argument("--pair", choices=["random", "longest"], default="random", help="(released: longest)")
     p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)

@@ -13,8 +13,8 @@ Part II holds fast twins; each names the plain function that it must equal.
     kernels                       attention and log-probabilities on CUDA, in Triton
     generate, generate_iter       paged key/value cache that shares prompts among samples
 
-Shape letters, the same everywhere: T tokens of a stream, N scored tokens, D width, H query heads,
-G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded.
+Shape letters: T tokens of a stream, N scored tokens (kernels: rows that ask), D width, H query heads,
+G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded (kernels: of a block).
 """
 import argparse
 import atexit
@@ -75,9 +75,10 @@ def join_ranks(name=None):
     if ranks > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:                                              # with NCCL it would wait for a rank that failed
+            atexit.register(dist.destroy_process_group)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=2))            # some ranks mine for longer
-        atexit.register(dist.destroy_process_group)
     return device, dist.get_rank() if ranks > 1 else 0, ranks
 
 def all_sum(value, device):
@@ -228,11 +229,11 @@ def apply_rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 # ------------------------------------------------------------------ the prefix tree
-@dataclass(eq=False)            # a plan equals only itself: row_blocks and tree_tiles know it again
+@dataclass(eq=False)            # hashed by identity: row_blocks and tree_tiles are cached by plan
 class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) where the subtree of each token's segment ends
-    position: torch.Tensor      # (T,) how many keys a row sees, less one
+    position: torch.Tensor      # (T,) how many keys a row sees before itself
     skip: int                   # so many first tokens are keys only: their rows ask for nothing
 
 def tree_plan(end, skip=0, device=None):
@@ -316,7 +317,7 @@ def token_logprobs(hidden, head, targets):
 # ------------------------------------------------------------------ the model
 def without_storing(f, *inputs):
     """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again, up to the
-    last tensor that it needs: a product at the end of f is not made twice."""
+    last tensor that it needs: a product at the end of f is not made again."""
     if torch.is_grad_enabled():
         return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
     return f(*inputs)
@@ -537,17 +538,16 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
     return answers
 
 # ================================================================== part II: the same, faster
-
 # ------------------------------------------------------------------ attention in plain products
 ROWS = 128      # of a block at most: large products, yet few of their scores are hidden
 
 @lru_cache(1)
 def row_blocks(plan):
-    """[(rows, keys, hidden)]: rows are a slice of the asking ones, keys (m,) are all that any of them sees,
-    and hidden (n, h) says which of the last h keys a row does not see: the others, all rows see."""
+    """[(rows, keys, hidden)]: a slice of the asking rows; the keys (m,) that any of them sees; hidden (n, h):
+    which of the last h keys each row does not see. Every row sees the first m - h."""
     T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
     blocks = []
-    while start < T:                                           # stops where a subtree does: siblings apart
+    while start < T:                                           # a block ends with a subtree where it can
         stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
         j = torch.arange(stop)[end[:stop] > start]
         seen = (j <= start) & (end[j] >= stop)                 # by all rows of the block
@@ -775,7 +775,7 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: const
     s = scores(q, k, (tl.load(BIAS + n // G * P + j) == 0)[None])          # (queries, keys)
     top = tl.maximum(tl.max(s, 1), -1e30)
     p = tl.exp2(s - top[:, None])
-    total = tl.sum(p, 1)
+    total = tl.maximum(tl.sum(p, 1), 1.0)                                  # less only where no key is
     out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
     store_rows(OUT, out, row, stop, 0, 1, E)
     tl.store(LSE + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < stop)
@@ -783,7 +783,7 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: const
 # ------------------------------------------------------------------ generation
 #
 # The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a
-# prompt, which its k samples read, or to one sample. Attention visits each page once, for all its readers
+# prompt, which its k samples read, or to one sample. Attention takes each page once, with all its readers
 # together, and adds up per row.
 
 @dataclass
@@ -797,7 +797,7 @@ class Job:
     count: int = 0                              # tokens drawn, in each row
 
 def attend_pages(q, k, v, bias):
-    """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -1e30 for no key ->
+    """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -3e4 for no key ->
     log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), where s = q k' / sqrt(E) + bias."""
     (p, G, W, E), P = q.shape, k.shape[2]
     if use_triton(q) and E in WIDTHS:
@@ -824,9 +824,9 @@ class Engine:
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, self.E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
         self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, self.E))
-        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -1e30 where no key is yet
+        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4 where no key is yet
         self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # of each row, see row_key
-        self.history = self.key[:, None].repeat(1, max_new_tokens + self.POLL)
+        self.history = self.key[:, None].repeat(1, max_new_tokens + self.POLL)     # ids drawn; -1: not yet
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
         self.common = self.take_pages(self.pages_for(len(instruction)), 0)
@@ -844,11 +844,11 @@ class Engine:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- rows and pages, on the host
-    def take_pages(self, n, end):
-        """Claim n free pages: the lowest for a prompt (end 0), the highest for answers (end -1), so that the
+    def take_pages(self, n, at):
+        """Claim n free pages: the lowest for a prompt (at 0), the highest for answers (at -1), so that the
         pages with several readers and those with one lie apart, and the ranges visited are short."""
-        pages = [self.free_pages.pop(end) for _ in range(n)]
-        self.bias[pages] = -1e30
+        pages = [self.free_pages.pop(at) for _ in range(n)]
+        self.bias[pages] = -3e4
         return pages
 
     def free(self, rows):
@@ -897,7 +897,7 @@ class Engine:
     def finish(self):
         """Take out the rows that are done; return [(prompt number, sample number, ids)]."""
         rows, column = list(self.owned), torch.arange(self.history.shape[1], device=self.device)
-        history = self.history[rows]                            # -1: not drawn yet
+        history = self.history[rows]
         last = torch.isin(history, self.stop) | (column >= self.max_new - 1) & (history >= 0)
         length = torch.where(last.any(1), last.int().argmax(1) + 1, 0)
         done = {row: n for row, n in zip(rows, length.tolist()) if n}
@@ -947,13 +947,13 @@ class Engine:
         self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
 
     def parts(self):
-        """What `attend` reads: [(range of pages, readers (pages, w))] of instruction, prompts and answers,
-        where a page of another kind has row 0 for a reader; and places (B G R, S): which results, counted
-        through (parts, pages, G, w, R), a query head of a row adds up. The first R results are nothing."""
+        """What `attend` reads: parts [(range of pages, readers (pages, w))]: instruction, prompts, answers;
+        row 0 where readers are fewer. And terms (B G R, S): the results that a query head of a row adds up,
+        counted through (parts, pages, G, w, R). Results 0 .. R - 1 are empty, to fill up with."""
         kinds = [(len(self.owned), [(self.common, b) for b in range(len(self.owned))]),
                  (self.width, [(job.pages, i) for job in self.jobs for i in range(len(job.rows))]),
                  (1, [(self.owned[row], 0) for job in self.jobs for row in job.rows])]
-        parts, found, before = [], [[] for _ in self.owned], self.R
+        parts, found, before = [], [[] for _ in self.owned], self.R        # so many results before this part
         for w, reads in kinds:
             pages = {page for pages, _ in reads for page in pages} or {0}
             readers = [[0] * w for _ in range(min(pages), max(pages) + 1)]
@@ -973,12 +973,12 @@ class Engine:
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), own = self.ints(rows).T, [self.owned[row] for row, _, _ in rows]
         own = self.ints([pages + pages[-1:] * (max(map(len, own)) - len(pages)) for pages in own])
-        parts, places = self.parts()
+        parts, terms = self.parts()
         for _ in range(self.POLL):
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
             self.bias[page, offset] = 0
-            attends = [partial(self.attend, n=n, place=(page, offset), parts=parts, places=places)
+            attends = [partial(self.attend, n=n, place=(page, offset), parts=parts, terms=terms)
                        for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
@@ -986,7 +986,7 @@ class Engine:
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, parts, places):
+    def attend(self, q, k, v, n, place, parts, terms):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
         over each page, and then over pages, whose weights are softmax(lse)."""
         page, offset = place                                                       # of the new keys
@@ -998,8 +998,8 @@ class Engine:
             lse, out = attend_pages(some, self.k[n, pages], self.v[n, pages], self.bias[pages])
             results.append((lse.flatten(), out.flatten(0, 2)))
         lse, out = map(torch.cat, zip(*results))
-        weight = lse[places].softmax(-1)                                           # (B G R, S)
-        return F.embedding_bag(places, out, mode="sum", per_sample_weights=weight).view_as(q).to(q.dtype)
+        weight = lse[terms].softmax(-1)                                            # (B G R, S)
+        return F.embedding_bag(terms, out, mode="sum", per_sample_weights=weight).view_as(q).to(q.dtype)
 
 def common_prefix(sequences):
     """How many first items all sequences share, leaving at least one item of each."""

@@ -7,8 +7,8 @@
     R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
 
 A pair is one tree: instruction, prompt, and two branches, so the prompt is computed once. The reference
-is the model we start from; its log-probabilities are computed once, before the first step, and no
-second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
+is the model we start from; its log-probabilities are computed before the first step, and no second
+model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
 """
 import argparse
 
@@ -83,21 +83,21 @@ def main(argv=None):
     reference = reference_logprobs(model, samples, args, rank_info)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
     for step, steps, batch, log in left:
-        lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
+        lr, drawn = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, totals = len(batch), torch.zeros(6, dtype=torch.float64)
-        packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
+        packs = deal(pack(drawn, args.max_tokens, not args.no_share), rank, ranks)
         for p in packs:
             p = p.to(device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            part, seen = pairs_loss(logprobs, p.answer, chosen, reference[batch], weights[batch], args)
+            part, seen = pairs_loss(logprobs, p.answer, drawn, reference[batch], weights[batch], args)
             (part * ranks / count).backward()                # FSDP averages gradients over the ranks
             totals += seen
         norm = update(model, optimizer, lr)
         loss, preference, accuracy, margin, won, lost = (all_sum(totals, device) / count).tolist()
         log(device, step=step, loss=loss, lr=lr, grad_norm=norm,
-            tokens=sum(len(s.prompt) + len(a) for s in chosen for a in s.answers),
+            tokens=sum(len(s.prompt) + len(a) for s in drawn for a in s.answers),
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
-            loss_tokens=sum(len(a) for s in chosen for a in s.answers), pairs=count, preference=preference,
+            loss_tokens=sum(len(a) for s in drawn for a in s.answers), pairs=count, preference=preference,
             accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
 
 if __name__ == "__main__":

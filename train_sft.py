@@ -52,7 +52,6 @@ def batches(n, size, epochs, seed):
             yield order[i:i + size]
 
 # ---- plumbing shared with train_dpo.py: nothing about SFT from here to the next line of this kind ----
-
 def common_arguments(p):
     """The arguments that mean the same in both trainers."""
     p.add_argument("--max-length", type=at_least(1), default=2048, help="tokens of a sequence (paper: 2048)")
@@ -191,16 +190,19 @@ class Log:
                   end="\n" if keep else "\r", flush=True)
 
 def start_run(args, samples):
-    """Refuse to mix two runs in one folder; returns the checkpoint to continue from, or None."""
-    log, args.samples = Path(args.out) / "metrics.jsonl", len(samples)
-    if not args.resume and log.exists():
+    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None; set args.samples."""
+    first, last, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
+    if first.exists() and not args.resume or last.exists() and not first.exists():
         raise InputError(f"{args.out}: already holds a run; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
-    old = next(parse_records(log))[1] if log.exists() else vars(args)
-    for name in ("model", "data", "samples", "limit", "batch_size", "max_length", "seed"):
+    old = next(parse_records(first))[1] if first.exists() else vars(args)
+    for name in "model data samples limit batch_size max_length epochs max_steps seed".split():
         if old.get(name) != getattr(args, name):
             raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
                              f"{getattr(args, name)!r}; choose another --out")
+    if last.exists():
+        print(f"{args.out}: this run is finished")
+        sys.exit()
     return checkpoint[0] if checkpoint else None
 
 def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
@@ -215,6 +217,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
         signal.signal(number, notice)
     plan = list(batches(n, args.batch_size, args.epochs, args.seed))[:args.max_steps]
     done, steps = resume(checkpoint, model, optimizer) if checkpoint else 0, len(plan)
+    all_sum(0, device)                                       # every rank has seen that --out is free
     log = Log(args, done, steps) if rank == 0 else lambda device, **row: None
     for step, batch in enumerate(plan[done:], done + 1):
         yield step, steps, batch, log
@@ -226,7 +229,6 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
     save_final(args, model, tokenizer, rank)
 
 # ---- end of the plumbing ----
-
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
@@ -255,9 +257,9 @@ def main(argv=None):
     optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
     left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
     for step, steps, batch, log in left:
-        lr, chosen = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
-        count, loss = sum(len(s.answers[0]) for s in chosen), 0.0
-        packs = deal(pack(chosen, args.max_tokens, not args.no_share), rank, ranks)
+        lr, drawn = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
+        count, loss = sum(len(s.answers[0]) for s in drawn), 0.0
+        packs = deal(pack(drawn, args.max_tokens, not args.no_share), rank, ranks)
         for p in packs:
             p = p.to(device)
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
@@ -265,7 +267,7 @@ def main(argv=None):
             loss += part.item()
         norm = update(model, optimizer, lr)
         row = dict(step=step, loss=all_sum(loss, device), lr=lr, grad_norm=norm,
-                   tokens=sum(len(s.prompt) + len(s.answers[0]) for s in chosen),
+                   tokens=sum(len(s.prompt) + len(s.answers[0]) for s in drawn),
                    computed=int(all_sum(sum(len(p.tokens) for p in packs), device)), loss_tokens=count)
         if held_out and (step % epoch == 0 or step == steps):
             total = answer_logprobs(model, pack(held_out, args.max_tokens), len(held_out), rank_info).sum()

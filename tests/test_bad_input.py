@@ -196,7 +196,10 @@ def interrupted(place, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: holds a run with batch_size = 2, now it is 3"),
-                                             (["--batch-size", 2, "--seed", 1], "out: holds a run with seed = 42, now it is 1")])
+                                             (["--batch-size", 2, "--seed", 1], "out: holds a run with seed = 42, now it is 1"),
+                                             (["--batch-size", 2, "--epochs", 2], "holds a run with epochs = 1, now it is 2"),
+                                             (["--batch-size", 2, "--max-steps", 2], "max_steps = None"),
+                                             (["--batch-size", 2, "--max-length", 2000], "max_length = 2048")])
 def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch, arguments, says):
     interrupted(place, monkeypatch)
     assert says in fails(capsys, run, place, "sft", "--resume", *arguments)

@@ -227,3 +227,9 @@ def test_show_and_audit_run(capsys, tmp_path):
     audit([path, "toy/dev.json"])
     out = capsys.readouterr().out
     assert "2 inputs that occur again: rows 1, 2" in out and "3 inputs with two labels" in out
+
+
+def test_the_longest_answer_decides_the_room_of_the_prompt(tokenizer):
+    record = {"instruction": "i", "input": format_input("request " * 300), "chosen": "y", "rejected": "no " * 50}
+    (sample,), _ = encode_records(tokenizer, [record], 200, ("chosen", "rejected"))
+    assert 180 < len(sample.prompt) + len(sample.answers[1]) <= 200

@@ -13,6 +13,7 @@ import train_dpo
 from data import INSTRUCTION, format_answers, format_input, pack
 from model import InputError
 from train_dpo import answer_sums, dpo_loss, pairs_loss, reference_logprobs
+from train_sft import batches, lr_at
 
 
 def test_dpo_loss_by_hand():
@@ -98,13 +99,16 @@ def run(out, pairs, *more):
     return rows, load_file(out / "model.safetensors")
 
 
-def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_path):
+def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_path, capsys):
     pairs = write_pairs(tmp_path / "hard.jsonl")
     rows, weights = run(tmp_path / "whole", pairs, "--sft", 0, "--save-every", 3)
     assert rows[0]["loss"] == pytest.approx(math.log(2) * 1.0, rel=0.1) and rows[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["preference"] < rows[0]["preference"] and rows[-1]["accuracy"] == 1
     assert [r["pairs"] for r in rows] == [5, 5, 2] * 2
-    (tmp_path / "whole/model.safetensors").unlink()                                # as if killed before the end
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "whole", pairs, "--sft", 0, "--resume")                     # nothing to do
+    assert not ended.value.code and "this run is finished" in capsys.readouterr().out
+    (tmp_path / "whole/config.json").unlink()                                      # the last file: as if killed before the end
     again, same = run(tmp_path / "whole", pairs, "--sft", 0, "--save-every", 3, "--resume")
     assert [r["loss"] for r in again] == [r["loss"] for r in rows]
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), same.values()))
@@ -114,3 +118,28 @@ def test_resuming_with_other_pairs_is_refused(tmp_path):
     run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl"), "--max-steps", 1)
     with pytest.raises(InputError, match="holds a run with samples = 12, now it is 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")
+
+
+def test_each_pair_keeps_its_weight_where_another_is_left_out(tmp_path):
+    # powers of two: each batch has a mean of its own
+    pairs = write_pairs(tmp_path / "hard.jsonl")
+    first, *rest = map(json.loads, pairs.read_text().splitlines())
+    rest = [{**r, "weight": 2.0 ** i} for i, r in enumerate(rest)]
+    pairs.write_text("".join(json.dumps(r) + "\n" for r in [{**first, "chosen": "a b " * 2000}, *rest]))
+    rows, _ = run(tmp_path / "a", pairs, "--lr", 0, "--max-steps", 3)
+    want = [sum(2.0 ** i for i in b) / len(b) for b in batches(11, 5, 2, 42)][:3]
+    assert [r["preference"] / math.log(2) for r in rows] == pytest.approx(want, rel=1e-3)
+
+
+def test_every_pair_twice_has_the_gradient_of_once(tmp_path):
+    once, twice = write_pairs(tmp_path / "once.jsonl", 3), tmp_path / "twice.jsonl"
+    twice.write_text(once.read_text() * 2)
+    a, b = (run(tmp_path / p.stem, p, "--batch-size", n, "--max-steps", 1)[0][0] for p, n in ((once, 3), (twice, 6)))
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_every_step_is_made_at_the_rate_that_is_logged(tmp_path, monkeypatch):
+    used, update = [], train_dpo.update
+    monkeypatch.setattr(train_dpo, "update", lambda *args: (used.append(args[2]), update(*args))[1])
+    rows, _ = run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 4), "--batch-size", 2)
+    assert used == [r["lr"] for r in rows] == [lr_at(step, 4, 1e-3) for step in range(4)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from eval import (InputError, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, paper_f1,
+from data import VERDICTS, format_input, parse_verdict
+from eval import (InputError, answer_fast, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, paper_f1,
                   read_predictions, reasoning_verdict, score, threshold_for, up_to_verdict, verdict_probability, weighted_average)
 from model import Llama
 
@@ -158,3 +159,56 @@ def test_released_prediction_files_give_the_golden_f1():
             for legacy, want in ((False, entry["f1_default"]), (True, entry["f1_evaluate_py"])):
                 result, = score(read_predictions(path, dataset), dataset, legacy)
                 assert result["f1"] == pytest.approx(want, abs=1e-9)
+
+
+def test_score_by_hand():
+    none = dict.fromkeys(("request", "completion", "response"))
+    rows = [{"file": "f", "text": "", "gold": {**none, "request": g}, "verdict": {**none, "request": v}, "p": {"request": p}}
+            for g, v, p in ((H, H, 0.9), (U, H, 0.5), (H, None, 0.4), (H, U, 0.3), (U, U, 0.1))]
+    result, = score(rows, "x", wished=0.0)
+    assert [result[k] for k in ("tp", "fp", "fn", "tn", "precision")] == [1, 1, 2, 1, 50]
+    assert [result["recall"], result["recall_at_threshold"]] == pytest.approx([100 / 3] * 2)
+    assert result["auprc"] == pytest.approx(100 * (1 + 2 / 3 + 3 / 4) / 3)
+
+
+def test_k_answers_vote(tmp_path, monkeypatch):
+    told = lambda w: {"text": f"Request: {w}", "tokens": 5, "verdict": {"request": w, "completion": None, "response": None}}
+
+    def answers(load, prompts, *rest, **options):
+        assert (options["k"], options["temperature"]) == (3, 1.0)
+        return [{"samples": [told(U), told(H), told(H)]} for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "answer_prompts", answers)
+    (tmp_path / "d.json").write_text(json.dumps([{"instruction": "i", "input": "x", "output": H}]))
+    evaluation.main(["--model", "toy/model", "--data", str(tmp_path / "d.json"), "--k", "3", "--out", str(tmp_path),
+                     "--device", "cpu"])
+    result = json.loads((tmp_path / "results.json").read_text())[0]
+    assert (result["tp"], result["fn"], result["tokens_per_query"]) == (1, 0, 15)
+
+
+def test_a_one_word_label_is_about_the_response_that_the_prompt_holds(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "Judge.\n" + format_input("a", "b"), "label": H, "predict": f"Response: {H}"}))
+    row, = read_predictions(path, "unlisted")
+    assert row["gold"] == {"request": None, "completion": None, "response": H}
+
+
+def test_fast_verdicts_are_the_likelier_words(tokenizer):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
+    prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
+    for text, p in answer_fast(model, tokenizer, prompts, (model.device, 0, 1)):
+        assert all(parse_verdict(text)[name] == words[p[name] < 0.5] for name, words in VERDICTS.items())
+
+
+def test_an_answer_that_lacks_one_needed_verdict_is_not_parsed(tokenizer, monkeypatch):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    ids = tokenizer.encode(f"Answers: \nRequest: {U}\nCompletion: {C}")
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **_: [[ids] for _ in prompts])
+    half, whole = moderate(model, tokenizer, [{"prompt": "a", "response": "b"}, {"prompt": "a"}], on_unparsable=H)
+    assert (half["parsed"], half["request"], half["response"]) == (False, U, H)
+    assert whole["parsed"] and whole["response"] is None
+
+
+def test_on_unparsable_from_the_command_line(capsys):
+    evaluation.main(["--model", "toy/model", "--prompt", "a", "--max-new-tokens", "2", "--device", "cpu", "--on-unparsable", H])
+    assert json.loads(capsys.readouterr().out)["request"] == H

@@ -1,6 +1,7 @@
 """Judging, pairing, weighting, and a file that does not depend on interruptions."""
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,7 @@ def test_the_released_judge_takes_the_first_field_with_both_and_drops_gaps():
     assert judge_by_field([sample(v) for v in first], gold) == [True, False]
     assert judge_by_field([sample(verdict(U, R, U))] * 2, gold) == [None, None]
     assert judge_by_field([sample(v) for v in first], verdict(None, None, U)) == [False, True]
+    assert judge_by_field([sample(verdict(H, R, H)), sample(verdict(H, C, U))], gold) == [False, True]      # response first
 
 
 def test_pick_pair_is_seeded_and_longest_is_longest():
@@ -115,5 +117,23 @@ def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
     assert mine(tmp_path / "a", "--resume") == whole
     with pytest.raises(InputError, match="was made with k = 2"):
         mine(tmp_path / "a", "--resume", "--k", 3)
+    for flag, value in (("--data", "toy/test.json"), ("--limit", 6), ("--max-length", 4000), ("--seed", 1), ("--dtype", "float64"),
+                        ("--temperature", 0.5), ("--top-p", 0.5), ("--max-new-tokens", 9), ("--block", 2)):
+        with pytest.raises(InputError, match=f"was made with {flag[2:].replace('-', '_')} = "):
+            mine(tmp_path / "a", "--resume", flag, value)
     with pytest.raises(InputError, match="already holds samples"):
         mine(tmp_path / "a")
+
+
+def test_answers_that_the_released_judge_drops_count_for_neither_side():
+    told = [sample(verdict(H, R, U), "ok"), sample(verdict(H, C, U), "longest"), sample(verdict(U, R, U), "bad"),
+            sample(verdict(H, R, None), "a gap, and long")]
+    (pair,), _ = select(records_and_answers()[0], ["a"] * 4, [("m", {0: told})], "field", "longest", 0.2, 0)
+    assert [pair[k] for k in ("k_correct", "k_incorrect", "chosen", "rejected")] == [2, 1, "longest", "bad"]
+
+
+def test_an_answer_may_end_in_any_end_mark(tokenizer, monkeypatch):
+    ends, asked = [*tokenizer.stop[:2], tokenizer.encode("x")[0]], []
+    monkeypatch.setattr(mine_hard, "generate_iter", lambda m, p, stop: asked.append(stop) or [(0, [[e] for e in ends])])
+    line, = mine_hard.answer_block(None, tokenizer, [[1]], 5, {"model": "m", "seed": 3}, SimpleNamespace(add=lambda n: None), {})
+    assert [s["finish"] for s in line["samples"]] == ["stop", "stop", "length"] and asked == [tokenizer.stop] and line["prompt"] == 5

@@ -326,3 +326,32 @@ def test_random_numbers_belong_to_seed_prompt_sample_and_position():
 def test_common_prefix_leaves_every_sequence_a_token():
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]]) == 2
     assert common_prefix([[1, 2], [1, 2, 3]]) == 1 and common_prefix([[1, 2, 3]]) == 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_config_is_the_one_that_was_read(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    first = Llama.from_pretrained(write_folder(tmp_path / "a", name), "cpu", torch.float32)
+    first.save_pretrained(tmp_path / "b")
+    assert LlamaConfig.from_json(tmp_path / "b/config.json") == first.config
+
+
+def test_temperature_divides_the_logits():
+    # p = .2 .8; at temperature 1/2 p^2: .04 .64, so 1/17 of the draws are the first (times 1/2: 1/3)
+    n, logits = 20000, torch.tensor([0.2, 0.8], dtype=torch.float64).log()
+    drawn = draw_token(logits.expand(n, 2), torch.arange(n), torch.zeros(n, dtype=torch.long), 0.5, 1.0)
+    assert abs((drawn == 0).double().mean() - 1 / 17) < 0.01
+
+
+def test_log_sums_of_bf16_logits_are_full_precision():
+    hidden, head = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = (hidden @ head.T).double().log_softmax(-1).diagonal()
+    assert (token_logprobs(hidden, head, torch.arange(40)) - want).abs().max() < 1e-5
+
+
+def test_seed_temperature_and_top_p_reach_the_sampler(model):
+    prompts, seen = [s.prompt for s in tiny_samples(shapes=[(1, ()), (5, ())])], []
+    for more in ({}, {"seed": 3}, {"temperature": 0.5}, {"top_p": 0.3}):
+        seen.append(generate(model, prompts, k=2, max_new_tokens=12, **more))
+        assert seen[-1] == generate_plain(model, prompts, k=2, max_new_tokens=12, **more)
+    assert all(got != seen[0] for got in seen[1:])

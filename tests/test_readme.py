@@ -1,4 +1,4 @@
-"""README.md says what is so: its commands, flags, paths, names, pictures and arithmetic.
+"""README.md and RESULTS.md say what is so: their commands, flags, paths, names, pictures and arithmetic.
 
 Commands that need weights or hours are parsed by the scripts themselves; the others are run here or by the test
 that RUN_BY names. The four stages of the demo are run, in small, by test_pipeline.py, and in full by `make demo`.
@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
-SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S).replace("\n", " "))
+BOTH = TEXT + (ROOT / "tests/RESULTS.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", BOTH, re.M | re.S)
+SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", BOTH, flags=re.M | re.S).replace("\n", " "))
 COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitlines()] + SPANS
             if re.match(r"(python|torchrun) ", line)]
 SCRIPTS = ["data", "train_sft", "mine_hard", "train_dpo", "eval"]
@@ -97,8 +98,8 @@ def test_every_flag_is_named_and_every_named_flag_exists(parse):
     known = [flags_of(parse(name, ["x"] if name == "data" else [])) for name in SCRIPTS[:-1]]
     known.append(flags_of(parse("eval", ["--predictions", "x"])))
     known = set().union(*known) - {"--help"}
-    named = set(re.findall(r"--[a-z][\w-]*", TEXT))
-    assert not known - named, "README has no use for these"
+    assert not known - set(re.findall(r"--[a-z][\w-]*", TEXT)), "README has no use for these"
+    named = set(re.findall(r"--[a-z][\w-]*", BOTH))
     tools = [(ROOT / folder / f"{name}.py").read_text() for name in TOOLS for folder in ("tests", "toy")
              if (ROOT / folder / f"{name}.py").exists()]
     of_tools = set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(tools)))
@@ -106,7 +107,7 @@ def test_every_flag_is_named_and_every_named_flag_exists(parse):
 
 
 def test_paths_exist():
-    for path in set(re.findall(r"(?:\w+/)*\w+\.(?:py|patch|svg)\b", TEXT)) - {"train_grpo.py"}:
+    for path in set(re.findall(r"(?:\w+/)*\w+\.(?:py|patch|svg|md)\b", BOTH)) - {"train_grpo.py"}:
         assert any((ROOT / folder / path).exists() for folder in ("", "tests")), path
     for pattern in re.findall(r"\btoy/[\w*]+(?:\.json|\.py)?", TEXT):
         assert list(ROOT.glob(pattern)), pattern
@@ -149,6 +150,11 @@ def test_figures_that_follow_from_others():
         for (ours, legacy, _), size in zip((shown[:3], shown[3:]), ("1B", "8B")):
             want = golden[size][name]
             assert (ours, legacy) == (f"{want['f1_default']:.2f}", f"{want['f1_evaluate_py']:.2f}")
+
+
+def test_the_six_scripts_are_as_short_as_the_first_paragraph_says():
+    lines = sum((ROOT / f"{name}.py").read_text().count("\n") for name in ["model", *SCRIPTS])
+    assert lines < 2400 and f"{lines:,} lines" in TEXT.split("## ")[0]
 
 
 def test_lines_are_short_outside_tables_and_blocks():

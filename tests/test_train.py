@@ -2,15 +2,16 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_samples
+from conftest import CONFIG, tiny_model, tiny_samples
 from safetensors.torch import load_file
 
 import train_sft
 from data import deal, pack
-from model import InputError, LlamaConfig
+from model import InputError, Llama, LlamaConfig
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
@@ -142,3 +143,26 @@ def test_memory_of_training_by_hand():
     assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD) + 4e8
     assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD) + 4e8
     assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + logits + VD) + 4e8
+
+
+def test_a_checkpoint_holds_full_weights_of_a_model_stored_in_bf16(tmp_path):
+    model = Llama.random(replace(CONFIG, torch_dtype="bfloat16"))
+    train_sft.save(tmp_path / "step-000001", model, make_optimizer(model, 1e-3), 1, 0)
+    saved = load_file(tmp_path / "step-000001/model.safetensors")
+    assert all(saved[n].dtype == w.dtype and torch.equal(saved[n], w) for n, w in model.state_dict().items())
+
+
+def test_update_clips_to_norm_1_and_steps_at_the_given_rate():
+    # gradient (3, 4) has norm 5: clipped to (0.6, 0.8), times the rate 0.1
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.device, before = torch.device("cpu"), layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert update(layer, torch.optim.SGD(layer.parameters(), lr=9.0), 0.1) == pytest.approx(5)
+    assert torch.allclose(before - layer.weight, torch.tensor([[0.06, 0.08]]), atol=1e-6) and layer.weight.grad is None
+
+
+def test_every_step_is_made_at_the_rate_that_is_logged(tmp_path, monkeypatch):
+    used, update = [], train_sft.update
+    monkeypatch.setattr(train_sft, "update", lambda *args: (used.append(args[2]), update(*args))[1])
+    _, rows, _ = run(tmp_path / "a", "--batch-size", 16)
+    assert used == [r["lr"] for r in rows] == [lr_at(step, 4, 1e-3) for step in range(4)]
