@@ -193,7 +193,7 @@ def start_run(args, samples):
     """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None; set args.samples."""
     first, last, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
     if first.exists() and not args.resume or last.exists() and not first.exists():
-        raise InputError(f"{args.out}: already holds a run; add --resume, or choose another --out")
+        raise InputError(f"{args.out}: already holds a run or a model; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
     old = next(parse_records(first))[1] if first.exists() else vars(args)
     for name in "model data samples limit batch_size max_length epochs max_steps seed".split():
