@@ -11,7 +11,6 @@
 Simpler than elsewhere: one user turn and one answer; no system prompt; byte-level BPE only.
 """
 import base64
-import json
 import re
 import runpy
 import shutil

@@ -182,8 +182,10 @@ def parse_arguments(argv):
     p.add_argument("--k", type=at_least(1), default=4, help="answers to each prompt (released code: 4)")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released: 0.7")
     p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="nucleus (paper: 0.95)")
-    p.add_argument("--judge", choices=["all", "field"], default="all", help="what is right (released: field)")
-    p.add_argument("--pair", choices=["random", "longest"], default="random", help="(released: longest)")
+    p.add_argument("--judge", choices=["all", "field"], default="all",
+                   help="an output is correct if all labelled verdicts are, or (released) one field's is")
+    p.add_argument("--pair", choices=["random", "longest"], default="random",
+                   help="which correct and which incorrect output make the pair (released code: longest)")
     p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)

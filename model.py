@@ -819,11 +819,11 @@ class Engine:
     def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, stop, seed, draw):
         c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
         self.width, self.seed, self.draw = width, seed, draw    # readers a page; draw: see draw_token
-        self.G, self.E = c.num_key_value_heads, c.head_dim
+        self.G, E = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.G                # query heads that share a key
-        shape = c.num_hidden_layers, pages, self.G, self.PAGE, self.E
+        shape = c.num_hidden_layers, pages, self.G, self.PAGE, E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
-        self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, self.E))
+        self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, E))
         self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4 where no key is yet
         self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # of each row, see row_key
         self.history = self.key[:, None].repeat(1, max_new_tokens + self.POLL)     # ids drawn; -1: not yet
@@ -978,7 +978,7 @@ class Engine:
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
             self.bias[page, offset] = 0
-            attends = [partial(self.attend, n=n, place=(page, offset), parts=parts, terms=terms)
+            attends = [partial(self.attend, n=n, page=page, offset=offset, parts=parts, terms=terms)
                        for n in range(len(self.k))]
             hidden = self.model.hidden(self.history[rows, last], length + last, attends)
             self.append(rows, hidden, length, count)
@@ -986,10 +986,9 @@ class Engine:
         for job in self.jobs:
             job.count += self.POLL
 
-    def attend(self, q, k, v, n, place, parts, terms):
+    def attend(self, q, k, v, n, page, offset, parts, terms):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
-        over each page, and then over pages, whose weights are softmax(lse)."""
-        page, offset = place                                                       # of the new keys
+        over each page, and then over pages, whose weights are softmax(lse). New keys go to (page, offset)."""
         self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
         results = [(self.nothing[:, 0] - math.inf, self.nothing)]

@@ -898,7 +898,7 @@ def _(rng):
 
 @case("tree_forward", "tree_backward_q", "tree_backward_kv")
 def _(rng):
-    from model import attention_by_mask, TreeAttention, tree_plan
+    from model import TreeAttention, attention_by_mask, tree_plan
     end = forest(rng, 0, int(rng.integers(34, 60)))                           # a block is 32 rows here
     T, plan = len(end), tree_plan(torch.tensor(end))
     q, k, v, g = (tensor(rng, T, heads, 16).float().requires_grad_() for heads in (2, 1, 1, 2))

@@ -22,7 +22,8 @@ def show(tokenizer, samples):
     print(f"{T} tokens in the pack, {sum(len(s.prompt) + len(a) for s in samples for a in s.answers)} as "
           f"separate sequences; {len(p.rows)} scored (row, next token) pairs\n\n"
           "    rows        position      end   text, the scored part in [ ]")
-    scored = set(p.rows[1:][p.answer[1:] == p.answer[:-1]].tolist())       # an answer's rows but the first, which is the prompt's
+    # an answer's rows, but for the first: that is the prompt's last
+    scored = set(p.rows[1:][p.answer[1:] == p.answer[:-1]].tolist())
     starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
     for start, stop in zip(starts, starts[1:] + [T]):
         first = next((i for i in range(start, stop) if i in scored), stop)
