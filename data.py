@@ -383,7 +383,7 @@ def read_arguments(p, argv, **demo):
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products (default: "
                    "bfloat16 where the hardware has it; training keeps fp32 weights)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--kernels", choices=["torch", "triton"], default=KERNELS, help="triton: CUDA only")
+    p.add_argument("--kernels", choices=sorted({"torch", KERNELS}), default=KERNELS, help="triton: on CUDA")
     p.add_argument("--no-share", action="store_true", help="give every answer its own copy of the prompt")
     args = p.parse_args(argv)
     if demo and not args.data:

@@ -201,11 +201,11 @@ def rms_norm(x, weight, eps):
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * unit.to(x.dtype)
 
-def rope_frequencies(config):
+def rope_frequencies(config, device="cpu"):
     """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
     Waves longer than original/low are slowed down by `factor`, those shorter than original/high are
     kept, and between the two the change is linear in original/wavelength."""
-    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-i / config.head_dim)
     scaling = config.rope_scaling
     if not scaling:
@@ -218,7 +218,7 @@ def rope_frequencies(config):
 def rope_tables(config, position, dtype):
     """cos and sin (T, 1, E/2) of position (T,) x frequency (E/2,), for apply_rope."""
     exact = position.cpu() if position.device.type == "mps" else position      # MPS has no float64
-    angle = exact.double()[:, None, None] * rope_frequencies(config).to(exact.device)
+    angle = exact.double()[:, None, None] * rope_frequencies(config, exact.device)
     return angle.cos().to(position.device, dtype), angle.sin().to(position.device, dtype)
 
 def apply_rope(x, cos, sin):
@@ -361,8 +361,7 @@ class MLP(nn.Module):
         return without_storing(down, self.gate_proj(x), self.up_proj(x))       # (T, F) each
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Only `attend` mixes tokens: that is what makes
-    a shared prefix exact."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); only `attend` mixes tokens: trees are exact."""
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
@@ -397,23 +396,22 @@ class Llama(nn.Module):
         """Where the weights are."""
         return self.head.device
 
-    def hidden(self, tokens, position, attends):
-        """Final hidden states (T, D) of tokens (T,) at position (T,); attends: one function a layer
-        that takes q (T, H, E), k and v (T, G, E) and returns what the rows see, (T, H, E)."""
+    def hidden(self, tokens, position, attend):
+        """Final hidden states (T, D) of tokens (T,) at position (T,). attend(n, q, k, v) of layer n takes
+        q (T, H, E), k and v (T, G, E) and returns what the rows see, (T, H, E)."""
         x = self.model["embed_tokens"](tokens)
         x = x.to(self.compute_dtype or x.dtype)                                # (T, D)
         cos, sin = rope_tables(self.config, position, x.dtype)
-        for layer, attend in zip(self.model["layers"], attends):
+        for n, layer in enumerate(self.model["layers"]):
             run = partial(without_storing, layer) if self.recompute else layer
-            x = run(x, cos, sin, attend)
+            x = run(x, cos, sin, partial(attend, n))
         return self.model["norm"](x)
 
     def forward(self, tokens, end, rows=None, targets=None):
         """Run a stream that holds a forest (see tree_plan): tokens (T,), end (T,) -> hidden (T, D).
         With rows (N,) and targets (N,): log p(targets[n] | all that rows[n] sees), (N,) in nats."""
         plan = tree_plan(end, device=tokens.device)
-        attend = partial(attention, plan=plan)
-        x = self.hidden(tokens, plan.position, [attend] * len(self.model["layers"]))
+        x = self.hidden(tokens, plan.position, lambda n, *qkv: attention(*qkv, plan))
         return x if rows is None else token_logprobs(x[rows], self.head, targets)
 
     @classmethod
@@ -602,7 +600,6 @@ class BlockAttention(torch.autograd.Function):
         return dq, *(x.transpose(0, 1).to(q.dtype) for x in (dk, dv)), None
 
 # ------------------------------------------------------------------ kernels
-#
 # A kernel says what one program does with a tile of rows; the grid says how many programs run. Sums are
 # float32, and "ieee" keeps float32 operands whole. TRITON_INTERPRET=1 runs the same code on a CPU, for tests.
 try:
@@ -616,10 +613,8 @@ KERNELS = "triton" if triton else "torch"               # see choose_kernels
 WIDTHS = (16, 32, 64, 128)                              # head widths E that the attention kernels know
 
 def choose_kernels(name):
-    """Use "triton" or "torch" (the twins everywhere) from now on; InputError where there is no Triton."""
+    """Use "triton" (where it is installed) or "torch" (the twins everywhere) from now on."""
     global KERNELS
-    if name == "triton" and triton is None:
-        raise InputError("--kernels triton: Triton is not installed")
     KERNELS = name
 
 def use_triton(x):
@@ -724,9 +719,8 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan):
         (N, H, E), (T, G, _) = q.shape, k.shape
-        assert k.shape == v.shape == (len(plan.end), G, E) and N == T - plan.skip
-        assert H % G == 0 and E in WIDTHS
-        assert q.dtype == k.dtype == v.dtype and use_triton(q) and T * H * E < 2 ** 31
+        assert k.shape == v.shape == (len(plan.end), G, E) and N == T - plan.skip and H % G == 0
+        assert q.dtype == k.dtype == v.dtype and use_triton(q) and T * H * E < 2 ** 31 and E in WIDTHS
         q, k, v, B = q.contiguous(), k.contiguous(), v.contiguous(), 64 if q.element_size() == 2 else 32
         ctx.visits, ctx.sizes = tree_tiles(plan, B), (N, T, H, G, E, B)
         out, lse = torch.empty_like(q), q.new_empty(H, N, dtype=torch.float32)
@@ -781,7 +775,6 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: const
     tl.store(LSE + row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < stop)
 
 # ------------------------------------------------------------------ generation
-#
 # The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a
 # prompt, which its k samples read, or to one sample. Attention takes each page once, with all its readers
 # together, and adds up per row.
@@ -813,12 +806,11 @@ def attend_pages(q, k, v, bias):
 class Engine:
     """Decodes many rows at once over a paged cache."""
     PAGE = 64           # keys a page
-    POLL = 4            # steps between two looks at which rows are done
     PREFILL = 4096      # prompt tokens in one pass
 
-    def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, stop, seed, draw):
+    def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, poll, stop, seed, draw):
         c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
-        self.width, self.seed, self.draw = width, seed, draw    # readers a page; draw: see draw_token
+        self.width, self.poll, self.seed, self.draw = width, poll, seed, draw      # width: readers of a page
         self.G, E = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.G                # query heads that share a key
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, E
@@ -826,7 +818,7 @@ class Engine:
         self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, E))
         self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4 where no key is yet
         self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # of each row, see row_key
-        self.history = self.key[:, None].repeat(1, max_new_tokens + self.POLL)     # ids drawn; -1: not yet
+        self.history = self.key[:, None].repeat(1, max_new_tokens + poll)          # ids drawn; -1: not yet
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
         self.common = self.take_pages(self.pages_for(len(instruction)), 0)
@@ -881,12 +873,11 @@ class Engine:
             self.prefill(jobs)
 
     def reserve(self):
-        """Give every row pages for its next POLL tokens; where none are left, put jobs back and return them.
-        Putting back the youngest job lets the oldest always finish; as random numbers belong to the
-        row, a job that starts again draws the same answer again."""
+        """Give every row pages for its next `poll` tokens; return the jobs put back where none are left: the
+        youngest, so that the oldest finish. One that starts again draws the same, by its rows' keys."""
         back = []
         for job, row in [(job, row) for job in self.jobs for row in job.rows]:
-            need = self.pages_for(job.count + self.POLL)
+            need = self.pages_for(job.count + self.poll)
             while job.rows and need > len(self.owned[row]) + len(self.free_pages):
                 back.append(self.jobs[-1])
                 self.free(list(back[-1].rows))
@@ -917,14 +908,12 @@ class Engine:
         self.bias[page, offset] = 0
         plan = tree_plan(torch.tensor([I + len(tokens)] * I + [I + e for e in end]), I, self.device)
 
-        def attend(q, k, v, n):
+        def attend(n, q, k, v):
             self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
             before = (x[n, self.common].transpose(1, 2).flatten(0, 1)[:I] for x in (self.k, self.v))
-            k, v = (torch.cat(both) for both in zip(before, (k, v)))
-            return attention(q, k, v, plan)
+            return attention(q, *(torch.cat(both) for both in zip(before, (k, v))), plan)
 
-        attends = [partial(attend, n=n) for n in range(len(self.k))]
-        return self.model.hidden(self.ints(tokens), plan.position[I:], attends)
+        return self.model.hidden(self.ints(tokens), plan.position[I:], attend)
 
     def prefill(self, jobs):
         """Run the prompts of these jobs, after the instruction, as one forest; draw first tokens."""
@@ -936,10 +925,9 @@ class Engine:
             place += self.places(job.pages, len(rest))
             rows += [(row, row_key(self.seed, job.prompt, sample), len(tokens) - 1, len(job.prompt))
                      for row, sample in job.rows.items()]
-        hidden = self.read(tokens, end, place)
         rows, key, last, length = self.ints(rows).T
         self.key[rows], self.history[rows] = key, -1
-        self.append(rows, hidden[last], length, 0)
+        self.append(rows, self.read(tokens, end, place)[last], length, 0)
 
     def append(self, rows, hidden, length, count):
         """Draw the next token of each row, its number `count` after a prompt of `length`: hidden (B, D)."""
@@ -969,24 +957,35 @@ class Engine:
         return parts, (first + step * g + r).flatten(0, 2)
 
     def decode(self):
-        """Advance every row by POLL tokens; nothing here depends on what is drawn, only on counts."""
+        """Advance every row by `poll` tokens; nothing here depends on what is drawn, only on counts."""
         rows = [(row, len(job.prompt), job.count) for job in self.jobs for row in job.rows]
         (rows, length, count), own = self.ints(rows).T, [self.owned[row] for row, _, _ in rows]
         own = self.ints([pages + pages[-1:] * (max(map(len, own)) - len(pages)) for pages in own])
         parts, terms = self.parts()
-        for _ in range(self.POLL):
+
+        def step():
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
             self.bias[page, offset] = 0
-            attends = [partial(self.attend, n=n, page=page, offset=offset, parts=parts, terms=terms)
-                       for n in range(len(self.k))]
-            hidden = self.model.hidden(self.history[rows, last], length + last, attends)
-            self.append(rows, hidden, length, count)
-            count = count + 1
-        for job in self.jobs:
-            job.count += self.POLL
+            attend = partial(self.attend, page=page, offset=offset, parts=parts, terms=terms)
+            return self.model.hidden(self.history[rows, last], length + last, attend)
 
-    def attend(self, q, k, v, n, page, offset, parts, terms):
+        for n in range(self.poll):
+            if n == 1 and self.k.is_cuda and use_triton(self.k):           # now its kernels are loaded
+                step = self.record(step)
+            self.append(rows, step(), length, count)
+            count += 1                                      # in place: a recorded step reads it again
+        for job in self.jobs:
+            job.count += self.poll
+
+    def record(self, step):
+        """step as a CUDA graph: its hundreds of kernels on the same memory, launched without Python."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            hidden = step()                                 # recorded, not computed
+        return lambda: graph.replay() or hidden
+
+    def attend(self, n, q, k, v, page, offset, parts, terms):
         """`attention` of one new token a row, q (B, H, E), over instruction, prompt and own pages: a softmax
         over each page, and then over pages, whose weights are softmax(lse). New keys go to (page, offset)."""
         self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
@@ -1024,7 +1023,8 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         item = (model.compute_dtype or model.head.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
-    answer, common = width * Engine.pages_for(max_new_tokens + Engine.POLL), Engine.pages_for(start)
+    poll = 32 if device.type == "cuda" else 4              # recording a step costs as much as a few steps
+    answer, common = width * Engine.pages_for(max_new_tokens + poll), Engine.pages_for(start)
     most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
     pages, need = kv_tokens // Engine.PAGE, common + max(most)
     if pages < need:
@@ -1034,7 +1034,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     max_rows = max(width, max_rows or (1024 if device.type == "cuda" else 128))
     draw = partial(draw_token, temperature=temperature, top_p=top_p)
     pages = min(pages, common + sum(most))
-    engine = Engine(model, prompts[0][:start], width, max_rows, pages, max_new_tokens, stop, seed, draw)
+    engine = Engine(model, prompts[0][:start], width, max_rows, pages, max_new_tokens, poll, stop, seed, draw)
     waiting, answers = jobs[::-1], [{} for _ in prompts]                           # the next job on top
     while waiting or engine.jobs:
         engine.start_some(waiting)

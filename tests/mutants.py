@@ -33,7 +33,7 @@ MUTANTS = [
      "test_model.py -k nucleus"),
     ("model.py", "readers[n][i] = b", "readers[n][0] = b", "test_model.py -k generation"),
     ("model.py", "return s.amax(-1) - weight.amax(-1).log()", "return -weight.amax(-1).log()", "test_model.py -k generation"),
-    ("model.py", "self.bias[page, offset] = 0\n            attends", "self.bias[page, offset - 1] = 0\n            attends",
+    ("model.py", "self.bias[page, offset] = 0\n            attend =", "self.bias[page, offset - 1] = 0\n            attend =",
      "test_model.py -k generation"),
     ("model.py", "total = tl.maximum(tl.sum(p, 1), 1.0)", "total = tl.sum(p, 1)", "test_kernels.py -k twins"),
     ("data.py", "rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]",
