@@ -971,17 +971,17 @@ class Engine:
             return self.model.hidden(self.history[rows, last], length + last, attend)
 
         for n in range(self.poll):
-            if n == 1 and self.k.is_cuda and use_triton(self.k):           # now its kernels are loaded
-                step = self.record(step)
+            step = self.record(step) if n == 1 else step    # by now it has run once, and its kernels are loaded
             self.append(rows, step(), length, count)
             count += 1                                      # in place: a recorded step reads it again
         for job in self.jobs:
             job.count += self.poll
 
     def record(self, step):
-        """step as a CUDA graph: its hundreds of kernels on the same memory, launched without Python."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+        """step, on CUDA as a graph: its hundreds of kernels on the same memory, launched without Python."""
+        if not (self.k.is_cuda and use_triton(self.k)):
+            return step
+        with torch.cuda.device(self.device), torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             hidden = step()                                 # recorded, not computed
         return lambda: graph.replay() or hidden
 
