@@ -33,7 +33,8 @@ RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_
           "tests/audit.py": "test_data.py audit_run", "tests/traces.py": "test_tools.py traces_keep",
           "tests/certificate.py": "test_tools.py keeps_its_claims", "tests/mutants.py": "test_tools.py every_mutant",
           "tests/kill.py": "test_kill.py five_kills", "tests/test_kernels.py": "test_kernels.py equal_their_twins",
-          "tests/bench.py": "test_bench.py one_command", "toy/make_toy.py": "test_ablation.py small_ablation"}
+          "tests/bench.py": "test_bench.py one_command", "toy/make_toy.py": "test_ablation.py small_ablation",
+          "tests/ablation.py": "test_ablation.py small_ablation"}
 
 
 class Parsed(Exception):
