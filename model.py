@@ -966,12 +966,12 @@ class Engine:
         def step():
             last = count - 1                                # the last drawn token is fed, its key stored
             page, offset = own.gather(1, last[:, None] // self.PAGE)[:, 0], last % self.PAGE
-            self.bias[page, offset] = 0
+            self.bias.index_put_((page, offset), self.bias.new_zeros(len(page)))   # a plain 0 is the host's
             attend = partial(self.attend, page=page, offset=offset, parts=parts, terms=terms)
             return self.model.hidden(self.history[rows, last], length + last, attend)
 
         for n in range(self.poll):
-            step = self.record(step) if n == 1 else step    # by now it has run once, and its kernels are loaded
+            step = self.record(step) if n == 1 else step    # it has run once: its kernels are loaded
             self.append(rows, step(), length, count)
             count += 1                                      # in place: a recorded step reads it again
         for job in self.jobs:
@@ -1023,7 +1023,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         item = (model.compute_dtype or model.head.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
-    poll = 32 if device.type == "cuda" else 4              # recording a step costs as much as a few steps
+    poll = max(1, min(32 if device.type == "cuda" else 4, max_new_tokens - 1))     # recording must pay
     answer, common = width * Engine.pages_for(max_new_tokens + poll), Engine.pages_for(start)
     most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
     pages, need = kv_tokens // Engine.PAGE, common + max(most)

@@ -30,6 +30,7 @@ class Recording(TorchDispatchMode):
         result, kwargs = f(*args, **(kwargs or {})), kwargs or {}
         name = f.name().removeprefix("aten::").split(".")[0]
         assert name not in WAITS and not (name == "lift_fresh" and result.dim()), name     # (a list of numbers)
+        assert not (name == "index_put_" and args[2].dim() == 0), "a number from the host"
         assert not (name in ("index", "index_put_") and any(x.dtype == torch.bool for x in tensors(args[1])))
         assert len({x.device.type for x in tensors((args, kwargs, result)) if x.dim()}) < 2, name
         self.noted.append((f, args, kwargs, result))
