@@ -1023,7 +1023,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         item = (model.compute_dtype or model.head.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
-    poll = max(1, min(32 if device.type == "cuda" else 4, max_new_tokens - 1))     # recording must pay
+    poll = max(1, min(32 if device.type == "cuda" else 4, max_new_tokens - 1))     # steps between two looks
     answer, common = width * Engine.pages_for(max_new_tokens + poll), Engine.pages_for(start)
     most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
     pages, need = kv_tokens // Engine.PAGE, common + max(most)
