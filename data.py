@@ -217,10 +217,9 @@ def read_tokenizer_model(path):
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    says = read_text(template) if template.exists() else ""
-    if not says and config.exists():
-        says = str(read_json(config).get("chat_template") or "")
-    known = says or special
+    says = (read_text(template) if template.exists() else
+            read_json(config).get("chat_template") if config.exists() else None)
+    known = str(says or special)
     return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 
 # ------------------------------------------------------------------ records
@@ -271,13 +270,13 @@ def fit_prompt(tokenizer, record, room):
     if len(ids) <= room:
         return ids, False
     cut = lambda most: tokenizer.prompt_ids(instruction, format_input(*(t and t[:most] for t in texts)))
-    longest = max(len(text or "") for text in texts)
+    longest = max(len(text or "") for text in texts)                           # the most that fits, bisected:
     ids = cut(bisect_right(range(1, longest), room, key=lambda most: len(cut(most))))
     return (ids if len(ids) <= room else None), True
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
     """Samples of at most max_length tokens, as (samples, records kept); prints what was cut or left out.
-    The root is the longest common *token* prefix of all prompts with that instruction."""
+    The root: the longest common *token* prefix of prompts with that instruction. InputError: none fits."""
     samples, kept, groups, cuts = [], [], defaultdict(list), 0
     for record in records:
         ids = [tokenizer.answer_ids(record[name]) for name in answers]
@@ -297,6 +296,8 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
         if n:
             print(f"{n} {what}", file=sys.stderr)
     tokenizer.lost = 0
+    if records and not samples:
+        raise InputError(f"--max-length {max_length} is too short: no record fits")
     return samples, kept
 
 # ------------------------------------------------------------------ the tree packer
@@ -339,12 +340,12 @@ def pack(samples, max_tokens, share=True):
 def lay_out(root, copies):
     """Write the tree down depth first:  root { prompt { answer } { answer } } { prompt { answer } } ...
     The prompt's last row is scored once for each answer; the end mark is a target and never fed."""
-    tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []
+    tokens, end, rows, targets, answer = list(root), [0] * len(root), [], [], []   # the root's end: below
     for prompt, answers in copies:
         tokens += prompt[len(root):]
         last = len(tokens) - 1                                                 # the prompt's last row
         stop = len(tokens) + sum(len(ids) - 1 for _, ids in answers)
-        end += [stop] * (len(tokens) - len(end))
+        end += [stop] * (len(tokens) - len(end))                               # of the prompt's tokens
         for number, ids in answers:
             rows += [last, *range(len(tokens), len(tokens) + len(ids) - 1)]
             targets += ids
@@ -364,19 +365,19 @@ def deal(packs, rank, ranks):
     return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
 
 @torch.no_grad()
-def answer_logprobs(model, packs, answers, rank_info):
-    """log p of each answer, summed over its tokens: (answers,) in float64 on the CPU; 0 where in no pack."""
-    (device, rank, ranks), total = rank_info, torch.zeros(answers, dtype=torch.float64)
+def answer_logprobs(model, packs, n, rank_info):
+    """log p of each of n answers, summed over its tokens: (n,) in float64 on the CPU; 0 where in no pack."""
+    (device, rank, ranks), total = rank_info, torch.zeros(n, dtype=torch.float64)
     for p in deal(packs, rank, ranks):
         p = p.to(device)
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
-        total.index_add_(0, p.answer.cpu(), logprobs.double().cpu())
+        total.index_add_(0, p.answer.cpu(), logprobs.cpu().double())
     return all_sum(total, device)
 
 # ------------------------------------------------------------------ arguments
 def read_arguments(p, argv, **demo):
     """The arguments of a script whose own are in p: those that mean the same everywhere are added here.
-    Without --model and --data, those of the demo hold, but for what is given."""
+    Only without --data, the values in `demo` take the place of the paper's as defaults."""
     p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records (generating: of each file)")
     p.add_argument("--format", choices=FORMATS, help="prompt template (default: what the model folder says)")
@@ -389,6 +390,7 @@ def read_arguments(p, argv, **demo):
     if demo and not args.data:
         if args.model != p.get_default("model"):
             p.error("--data FILE... is missing (the demo runs without --model and --data)")
+        p.set_defaults(data=sorted(map(str, Path("toy").glob("train_*.json"))) or ["toy/train_*.json"])
         p.set_defaults(**demo)
         args = p.parse_args(argv)
     choose_kernels(args.kernels)

@@ -102,7 +102,7 @@ def score(rows, dataset, legacy=False, wished=None):
     results = []
     for name, (positive, _) in VERDICTS.items():
         some = [row for row in rows if row["gold"][name]]
-        pairs = [(row["gold"][name], row["verdict"][name]) for row in some]
+        pairs = parsed = [(row["gold"][name], row["verdict"][name]) for row in some]
         concluded = [(reasoning_verdict(row["text"])[name], row["verdict"][name]) for row in some]
         if legacy:
             pairs = legacy_pairs([gold for gold, _ in pairs], [row["text"] for row in some], name)
@@ -112,7 +112,7 @@ def score(rows, dataset, legacy=False, wished=None):
         tp, fp, fn, tn = cells = confusion(gold, predicted, positive)
         result = {"file": rows[0]["file"], "dataset": dataset, "task": name, "n": len(gold),
                   "f1": float(f1_of(*cells)), "precision": 100 * tp / max(tp + fp, 1),
-                  "recall": 100 * tp / max(tp + fn, 1), "unparsable": predicted.count(None),
+                  "recall": 100 * tp / max(tp + fn, 1), "unparsable": sum(not p[1] for p in parsed),
                   "ci95": bootstrap(cells), "tp": tp, "fp": fp, "fn": fn, "tn": tn,
                   "reasoning_disagrees": sum(a != b for a, b in concluded if a and b)}
         for key in ("tokens", "ms"):
@@ -124,7 +124,7 @@ def score(rows, dataset, legacy=False, wished=None):
             if wished is not None:
                 result["threshold"] = threshold_for(hit, p, wished)
                 found = [x >= result["threshold"] for x, h in zip(p, hit) if h]
-                result["recall_at_threshold"] = 100 * float(np.mean(found))
+                result["recall_at_threshold"] = 100 * sum(found) / max(len(found), 1)
         results.append(result)
     return results
 
@@ -201,11 +201,11 @@ def majority(verdicts):
 
 def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, **options):
     """Verdicts on exchanges [{"prompt", "response" or None}]: a list of dicts with request, completion,
-    response, parsed, p_harmful (of request and response) and reasoning. An answer without a needed
-    verdict has parsed=False and None there, or on_unparsable; it is never taken for a safe one."""
+    response, parsed, cut (its end was not read), p_harmful (of request and response) and reasoning. An
+    answer without a needed verdict has parsed=False and None there, or on_unparsable: never a safe one."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
-    prompts = encode_prompts(tokenizer, records, max_length)
+    prompts, cuts = encode_prompts(tokenizer, records, max_length)
     options = {"max_new_tokens": 2048, "temperature": 0, "stop": tokenizer.stop, **options}
     texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, **options)]
     alone, results = (model.device, 0, 1), []
@@ -217,7 +217,7 @@ def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, *
         harmful = {name: round(p[name][i], 4) for name in p if name in needed}
         unsaid = {name: on_unparsable for name in harmful if verdict[name] is None}
         results.append({**verdict, **unsaid, "parsed": all(verdict[name] for name in needed),
-                        "p_harmful": harmful, "reasoning": text})
+                        "cut": cuts[i], "p_harmful": harmful, "reasoning": text})
     return results
 
 def evaluate_file(args, path, name, tokenizer, load, rank_info):
@@ -227,7 +227,7 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
     tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
     if not tasks:
         raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
-    prompts = encode_prompts(tokenizer, records, args.max_length)
+    prompts, _ = encode_prompts(tokenizer, records, args.max_length)
     start, kept = time.time(), not args.fast and any(out.glob("answers.jsonl*"))   # then nothing is timed
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
@@ -236,8 +236,9 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
         settings, options = generation(args, args.model, str(path), temperature=1.0 if args.k > 1 else 0)
         lines = answer_prompts(load, prompts, out / "answers.jsonl", rank_info, args.block, settings,
                                f"{name}: ", **options)
-        answers = [{**line["samples"][0], "verdict": majority([s["verdict"] for s in line["samples"]]),
-                    "tokens": sum(s["tokens"] for s in line["samples"])} for line in lines]
+        votes = [(line["samples"], majority([s["verdict"] for s in line["samples"]])) for line in lines]
+        answers = [{**max(samples, key=lambda s: s["verdict"] == vote), "verdict": vote,    # the first that
+                    "tokens": sum(s["tokens"] for s in samples)} for samples, vote in votes]    # says so
     timing = {} if kept else {"ms": 1000 * (time.time() - start) / len(records)}
     rows = [{"file": str(path), "gold": gold, **timing, **answer} for gold, answer in zip(golds, answers)]
     for task in tasks if args.scores and not args.fast else []:
@@ -296,13 +297,11 @@ def parse_arguments(argv):
 def moderate_lines(args, model, tokenizer):
     """Read exchanges from --prompt or standard input, print a verdict for each, in order."""
     one = [("--prompt", {"prompt": args.prompt, "response": args.response})]
-    names = "max_new_tokens", "max_length", "kv_tokens", "on_unparsable"
-    options = {name: getattr(args, name) for name in names}
+    options = {n: getattr(args, n) for n in "max_new_tokens max_length kv_tokens on_unparsable".split()}
     for _, exchange in parse_lines("--moderate", sys.stdin) if args.prompt is None else one:
         if not (isinstance(exchange, dict) and isinstance(exchange.get("prompt"), str)
                 and isinstance(exchange.get("response"), (str, type(None)))):
-            raise InputError('--moderate: every line must be an object whose "prompt" is a text, '
-                             'and "response", if any')
+            raise InputError('--moderate: a line must be an object of texts, "prompt" and maybe "response"')
         verdict, = moderate(model, tokenizer, [exchange], **options)
         print(json.dumps(verdict, ensure_ascii=False), flush=True)
 

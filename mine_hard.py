@@ -23,7 +23,7 @@ from pathlib import Path
 from data import (VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_arguments,
                   read_records)
 from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
-                   write_json, write_whole)
+                   row_key, write_json, write_whole)
 
 # ------------------------------------------------------------------ the method
 def judge(verdict, gold):
@@ -39,13 +39,14 @@ def judge_all(samples, gold):
 def judge_by_field(samples, gold):
     """The released code's rule: [correct, wrong or (None) dropped, for each sample] on one field.
     The first of request, response, completion on which the samples differ decides, and the others are
-    not looked at; a sample that lacks any verdict is dropped."""
-    whole = [all(s["verdict"].values()) for s in samples]
-    for name in ("request", "response", "completion"):
+    not looked at; a sample that lacks a verdict which the record labels is dropped."""
+    labelled = [name for name in ("request", "response", "completion") if gold[name] is not None]
+    whole = [all(s["verdict"][name] for name in labelled) for s in samples]
+    for name in labelled:
         right = [s["verdict"][name] == gold[name] if ok else None for s, ok in zip(samples, whole)]
-        if gold[name] is not None and True in right and False in right:
+        if True in right and False in right:
             return right
-    return [None] * len(samples)
+    return [judge(s["verdict"], gold) if ok else None for s, ok in zip(samples, whole)]    # all the same
 
 def pick_pair(samples, right, rule, rng):
     """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the longest."""
@@ -85,11 +86,13 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
 # ------------------------------------------------------------------ answering all prompts (eval.py too)
 def encode_prompts(tokenizer, records, max_length):
-    """The prompt ids of each record; InputError where not even an empty exchange fits."""
-    prompts = [fit_prompt(tokenizer, record, max_length)[0] for record in records]
+    """(ids, was it cut?) of the prompt of each record; InputError where not even an empty exchange fits."""
+    prompts, cuts = zip(*(fit_prompt(tokenizer, record, max_length) for record in records))
     if None in prompts:
         raise InputError(f"--max-length {max_length} is too short for the template itself")
-    return prompts
+    if any(cuts):
+        print(f"{sum(cuts)} prompts cut inside the user's text (--max-length {max_length})", file=sys.stderr)
+    return prompts, cuts
 
 def lazy_model(args, folder, device):
     """(tokenizer, load) of a folder; load() -> (model, tokenizer) reads the weights at its first call."""
@@ -101,7 +104,8 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **
     load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
     whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
     (device, rank, ranks), folder = rank_info, Path(f"{path}.parts")
-    check_settings(folder / "settings.json", {**settings, "block": block, "prompts": len(prompts)}, rank)
+    settings = {**settings, "block": block, "prompts": row_key(0, [row_key(0, p, 0) for p in prompts], 0)}
+    check_settings(folder / "settings.json", settings, rank)
     parts = {i: folder / f"{i:08d}.jsonl" for i in range(0, len(prompts), block)}        # first prompt: file
     if not Path(path).exists():
         todo = [i for i in list(parts)[rank::ranks] if not parts[i].exists()]
@@ -131,12 +135,10 @@ def answer_block(model, tokenizer, prompts, first, settings, meter, options):
 
 def check_settings(path, settings, rank):
     """Remember what a file is made with; refuse to continue it with something else."""
-    settings = json.loads(json.dumps(settings))                                # as the file gives them back
     old = read_json(path) if path.exists() else settings
     for name, now in settings.items():
-        if old.get(name) != now:
-            raise InputError(f"{path}: was made with {name} = {old.get(name)!r}, now it is {now!r}; "
-                             "choose another --out")
+        if (was := old.get(name)) != now:
+            raise InputError(f"{path}: was made with {name} = {was!r}, not {now!r}; choose another --out")
     if rank == 0 and old is settings:
         write_json(path, settings)
 
@@ -148,8 +150,8 @@ def write_lines(path, lines):
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
     def __init__(self, total, label, rank):
-        self.total, self.label, self.rank = total, label, rank
-        self.done, self.tokens, self.start = 0, 0, time.time()
+        self.total, self.label, self.rank, self.done = total, label, rank, 0
+        self.tokens, self.start = 0, time.time()
 
     def add(self, tokens):
         """One more prompt is answered, with so many tokens."""
@@ -169,8 +171,9 @@ def generation_arguments(p):
 def generation(args, model, data, **sampling):
     """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
     options = dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, **sampling)
-    settings = dict(model=str(model), data=data, limit=args.limit, max_length=args.max_length,
-                    format=args.format, dtype=args.dtype, **options)
+    written = max((p.stat().st_mtime for p in Path(model).glob("*.safetensors")), default=0)
+    settings = dict(model=str(model), weights=time.asctime(time.gmtime(written)), data=data, limit=args.limit,
+                    max_length=args.max_length, format=args.format, dtype=args.dtype, **options)
     return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 
 # ------------------------------------------------------------------ the script
@@ -189,8 +192,7 @@ def parse_arguments(argv):
     p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
-    toy = sorted(map(str, Path("toy").glob("train_*.json")))
-    return read_arguments(p, argv, data=toy, max_new_tokens=224, limit=100, dtype="float32")
+    return read_arguments(p, argv, max_new_tokens=224, limit=100, dtype="float32")
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -204,9 +206,9 @@ def main(argv=None):
     for n, folder in enumerate(args.model):
         path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
         tokenizer, load = lazy_model(args, folder, rank_info[0])
-        prompts = encode_prompts(tokenizer, records, args.max_length)
-        sampling = dict(temperature=args.temperature, top_p=args.top_p)
-        settings, options = generation(args, folder, args.data, **sampling)
+        prompts, _ = encode_prompts(tokenizer, records, args.max_length)
+        settings, options = generation(args, folder, args.data, temperature=args.temperature,
+                                       top_p=args.top_p)
         lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
         answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
     if rank_info[1] > 0:

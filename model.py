@@ -1,6 +1,6 @@
 """LLaMA in one file: the plain model first, then the same mathematics faster.
 
-Part I is complete and readable alone.
+Part I can be read alone; where it calls a fast twin, it says what that computes.
     errors, devices, files        what all scripts share
     LlamaConfig                   config.json of a Hugging Face folder
     rms_norm, apply_rope          the operations, one equation each
@@ -91,6 +91,7 @@ def all_sum(value, device):
 
 def check_memory(need, device, advice):
     """InputError with `advice` if the device cannot hold `need` bytes: better now than in an hour."""
+    torch.cuda.empty_cache()                               # what torch has kept for later counts as free
     there = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
              os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if need > there:
@@ -243,15 +244,15 @@ def tree_plan(end, skip=0, device=None):
     instruction I, a prompt p q, and two answers:   I p q a b x y
                                            end      7 7 7 5 5 7 7
                                            position 0 1 2 3 4 3 4"""
-    T, ends, inside = len(end), end.tolist(), [len(end)]               # inside: ends of what is still open
+    T, ends, still_open = len(end), end.tolist(), [len(end)]           # the ends of subtrees around row i
     for i, stop in enumerate(ends):
-        while inside[-1] <= i:
-            inside.pop()
-        if not i < stop <= inside[-1]:
+        while still_open[-1] <= i:
+            still_open.pop()
+        if not i < stop <= still_open[-1]:
             raise ValueError(f"end[{i}] = {stop} does not nest")
-        inside += [stop] if stop < inside[-1] else []
-    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # keys whose subtree is over at row i
-    return TreePlan(end, (torch.arange(T) - closed).to(device), skip)
+        still_open += [stop] if stop < still_open[-1] else []
+    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # of i keys before row i, it cannot see
+    return TreePlan(end, (torch.arange(T) - closed).to(device), skip)  # so many, as their subtree is over
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
@@ -302,16 +303,16 @@ class TokenLogprobs(torch.autograd.Function):
                 grid = len(dz), -(-len(head) // 4096)
                 launch(row_gradients, grid, 4096, dz, targets[some], total[some], grad[some, None], len(head))
             else:                                                          # some rows at a time stay in cache
-                rows = (x.split(32) for x in (dz, *(x[some, None] for x in (total, targets, grad))))
-                for z, log_sum, target, g in zip(*rows):
+                columns = (x[some, None].split(32) for x in (total, targets, grad))
+                for z, log_sum, target, g in zip(dz.split(32), *columns):
                     p = (full_precision(z) - log_sum).exp_()
-                    z.copy_(p.mul_(-g).scatter_add_(-1, target, g))
+                    z.copy_(p.mul_(-g).scatter_add_(-1, target, g))        # z becomes its gradient
             d_hidden[some] = dz @ weight
             d_head += dz.T @ hidden[some]                                  # summed as precisely as head
         return d_hidden, d_head, None
 
 def token_logprobs(hidden, head, targets):
-    """log p(target | prefix) in nats: hidden (N, D), head (V, D), targets (N,) -> (N,) float32."""
+    """log p(target | prefix) in nats: hidden (N, D), head (V, D), targets (N,) -> (N,), float32 or more."""
     return TokenLogprobs.apply(hidden, head, targets)
 
 # ------------------------------------------------------------------ the model
@@ -517,7 +518,7 @@ def draw_token(logits, key, position, temperature, top_p):
         mine = p[left, pick][:, None]
         likelier = p[left] if len(left) < B else p
         likelier = torch.where(likelier > mine, likelier, 0).sum(-1)
-        ok = (likelier < top_p) & (mine[:, 0] > 0)                         # rounding can hit a zero
+        ok = (likelier < top_p) & (mine[:, 0] != 0)                        # rounding can hit a zero
         token[left[ok]], left, draw = pick[ok], left[~ok], draw + 1
     return token
 
@@ -793,7 +794,7 @@ def attend_pages(q, k, v, bias):
     """Attention within pages: q (p, G, W, E), k and v (p, G, P, E), bias (p, P), 0 or -3e4 for no key ->
     log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), where s = q k' / sqrt(E) + bias."""
     (p, G, W, E), P = q.shape, k.shape[2]
-    if use_triton(q) and E in WIDTHS:
+    if use_triton(q) and E in WIDTHS and E * q.element_size() < 512:      # more is too much for a T4
         out, M = q.new_empty(q.shape, dtype=torch.float32), 16 if W <= 16 else 64
         lse = out.new_empty(p, G, W)
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -1021,6 +1022,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     jobs = [Job(i, prompt, group.tolist()) for i, prompt in enumerate(prompts) for group in groups]
     if kv_tokens is None:
         item = (model.compute_dtype or model.head.dtype).itemsize
+        torch.cuda.empty_cache()                           # of the blocks before this one
         free = torch.cuda.mem_get_info(device)[0] * 0.7 if device.type == "cuda" else 2 ** 31
         kv_tokens = int(free / (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item))
     poll = max(1, min(32 if device.type == "cuda" else 4, max_new_tokens - 1))     # steps between two looks
@@ -1047,5 +1049,4 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
 
 def generate(model, prompts, k=1, **options):
     """For each prompt k lists of new ids; see generate_iter for the options."""
-    answers = dict(generate_iter(model, prompts, k, **options))
-    return [answers[i] for i in range(len(prompts))]
+    return [answers for _, answers in sorted(generate_iter(model, prompts, k, **options))]

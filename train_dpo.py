@@ -26,23 +26,23 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)             # (B,)
     return -weight * F.logsigmoid(beta * margin)
 
-def answer_sums(logprobs, answer, answers):
-    """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. answers-1."""
-    return logprobs.new_zeros(answers).index_add(0, answer, logprobs)
+def answer_sums(logprobs, answer, n):
+    """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. n-1; -> (n,)."""
+    return logprobs.new_zeros(n).index_add(0, answer, logprobs)
 
 def pairs_loss(logprobs, answer, samples, reference, weight, args):
     """The summed loss of a pack's pairs, and the sums that are logged, (6,): loss, preference term,
-    accuracy, margin, chosen and rejected log-probability.
+    accuracy, margin, chosen and rejected log-probability. Pair i has the answers 2i, chosen, and 2i + 1.
     loss = dpo_loss + sft * (-log pi_w / |w|): the SFT term is a mean over each chosen answer's tokens."""
-    here = torch.unique(answer // 2)                                       # pairs of this pack
-    policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[here]
-    ref = reference.to(policy)[here]
-    length = policy.new_tensor([len(s.answers[0]) for s in samples])[here]
-    preference = dpo_loss(*policy.T, *ref.T, args.beta, weight.to(policy)[here])
+    pairs = torch.unique(answer // 2)                                      # of this pack
+    policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[pairs]    # (pairs, 2): chosen, rejected
+    ref = reference.to(policy)[pairs]                                      # (pairs, 2)
+    length = policy.new_tensor([len(s.answers[0]) for s in samples])[pairs]
+    preference = dpo_loss(*policy.T, *ref.T, args.beta, weight.to(policy)[pairs])
     loss = preference + args.sft * -policy[:, 0] / length
-    margin = ((policy - ref) @ policy.new_tensor([1.0, -1.0])).detach()
-    seen = torch.stack([loss, preference, (margin > 0).to(loss), args.beta * margin, *policy.T]).detach()
-    return loss.sum(), seen.sum(1).double().cpu()
+    margin = (policy - ref)[:, 0] - (policy - ref)[:, 1]
+    seen = torch.stack([loss, preference, (margin > 0).to(loss), args.beta * margin, *policy.T])
+    return loss.sum(), seen.detach().sum(1).cpu().double()
 
 def reference_logprobs(model, samples, args, rank_info):
     """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected. A run that is resumed computes
@@ -75,14 +75,12 @@ def main(argv=None):
     if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
         raise InputError(f"{args.data[0]}: a weight is {wrong[0]!r}; it must be a number and not negative")
     weights = torch.tensor(weights, dtype=torch.float64)
-    if not samples:
-        raise InputError(f"{args.data[0]}: no pair fits in --max-length {args.max_length}")
     checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, samples, args, rank_info)
-    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
-    for step, steps, batch, log in left:
+    run = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in run:
         lr, drawn = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, totals = len(batch), torch.zeros(6, dtype=torch.float64)
         packs = deal(pack(drawn, args.max_tokens, not args.no_share), rank, ranks)
@@ -93,12 +91,12 @@ def main(argv=None):
             (part * ranks / count).backward()                # FSDP averages gradients over the ranks
             totals += seen
         norm = update(model, optimizer, lr)
-        loss, preference, accuracy, margin, won, lost = (all_sum(totals, device) / count).tolist()
+        loss, preference, accuracy, margin, chosen, rejected = (all_sum(totals, device) / count).tolist()
         log(device, step=step, loss=loss, lr=lr, grad_norm=norm,
             tokens=sum(len(s.prompt) + len(a) for s in drawn for a in s.answers),
             computed=int(all_sum(sum(len(p.tokens) for p in packs), device)),
             loss_tokens=sum(len(a) for s in drawn for a in s.answers), pairs=count, preference=preference,
-            accuracy=accuracy, margin=margin, chosen_logprob=won, rejected_logprob=lost)
+            accuracy=accuracy, margin=margin, chosen_logprob=chosen, rejected_logprob=rejected)
 
 if __name__ == "__main__":
     main()

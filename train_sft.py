@@ -65,7 +65,7 @@ def common_arguments(p):
 def training_bytes(c, T, products, storage, ranks, recompute):
     """What one rank holds at the most, for packs of T tokens: weights, gradients and AdamW's two moments; the
     weights as they enter products; what each layer keeps for its backward pass; the head's gradient; and
-    0.4 GB for Python and torch. A CPU's allocator may add a third in a long run: it keeps what was freed."""
+    0.4 GB for Python and torch. A CPU's allocator may add half in a long run: it keeps what was freed."""
     with torch.device("meta"):
         N = sum(weight.numel() for weight in Llama(c).parameters())
     D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
@@ -163,8 +163,8 @@ class Log:
     def __init__(self, args, step, steps):
         self.path, self.first, self.steps = Path(args.out) / "metrics.jsonl", step, steps
         self.started = self.tick = time.time()
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                                capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()           # none: no output
         old = self.path.read_text().splitlines()[1:] if step and self.path.exists() else []
         lines = [json.dumps({**vars(args), "torch": torch.__version__, "git": commit or None}, default=str)]
         lines += [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -196,18 +196,19 @@ def start_run(args, samples):
         raise InputError(f"{args.out}: already holds a run or a model; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
     old = next(parse_records(first))[1] if first.exists() else vars(args)
-    for name in "model data samples limit batch_size max_length epochs max_steps seed".split():
-        if old.get(name) != getattr(args, name):
-            raise InputError(f"{args.out}: holds a run with {name} = {old.get(name)!r}, now it is "
-                             f"{getattr(args, name)!r}; choose another --out")
+    same = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr beta sft"
+    for name, was, now in ((name, old.get(name), getattr(args, name, None)) for name in same.split()):
+        if was != now:
+            raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; choose another --out")
     if last.exists():
         print(f"{args.out}: this run is finished")
         sys.exit()
     return checkpoint[0] if checkpoint else None
 
 def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
-    """Yield (step, steps, sample numbers, log) of each step that is left, then write the model to --out.
-    SIGTERM or Ctrl-C, to any rank, ends the run after the step, with a checkpoint; a second one at once."""
+    """Yield (step, steps, sample numbers, log) of each step that is left, and save, if due, when main's loop
+    comes back; at the end write the model to --out. SIGTERM or Ctrl-C, to any rank, ends the run after the
+    step, with a checkpoint; a second one at once."""
     def notice(number, frame):
         interrupted.append(number)
         signal.signal(number, signal.SIG_DFL)
@@ -239,8 +240,7 @@ def parse_arguments(argv):
     p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in a step (paper: 384)")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="records for eval_loss, once an epoch")
     common_arguments(p)
-    toy = sorted(map(str, Path("toy").glob("train_*.json")))
-    return read_arguments(p, argv, data=toy, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
+    return read_arguments(p, argv, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -249,14 +249,12 @@ def main(argv=None):
     records = [record for path in args.data for record in read_records(path)][:args.limit]
     samples, _ = encode_records(tokenizer, records, args.max_length)
     held_out = [record for path in args.eval_data or [] for record in read_records(path)]
-    held_out, _ = encode_records(tokenizer, held_out, args.max_length) if held_out else ([], [])
-    if not samples:
-        raise InputError(f"{args.data[0]}: no record fits in --max-length {args.max_length}")
+    held_out, _ = encode_records(tokenizer, held_out, args.max_length)
     checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)
-    left = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
-    for step, steps, batch, log in left:
+    run = run_steps(args, len(samples), model, tokenizer, optimizer, checkpoint, rank_info)
+    for step, steps, batch, log in run:
         lr, drawn = lr_at(step - 1, steps, args.lr), [samples[i] for i in batch]
         count, loss = sum(len(s.answers[0]) for s in drawn), 0.0
         packs = deal(pack(drawn, args.max_tokens, not args.no_share), rank, ranks)

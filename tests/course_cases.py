@@ -544,11 +544,13 @@ def _(rng):
     for _ in range(400):
         samples = [random_sample(rng) for _ in range(rng.integers(1, 6))]
         gold = golds[rng.integers(len(golds))]
-        want = [None] * len(samples)
-        for name in ("request", "response", "completion"):
-            right = [None if None in s["verdict"].values() else s["verdict"][name] == gold[name]
-                     for s in samples]
-            if gold[name] is not None and {True, False} <= set(right):
+        labelled = [name for name in ("request", "response", "completion") if gold[name]]
+        lacks = [not all(s["verdict"][name] for name in labelled) for s in samples]
+        right = [all(s["verdict"][name] == gold[name] for name in labelled) and bool(labelled) for s in samples]
+        want = [None if lack else ok for lack, ok in zip(lacks, right)]
+        for name in labelled:
+            right = [None if lack else s["verdict"][name] == gold[name] for lack, s in zip(lacks, samples)]
+            if {True, False} <= set(right):
                 want = right
                 break
         holds(list(judge_by_field(samples, gold)) == want,

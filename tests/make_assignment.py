@@ -196,6 +196,9 @@ comes first. Grading does not have this problem: each function is graded alone, 
 the named tests and by random cases of the instructor. A function gives all its points or none. So keep
 signatures, and put helpers at the top level of the same file; changes elsewhere, and to tests, are not looked
 at.
+
+Before you begin, ask yourself the ten questions of tests/QUESTIONS.md: README.md and an hour of reading answer
+them.
 """
 
 

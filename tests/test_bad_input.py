@@ -174,7 +174,7 @@ def test_a_bad_argument_is_named(place, capsys, stage, name, value):
 @pytest.mark.parametrize("stage, arguments, says", [
     ("mine", ["--kv-tokens", 1], "--kv-tokens 1: .* raise it or lower --max-new-tokens"),
     ("mine", ["--max-length", 5], "--max-length 5 is too short"), ("eval", ["--max-length", 5], "--max-length 5 is too short"),
-    ("dpo", ["--max-length", 5], "pairs.jsonl: no pair fits in --max-length 5"), ("dpo", ["--device", "warp"], "--device warp"),
+    ("dpo", ["--max-length", 5], "--max-length 5 is too short: no record fits"), ("dpo", ["--device", "warp"], "--device warp"),
     ("eval", ["--device", "cuda:99"], "--device cuda:99"), ("mine", ["--model", "PLACE/model", "PLACE/none"], "none/?.*: neither tokenizer"),
     ("sft", ["--eval-data", "PLACE/none.json"], "none.json: cannot read"), ("eval", ["--predictions", "PLACE/none"], "none: cannot read")])
 def test_what_does_not_go_together_is_said(place, capsys, stage, arguments, says):
@@ -195,9 +195,9 @@ def interrupted(place, monkeypatch):
     return place / "out/step-000001"
 
 
-@pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: holds a run with batch_size = 2, now it is 3"),
-                                             (["--batch-size", 2, "--seed", 1], "out: holds a run with seed = 42, now it is 1"),
-                                             (["--batch-size", 2, "--epochs", 2], "holds a run with epochs = 1, now it is 2"),
+@pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: its run has batch_size = 2, not 3"),
+                                             (["--batch-size", 2, "--seed", 1], "out: its run has seed = 42, not 1"),
+                                             (["--batch-size", 2, "--epochs", 2], "its run has epochs = 1, not 2"),
                                              (["--batch-size", 2, "--max-steps", 2], "max_steps = None"),
                                              (["--batch-size", 2, "--max-length", 2000], "max_length = 2048")])
 def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch, arguments, says):
@@ -225,8 +225,8 @@ def test_a_damaged_samples_file_is_named(place, capsys):
 
 
 @pytest.mark.parametrize("line, says", [
-    ("[1, 2]", 'must be an object whose "prompt" is a text'), ('{"prompt": null}', 'whose "prompt" is a text'),
-    ('{"prompt": "a", "response": 3}', 'and "response", if any'), ("{'prompt': 'a'}", "--moderate: line 1 is not valid JSON")])
+    ("[1, 2]", 'must be an object of texts, "prompt"'), ('{"prompt": null}', 'an object of texts, "prompt"'),
+    ('{"prompt": "a", "response": 3}', 'and maybe "response"'), ("{'prompt': 'a'}", "--moderate: line 1 is not valid JSON")])
 def test_a_bad_exchange_ends_moderation(place, capsys, monkeypatch, line, says):
     monkeypatch.setattr("sys.stdin", io.StringIO(line + "\n"))
     assert says in fails(capsys, evaluation.main, ["--model", str(place / "model"), "--moderate", "--device", "cpu"])

@@ -116,7 +116,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_
 
 def test_resuming_with_other_pairs_is_refused(tmp_path):
     run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl"), "--max-steps", 1)
-    with pytest.raises(InputError, match="holds a run with samples = 12, now it is 7"):
+    with pytest.raises(InputError, match="its run has samples = 12, not 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")
 
 

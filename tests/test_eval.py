@@ -169,6 +169,9 @@ def test_score_by_hand():
     assert [result[k] for k in ("tp", "fp", "fn", "tn", "precision")] == [1, 1, 2, 1, 50]
     assert [result["recall"], result["recall_at_threshold"]] == pytest.approx([100 / 3] * 2)
     assert result["auprc"] == pytest.approx(100 * (1 + 2 / 3 + 3 / 4) / 3)
+    result, = score([row for row in rows if row["gold"]["request"] == U], "x", wished=0.0)     # no positives
+    assert result["recall_at_threshold"] == 0
+    assert score(rows, "x", legacy=True)[0]["unparsable"] == 1
 
 
 def test_k_answers_vote(tmp_path, monkeypatch):
@@ -184,6 +187,7 @@ def test_k_answers_vote(tmp_path, monkeypatch):
                      "--device", "cpu"])
     result = json.loads((tmp_path / "results.json").read_text())[0]
     assert (result["tp"], result["fn"], result["tokens_per_query"]) == (1, 0, 15)
+    assert json.loads((tmp_path / "d/generated_predictions.jsonl").read_text())["predict"] == f"Request: {H}"
 
 
 def test_a_one_word_label_is_about_the_response_that_the_prompt_holds(tmp_path):
@@ -207,6 +211,14 @@ def test_an_answer_that_lacks_one_needed_verdict_is_not_parsed(tokenizer, monkey
     half, whole = moderate(model, tokenizer, [{"prompt": "a", "response": "b"}, {"prompt": "a"}], on_unparsable=H)
     assert (half["parsed"], half["request"], half["response"]) == (False, U, H)
     assert whole["parsed"] and whole["response"] is None
+
+
+def test_a_text_that_is_not_read_to_its_end_is_reported(tokenizer, capsys):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    exchanges = [{"prompt": "a"}, {"prompt": "a b " * 500}]
+    whole, cut = moderate(model, tokenizer, exchanges, max_length=300, max_new_tokens=1)
+    assert cut["cut"] and not whole["cut"]
+    assert "1 prompts cut inside the user's text (--max-length 300)" in capsys.readouterr().err
 
 
 def test_on_unparsable_from_the_command_line(capsys):

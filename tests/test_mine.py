@@ -1,6 +1,9 @@
 """Judging, pairing, weighting, and a file that does not depend on interruptions."""
 import json
+import os
 import random
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +33,10 @@ def test_the_released_judge_takes_the_first_field_with_both_and_drops_gaps():
     assert judge_by_field([sample(v) for v in whole], gold) == [True, False, None]
     first = [verdict(H, C, H), verdict(U, R, U)]                                   # chosen for the request, wrong elsewhere
     assert judge_by_field([sample(v) for v in first], gold) == [True, False]
-    assert judge_by_field([sample(verdict(U, R, U))] * 2, gold) == [None, None]
+    assert judge_by_field([sample(verdict(U, R, U))] * 2, gold) == [False, False]  # no field decides: all the same
+    assert judge_by_field([sample(gold)] * 2, gold) == [True, True]
+    prompts = [verdict(H), verdict(U), verdict()]                                  # no response: only one label
+    assert judge_by_field([sample(v) for v in prompts], verdict(H)) == [True, False, None]
     assert judge_by_field([sample(v) for v in first], verdict(None, None, U)) == [False, True]
     assert judge_by_field([sample(verdict(H, R, H)), sample(verdict(H, C, U))], gold) == [False, True]      # response first
 
@@ -125,11 +131,36 @@ def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
         mine(tmp_path / "a")
 
 
+def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_path):
+    shutil.copytree("toy/model", tmp_path / "model")
+    data, weights = tmp_path / "data.json", tmp_path / "model/model.safetensors"
+    data.write_text(json.dumps(json.loads(Path("toy/dev.json").read_text())[:2]))
+    arguments = ["--model", tmp_path / "model", "--data", data, "--max-new-tokens", 2]
+    mine(tmp_path / "a", *arguments)
+    trained = weights.stat().st_mtime
+    os.utime(weights, (trained + 60, trained + 60))                                # trained again, into the same folder
+    with pytest.raises(InputError, match="was made with weights = "):
+        mine(tmp_path / "a", *arguments, "--resume")
+    os.utime(weights, (trained, trained))
+    mine(tmp_path / "a", *arguments, "--resume")
+    data.write_text(json.dumps(json.loads(data.read_text())[::-1]))                # as many records, but others
+    with pytest.raises(InputError, match="was made with prompts = "):
+        mine(tmp_path / "a", *arguments, "--resume")
+
+
+def test_without_data_the_demo_names_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="toy/train_.*json: cannot read"):
+        mine_hard.main([])
+
+
 def test_answers_that_the_released_judge_drops_count_for_neither_side():
     told = [sample(verdict(H, R, U), "ok"), sample(verdict(H, C, U), "longest"), sample(verdict(U, R, U), "bad"),
-            sample(verdict(H, R, None), "a gap, and long")]
-    (pair,), _ = select(records_and_answers()[0], ["a"] * 4, [("m", {0: told})], "field", "longest", 0.2, 0)
+            sample(verdict(None, R, U), "a gap, and long")]
+    by_prompt = {0: told, 1: [sample(verdict(H))] * 2, 2: [sample(verdict(U))] * 2}
+    (pair,), count = select(records_and_answers()[0], ["a"] * 4, [("m", by_prompt)], "field", "longest", 0.2, 0)
     assert [pair[k] for k in ("k_correct", "k_incorrect", "chosen", "rejected")] == [2, 1, "longest", "bad"]
+    assert count == {"hard": 1, "all right": 1, "all wrong": 1, "answers without verdict": 0}
 
 
 def test_an_answer_may_end_in_any_end_mark(tokenizer, monkeypatch):

@@ -314,6 +314,11 @@ def test_sampling_covers_a_large_vocabulary_without_bias():
     assert drawn.min() < 10 and drawn.max() > 990 and abs(drawn.double().mean() - 499.5) < 35
 
 
+def test_weights_that_are_not_numbers_do_not_draw_for_ever():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [math.nan] * 3])
+    assert (draw_token(logits, torch.arange(2), torch.zeros(2, dtype=torch.long), 1.0, 0.95) < 3).all()
+
+
 def test_random_numbers_belong_to_seed_prompt_sample_and_position():
     keys = {row_key(*x) for x in [(0, [1, 2], 0), (1, [1, 2], 0), (0, [1, 2], 1), (0, [12], 0), (0, [1], 0)]}
     assert len(keys) == 5

@@ -142,7 +142,7 @@ def test_figures_that_follow_from_others():
         for memory in (16e9, 24e9, 80e9):
             held = 0.7 * (memory - 2 * parameters) / token
             assert held < 0 or f"{round(held, -3):,.0f}" in TEXT
-    assert mine_hard.sample_weights([-2, 0, 2], 0.2)[2] == 1.2                 # question 3
+    assert mine_hard.sample_weights([-2, 0, 2], 0.2)[2] == 1.2                 # question 3 of QUESTIONS.md
     golden = json.loads((ROOT / "tests/golden_f1.json").read_text())["results"]
     rows = [line for line in TEXT.splitlines() if re.match(r"\| (Aegis|HarmBench|SimpleSafety|XSTest)", line)]
     order = "AegisSafetyTest HarmBenchPrompt SimpleSafetyTests HarmBenchResponse XSTestReponseHarmful XSTestResponseRefusal"

@@ -97,6 +97,10 @@ def test_a_stopped_run_continues_to_the_same_end_bit_for_bit(tmp_path, monkeypat
         run(tmp_path / "stopped")
     monkeypatch.setattr(train_sft, "update", original)
     assert not (tmp_path / "stopped/model.safetensors").exists()
+    for flag, value in (("--lr", 1e-5), ("--dtype", "float64"), ("--format", "raw")):
+        with pytest.raises(InputError, match=f"its run has {flag[2:]} = .*; choose another --out"):
+            run(tmp_path / "stopped", "--resume", flag, value)
+    monkeypatch.setenv("PATH", "/nowhere")                                         # no git: the commit is unknown
     with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')                      # as a kill would leave it
     _, again, same = run(tmp_path / "stopped", "--resume")
@@ -119,7 +123,7 @@ def test_an_unfinished_checkpoint_is_not_taken_for_a_whole_one(tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--data", "nowhere.json"], "nowhere.json: cannot read"), (["--model", "nowhere"], "nowhere"),
-    (["--max-length", "20"], "no record fits in --max-length 20"), (["--format", "chatml"], "im_end")])
+    (["--max-length", "20"], "--max-length 20 is too short: no record fits"), (["--format", "chatml"], "im_end")])
 def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     with pytest.raises(InputError, match=says) as error:
         run(tmp_path / "a", *arguments)
