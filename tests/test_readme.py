@@ -25,7 +25,7 @@ COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitli
 SCRIPTS = ["data", "train_sft", "mine_hard", "train_dpo", "eval"]
 TOOLS = ["ablation", "baselines", "bench", "certificate", "fuzz", "grade", "kill", "make_assignment", "make_toy", "plot",
          "synthesize", "traces"]
-OTHERS = {"--nproc_per_node", "--repo-type", "--local-dir", "--help"}          # of torchrun, hf, argparse
+OTHERS = {"--nproc_per_node", "--shutdown-timeout", "--repo-type", "--local-dir", "--help"}          # of torchrun, hf, argparse
 RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_pipeline.py four_stages",
           "train_dpo.py": "test_pipeline.py four_stages", "eval.py": "test_pipeline.py four_stages",
           "data.py": "test_readme.py draws_the_pack", "tests/plot.py": "test_readme.py plot_draws",
