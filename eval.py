@@ -233,7 +233,7 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
                    for text, p in answer_fast(*load(), prompts, rank_info)]
     else:
-        settings, options = generation(args, args.model, str(path), temperature=1.0 if args.k > 1 else 0)
+        settings, options = generation(args, args.model, temperature=1.0 if args.k > 1 else 0)
         lines = answer_prompts(load, prompts, out / "answers.jsonl", rank_info, args.block, settings,
                                f"{name}: ", **options)
         votes = [(line["samples"], majority([s["verdict"] for s in line["samples"]])) for line in lines]

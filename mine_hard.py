@@ -168,11 +168,11 @@ def generation_arguments(p):
     p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
 
-def generation(args, model, data, **sampling):
+def generation(args, model, **sampling):
     """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
     options = dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, **sampling)
     written = max((p.stat().st_mtime for p in Path(model).glob("*.safetensors")), default=0)
-    settings = dict(model=str(model), weights=time.asctime(time.gmtime(written)), data=data, limit=args.limit,
+    settings = dict(model=str(model), weights=time.asctime(time.gmtime(written)), limit=args.limit,
                     max_length=args.max_length, format=args.format, dtype=args.dtype, **options)
     return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 
@@ -207,8 +207,7 @@ def main(argv=None):
         path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
         tokenizer, load = lazy_model(args, folder, rank_info[0])
         prompts, _ = encode_prompts(tokenizer, records, args.max_length)
-        settings, options = generation(args, folder, args.data, temperature=args.temperature,
-                                       top_p=args.top_p)
+        settings, options = generation(args, folder, temperature=args.temperature, top_p=args.top_p)
         lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
         answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
     if rank_info[1] > 0:

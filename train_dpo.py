@@ -35,7 +35,7 @@ def pairs_loss(logprobs, answer, samples, reference, weight, args):
     accuracy, margin, chosen and rejected log-probability. Pair i has the answers 2i, chosen, and 2i + 1.
     loss = dpo_loss + sft * (-log pi_w / |w|): the SFT term is a mean over each chosen answer's tokens."""
     pairs = torch.unique(answer // 2)                                      # of this pack
-    policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[pairs]    # (pairs, 2): chosen, rejected
+    policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[pairs]    # (pairs, 2): w, l
     ref = reference.to(policy)[pairs]                                      # (pairs, 2)
     length = policy.new_tensor([len(s.answers[0]) for s in samples])[pairs]
     preference = dpo_loss(*policy.T, *ref.T, args.beta, weight.to(policy)[pairs])

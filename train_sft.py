@@ -105,13 +105,16 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=model.device.type != "mps")
 
 def update(model, optimizer, lr):
-    """Clip gradients to norm 1, step, clear; returns the norm before clipping."""
+    """Clip gradients to norm 1, step, clear; returns the norm before. InputError where it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm):
+        raise InputError(f"the gradient's norm is {norm}: lower --lr; earlier checkpoints are not touched")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return norm
 
 def save(folder, model, optimizer, step, rank, keep=2):
     """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, keep the newest `keep`."""
@@ -206,9 +209,8 @@ def start_run(args, samples):
     return checkpoint[0] if checkpoint else None
 
 def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
-    """Yield (step, steps, sample numbers, log) of each step that is left, and save, if due, when main's loop
-    comes back; at the end write the model to --out. SIGTERM or Ctrl-C, to any rank, ends the run after the
-    step, with a checkpoint; a second one at once."""
+    """Yield (step, steps, sample numbers, log) of each step left; save, if due, when main's loop is back for
+    more, and the model at the end. SIGTERM or Ctrl-C, to any rank: save after this step, end; twice: end."""
     def notice(number, frame):
         interrupted.append(number)
         signal.signal(number, signal.SIG_DFL)
@@ -246,10 +248,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     rank_info = device, rank, ranks = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
-    records = [record for path in args.data for record in read_records(path)][:args.limit]
+    records = sum(map(read_records, args.data), [])[:args.limit]
     samples, _ = encode_records(tokenizer, records, args.max_length)
-    held_out = [record for path in args.eval_data or [] for record in read_records(path)]
-    held_out, _ = encode_records(tokenizer, held_out, args.max_length)
+    held_out, _ = encode_records(tokenizer, sum(map(read_records, args.eval_data or []), []), args.max_length)
     checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer, epoch = make_optimizer(model, args.lr), math.ceil(len(samples) / args.batch_size)

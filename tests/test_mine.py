@@ -123,7 +123,9 @@ def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
     assert mine(tmp_path / "a", "--resume") == whole
     with pytest.raises(InputError, match="was made with k = 2"):
         mine(tmp_path / "a", "--resume", "--k", 3)
-    for flag, value in (("--data", "toy/test.json"), ("--limit", 6), ("--max-length", 4000), ("--seed", 1), ("--dtype", "float64"),
+    with pytest.raises(InputError, match="was made with prompts = "):
+        mine(tmp_path / "a", "--resume", "--data", "toy/test.json")
+    for flag, value in (("--limit", 6), ("--max-length", 4000), ("--seed", 1), ("--dtype", "float64"),
                         ("--temperature", 0.5), ("--top-p", 0.5), ("--max-new-tokens", 9), ("--block", 2)):
         with pytest.raises(InputError, match=f"was made with {flag[2:].replace('-', '_')} = "):
             mine(tmp_path / "a", "--resume", flag, value)

@@ -163,6 +163,10 @@ def test_update_clips_to_norm_1_and_steps_at_the_given_rate():
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
     assert update(layer, torch.optim.SGD(layer.parameters(), lr=9.0), 0.1) == pytest.approx(5)
     assert torch.allclose(before - layer.weight, torch.tensor([[0.06, 0.08]]), atol=1e-6) and layer.weight.grad is None
+    layer.weight.grad, before = torch.tensor([[math.nan, 4.0]]), layer.weight.detach().clone()
+    with pytest.raises(InputError, match="norm is nan: lower --lr"):
+        update(layer, torch.optim.SGD(layer.parameters(), lr=9.0), 0.1)
+    assert torch.equal(before, layer.weight)
 
 
 def test_every_step_is_made_at_the_rate_that_is_logged(tmp_path, monkeypatch):
