@@ -54,6 +54,17 @@ def sft(b):
     return b.train(step, batches)
 
 
+def trl_rows(b, batches, records, pairs):
+    """What a TRL trainer is given: our token ids for SFT, or the text of pairs."""
+    if not pairs:                                                  # twice: packing may need more
+        return [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}
+                for some in batches * 2 for s in some]
+    t = Tokenizer.from_pretrained(b.args.model)
+    head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
+    return [{"prompt": head + r["instruction"] + "\n" + r["input"] + tail, "chosen": r["chosen"] + t.end,
+             "rejected": r["rejected"] + t.end} for some in records for r in some]
+
+
 def trl(b, pairs, **options):
     """TRL's SFTTrainer on our token ids, or its DPOTrainer on the same text; options go to its config.
     The latter tokenizes prompt and answer together, which can add a token ("seen_tokens" counts its own)."""
@@ -89,17 +100,9 @@ def trl(b, pairs, **options):
         use_cpu=b.device.type == "cpu", bf16=b.products == torch.bfloat16, save_strategy="no",
         model_init_kwargs={"dtype": str(b.products).removeprefix("torch.")}, output_dir=tempfile.mkdtemp(),
         report_to="none", logging_steps=1, dataloader_pin_memory=False, disable_tqdm=True, **options)
-    if pairs:
-        t = Tokenizer.from_pretrained(b.args.model)
-        head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
-        text = lambda r: head + r["instruction"] + "\n" + r["input"] + tail
-        data = [{"prompt": text(r), "chosen": r["chosen"] + t.end, "rejected": r["rejected"] + t.end}
-                for some in records for r in some]
-    else:                                                          # twice: packing may need more
-        data = [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}
-                for some in batches * 2 for s in some]
+    data = datasets.Dataset.from_list(trl_rows(b, batches, records, pairs))
     trainer = (TimedDPO if pairs else SFTTrainer)(
-        model=b.args.model, args=config, train_dataset=datasets.Dataset.from_list(data), callbacks=[Clock()],
+        model=b.args.model, args=config, train_dataset=data, callbacks=[Clock()],
         processing_class=AutoTokenizer.from_pretrained(b.args.model))
     collate = trainer.data_collator
 
@@ -123,8 +126,8 @@ def trl(b, pairs, **options):
 
 
 @torch.inference_mode()
-def sample(b, groups=(ROWS,), sort=False, stops=False):
-    """transformers' generate, left padded, so many prompts a call (0: all); the best of several numbers."""
+def sample(b, prompts_a_call=ROWS, sort=False, stops=False):
+    """transformers' generate, left padded; prompts_a_call 0: all of them."""
     prompts, model, ends, new = b.prompts(), load(b).eval(), [], b.args.new_tokens
     if stops:
         ends, new = Tokenizer.from_pretrained(b.args.model).stop, 2 * new
@@ -140,13 +143,9 @@ def sample(b, groups=(ROWS,), sort=False, stops=False):
         return sum(next((n for n, i in enumerate(row, 1) if i in ends), len(row)) for row in rows)
 
     run(prompts[:2], 4)
-    results = []
-    for size in (group or len(prompts) for group in groups):
-        began = b.now()
-        tokens = sum(run(prompts[i:i + size], new) for i in range(0, len(prompts), size))
-        results.append({"unit": "tokens", "units": tokens, "seconds": b.now() - began,
-                        "flops": 2 * b.parameters * tokens, "prompts_a_call": size})
-    return max(results, key=lambda result: result["units"] / result["seconds"])
+    began, size = b.now(), prompts_a_call or len(prompts)
+    tokens = sum(run(prompts[i:i + size], new) for i in range(0, len(prompts), size))
+    return {"unit": "tokens", "units": tokens, "seconds": b.now() - began, "flops": 2 * b.parameters * tokens}
 
 
 # ------------------------------------------------------------------ kernels

@@ -1,12 +1,13 @@
 """The course: what is handed out, and a grader that gives points for right functions and for nothing else.
 
-All exercises are checked this way by `python tests/grade.py --self-check --sets 1 2 3 4 5`; here, some.
+The grader itself is tried on all exercises by `python tests/grade.py --self-check --sets 1 2 3 4 5`; here, on some.
 """
 import ast
 import json
 import subprocess
 import sys
 
+import course_cases
 import grade
 import make_assignment
 import pytest
@@ -33,6 +34,11 @@ def test_the_handout_lists_everything_and_gives_nothing_away(blanked):
     names = {path.name for path in blanked.rglob("*")}
     assert not names & {*KEPT_BACK, "__pycache__", ".git"}
     assert {"conftest.py", "toy", "README.md", *SCRIPTS} <= names
+
+
+@pytest.mark.parametrize("name", [e.name for e in EXERCISES if e.set < 5])         # kernels need an interpreter
+def test_the_instructors_cases_hold_for_our_code(name):
+    course_cases.run(name, seed=0)
 
 
 def test_a_blanked_copy_can_be_imported_and_scores_nothing(blanked, capsys):
