@@ -151,7 +151,7 @@ def print_tables(results):
         averages.append({"task": "mean", "weighted_f1": float(np.mean([a["weighted_f1"] for a in averages]))})
         print(f"\nmean of the three tasks         {averages[-1]['weighted_f1']:6.2f}")
     print(f"\n{sum(r['reasoning_disagrees'] for r in results)} answers contradict the conclusion of their "
-          f"own reasoning; {sum(r['unparsable'] for r in results)} have no verdict, counted as wrong")
+          f"own reasoning; {sum(r['unparsable'] for r in results)} have no verdict")
     return averages
 
 def simple(name):
