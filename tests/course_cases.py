@@ -9,6 +9,7 @@ import random
 import zlib
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -270,11 +271,11 @@ def scores_by_hand(rng, N, D, V, scale=1.0):
 
 def check_logprobs(rng, gradient):
     import model
-    model.TokenLogprobs.LOGITS = 500                                         # ten rows a chunk where V = 50
+    chunks = patch.object(model.TokenLogprobs, "LOGITS", 500)               # ten rows a chunk where V = 50
     for N, D, V, scale in ((1, 3, 5, 1), (203, 8, 50, 1), (37, 8, 50, 300)):
         hidden, head, targets, g, want, d_hidden, d_head = scores_by_hand(rng, N, D, V, scale)
         hidden, head = hidden.requires_grad_(), head.requires_grad_()
-        with Largest() as largest:
+        with chunks, Largest() as largest:
             got = model.token_logprobs(hidden, head, targets)
             if gradient:
                 got.backward(g)
