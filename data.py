@@ -217,8 +217,8 @@ def read_tokenizer_model(path):
 def find_format(folder, special):
     """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    says = (read_text(template) if template.exists() else
-            read_json(config).get("chat_template") if config.exists() else None)
+    says = (template.exists() and read_text(template)
+            or config.exists() and read_json(config).get("chat_template"))
     known = str(says or special)
     return "llama3" if "<|start_header_id|>" in known else "chatml" if "<|im_start|>" in known else "raw"
 

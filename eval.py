@@ -237,8 +237,8 @@ def evaluate_file(args, path, name, tokenizer, load, rank_info):
         lines = answer_prompts(load, prompts, out / "answers.jsonl", rank_info, args.block, settings,
                                f"{name}: ", **options)
         votes = [(line["samples"], majority([s["verdict"] for s in line["samples"]])) for line in lines]
-        answers = [{**max(samples, key=lambda s: s["verdict"] == vote), "verdict": vote,    # the first that
-                    "tokens": sum(s["tokens"] for s in samples)} for samples, vote in votes]    # says so
+        answers = [{**max(samples, key=lambda s: s["verdict"] == vote), "verdict": vote,   # the first of them
+                    "tokens": sum(s["tokens"] for s in samples)} for samples, vote in votes]
     timing = {} if kept else {"ms": 1000 * (time.time() - start) / len(records)}
     rows = [{"file": str(path), "gold": gold, **timing, **answer} for gold, answer in zip(golds, answers)]
     for task in tasks if args.scores and not args.fast else []:
