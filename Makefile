@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/python eval.py
 
 test: setup
-	$(BIN)/python -m pytest -q -rs tests
+	$(BIN)/python tests/run_all.py
 
 ablation: setup
 	$(BIN)/python tests/ablation.py

@@ -4,7 +4,6 @@ An item takes a Bench and returns {"unit", "units", "seconds", "flops"} of what 
 seconds, flops are model FLOPs. Where a limit is known it adds "work" and "bytes", the FLOPs and the memory
 traffic that the task needs; its least time is work / (rate of a matrix product) + bytes / (rate of a copy).
 """
-import os
 import platform
 import resource
 import sys

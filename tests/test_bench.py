@@ -38,9 +38,9 @@ def test_one_command_reports_every_figure(tmp_path):
     assert ours["rounds"][0]["work"] < other["rounds"][0]["work"]
 
 
-@pytest.mark.parametrize("shape", [[], ["--shape", "tiny"]])
-def test_every_item_of_ours_runs(shape):
-    args = arguments(*shape)
+@pytest.mark.parametrize("which", [[], ["--shape", "tiny", "--items", "sft", "dpo", "generate"]])
+def test_every_item_of_ours_runs(which):
+    args = arguments(*which)
     for name in set(bench.chosen(args)) - {"limits", "sft", "sft unshared"}:
         result = bench.ITEMS[name][0](Bench(args))
         assert result["units"] > 0 and result["seconds"] > 0 and result["flops"] >= 0, name

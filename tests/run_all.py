@@ -1,0 +1,26 @@
+"""All tests, in two processes side by side, as a test mostly keeps one core busy.
+
+    python tests/run_all.py
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course")]        # half of the time
+
+
+def main():
+    threads = str(max(1, (os.cpu_count() or 2) // 2))
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    first = subprocess.Popen([*pytest, *FIRST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": threads})
+    rest = subprocess.run([*pytest, TESTS, *(f"--ignore={path}" for path in FIRST)],
+                          env={**os.environ, "OMP_NUM_THREADS": threads})
+    print(first.communicate()[0], end="")
+    sys.exit(rest.returncode or first.returncode)
+
+
+if __name__ == "__main__":
+    main()
