@@ -75,11 +75,11 @@ def format_answers(request=None, completion=None, response=None):
 def gold_verdict(record):
     """The labels of a record: those in its `output`, which is a reasoning trace, a block or one word.
     (un)harmful alone is about the request where there is no response, else about the response."""
-    word = record["output"].strip().lower()
-    if word not in VERDICTS["completion"] + VERDICTS["request"]:
+    harm = "request" if split_input(record["input"])[1] is None else "response"
+    task = dict.fromkeys(VERDICTS["completion"], "completion") | dict.fromkeys(VERDICTS["request"], harm)
+    if (word := record["output"].strip().lower()) not in task:
         return parse_verdict(record["output"])
-    field = "request" if split_input(record["input"])[1] is None else "response"
-    return {**dict.fromkeys(VERDICTS), "completion" if word in VERDICTS["completion"] else field: word}
+    return {**dict.fromkeys(VERDICTS), task[word]: word}
 
 # ------------------------------------------------------------------ tokenizer
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -319,7 +319,7 @@ def pack(samples, max_tokens, share=True):
     """Lay samples out as forests of at most max_tokens each (more only if one sample is longer): first fit,
     longest first. A pack holds one instruction, once; each prompt once; then its answers.
     share=False is ordinary packing: every answer has a prompt of its own."""
-    items, n = [], 0                            # (tokens, root, [(prompt, [(number, answer)])]) a sample
+    items, n = [], 0                            # (rows, root's ids, [(prompt, [(number, answer)])]) a sample
     for sample in samples:
         answers = list(enumerate(sample.answers, n))
         n += len(answers)
@@ -327,14 +327,13 @@ def pack(samples, max_tokens, share=True):
         root = sample.prompt[:sample.root] if share else []
         size = len(copies) * (len(sample.prompt) - len(root)) + sum(len(ids) - 1 for ids in sample.answers)
         items.append((size, root, copies))
-    bins = []                                                              # [tokens, root, copies]
+    bins = []                                                              # [rows, root, copies] of a pack
     for size, root, copies in sorted(items, key=lambda item: -item[0]):
-        place = next((b for b in bins if b[0] + size <= max_tokens and b[1] == root), None)
-        if place is None:
-            place = [len(root), root, []]
-            bins.append(place)
-        place[0] += size
-        place[2] += copies
+        fits = (b for b in bins if b[0] + size <= max_tokens and b[1] == root)
+        if not (first := next(fits, None)):
+            bins.append(first := [len(root), root, []])
+        first[0] += size
+        first[2] += copies
     return [lay_out(root, copies) for _, root, copies in sorted(bins, key=lambda b: -b[0])]
 
 def lay_out(root, copies):

@@ -33,7 +33,7 @@ def judge(verdict, gold):
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
 def judge_all(samples, gold):
-    """[is it correct, for each sample] under `judge`; an answer that was cut off is never correct."""
+    """[is it correct, for each sample (see answer_block)] under `judge`; one that was cut off never is."""
     return [judge(s["verdict"], gold) and s["finish"] == "stop" for s in samples]
 
 def judge_by_field(samples, gold):
@@ -63,14 +63,14 @@ def sample_weights(differences, gamma):
 
 def select(records, sources, answers, judging, pairing, gamma, seed):
     """hard.jsonl from all models' answers [(model, {prompt number: samples})], and a count of outcomes.
-    A prompt is hard if it has correct and incorrect answers. An input that is hard for several models,
-    or occurs twice, is taken once: from the model named first."""
-    rule = {"all": judge_all, "field": judge_by_field}[judging]
+    A prompt is hard if it has correct and incorrect answers; an input that is hard twice is taken once, from
+    the model named first. sources: the file of each record; judging, pairing: --judge and --pair."""
+    judge_samples = {"all": judge_all, "field": judge_by_field}[judging]
     hard, count = {}, Counter()
     for model, by_prompt in answers:
         for number, samples in sorted(by_prompt.items()):
             record = records[number]
-            right = rule(samples, gold_verdict(record))
+            right = judge_samples(samples, gold_verdict(record))
             good, bad = right.count(True), right.count(False)
             count["all wrong" if not good else "hard" if bad else "all right"] += 1
             count["answers without verdict"] += sum(not any(s["verdict"].values()) for s in samples)
@@ -99,7 +99,7 @@ def lazy_model(args, folder, device):
     tokenizer, dtype = Tokenizer.from_pretrained(folder, args.format), pick_dtype(device, args.dtype)
     return tokenizer, cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
 
-def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **options):
+def answer_prompts(load, prompts, path, rank_info, block, settings, label, **options):
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
     load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
     whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
@@ -113,10 +113,10 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label="", **
         for i in todo:
             lines = answer_block(*load(), prompts[i:i + block], i, settings, meter, options)
             write_lines(parts[i], lines)
-        all_sum(0, device)                                                     # wait for every rank's blocks
+        all_sum(0, device)                                                     # a barrier: all blocks exist
         if rank == 0:
             write_lines(path, [line for part in parts.values() for _, line in parse_records(part)])
-        all_sum(0, device)                                                     # wait for the whole file
+        all_sum(0, device)                                                     # another: the file does
     for part in parts.values() if rank == 0 else []:
         part.unlink(missing_ok=True)
     return [line for _, line in parse_records(path)]
@@ -128,8 +128,7 @@ def answer_block(model, tokenizer, prompts, first, settings, meter, options):
         texts = [tokenizer.decode(ids) for ids in answers]
         samples = [{"text": text, "finish": "stop" if ids[-1] in tokenizer.stop else "length",
                     "tokens": len(ids), "verdict": parse_verdict(text)} for text, ids in zip(texts, answers)]
-        lines[i] = {"prompt": first + i, **{name: settings[name] for name in ("model", "seed")},
-                    "samples": samples}
+        lines[i] = dict(prompt=first + i, model=settings["model"], seed=settings["seed"], samples=samples)
         meter.add(sum(map(len, answers)))
     return lines
 

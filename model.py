@@ -13,8 +13,8 @@ Part II holds fast twins; each names the plain function that it must equal.
     kernels                       attention and log-probabilities on CUDA, in Triton
     generate, generate_iter       paged key/value cache that shares prompts among samples
 
-Shape letters: T tokens of a stream, N scored tokens (kernels: rows that ask), D width, H query heads,
-G key/value heads, E head width, F hidden width, V vocabulary, B rows being decoded (kernels: of a block).
+Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads, G key/value
+heads, R = H / G, E head width, F hidden width, V vocabulary, B rows decoded (kernels: of a block); x' is x.T
 """
 import argparse
 import atexit
@@ -230,12 +230,12 @@ def apply_rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 # ------------------------------------------------------------------ the prefix tree
-@dataclass(eq=False)            # hashed by identity: row_blocks and tree_tiles are cached by plan
+@dataclass(eq=False)            # hashed by identity: part II caches what follows from a plan
 class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
-    end: torch.Tensor           # (T,) where the subtree of each token's segment ends
+    end: torch.Tensor           # (T,) on the host: the first row that no longer sees a token's key
     position: torch.Tensor      # (T,) how many keys a row sees before itself
-    skip: int                   # so many first tokens are keys only: their rows ask for nothing
+    skip: int                   # so many first tokens are cached: keys without a query (Engine.read)
 
 def tree_plan(end, skip=0, device=None):
     """Read a forest, written depth first, from `end`: query i sees key j iff j <= i < end[j].
@@ -250,9 +250,9 @@ def tree_plan(end, skip=0, device=None):
             still_open.pop()
         if not i < stop <= still_open[-1]:
             raise ValueError(f"end[{i}] = {stop} does not nest")
-        still_open += [stop] if stop < still_open[-1] else []
-    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # of i keys before row i, it cannot see
-    return TreePlan(end, (torch.arange(T) - closed).to(device), skip)  # so many, as their subtree is over
+        still_open.append(stop)
+    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]        # (T,) how many keys have end <= i
+    return TreePlan(end, (torch.arange(T) - closed).to(device), skip)  # row i sees the other i - closed[i]
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
@@ -284,26 +284,26 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
-        picked, total = full_precision(hidden.new_empty(2, len(hidden)))
+        picked, lse = full_precision(hidden.new_empty(2, len(hidden)))     # z[target], log sum exp(z)
         for some, z in TokenLogprobs.logits(hidden, head.to(hidden.dtype)):
-            if use_triton(z):
-                launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], total[some], len(head))
-            else:
+            if use_triton(z):                                              # part II: the same in one kernel
+                launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], lse[some], len(head))
+            else:                                                          # some rows at a time stay in cache
                 picked[some] = z.gather(-1, targets[some, None])[:, 0]
-                total[some] = torch.cat([full_precision(rows).logsumexp(-1) for rows in z.split(32)])
-        ctx.save_for_backward(hidden, head, targets, total)
-        return picked - total
+                lse[some] = torch.cat([full_precision(rows).logsumexp(-1) for rows in z.split(32)])
+        ctx.save_for_backward(hidden, head, targets, lse)
+        return picked - lse
 
     @staticmethod
     def backward(ctx, grad):
-        (hidden, head, targets, total), grad = ctx.saved_tensors, grad.contiguous()
+        (hidden, head, targets, lse), grad = ctx.saved_tensors, grad.contiguous()
         weight, d_hidden, d_head = head.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(head)
         for some, dz in TokenLogprobs.logits(hidden, weight):              # logits, to become gradients
             if use_triton(dz):
                 grid = len(dz), -(-len(head) // 4096)
-                launch(row_gradients, grid, 4096, dz, targets[some], total[some], grad[some, None], len(head))
-            else:                                                          # some rows at a time stay in cache
-                columns = (x[some, None].split(32) for x in (total, targets, grad))
+                launch(row_gradients, grid, 4096, dz, targets[some], lse[some], grad[some, None], len(head))
+            else:
+                columns = (x[some, None].split(32) for x in (lse, targets, grad))
                 for z, log_sum, target, g in zip(dz.split(32), *columns):
                     p = (full_precision(z) - log_sum).exp_()
                     z.copy_(p.mul_(-g).scatter_add_(-1, target, g))        # z becomes its gradient
@@ -317,8 +317,8 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 def without_storing(f, *inputs):
-    """f(*inputs), of which the backward pass keeps the inputs alone and computes the rest again, up to the
-    last tensor that it needs: a product at the end of f is not made again."""
+    """f(*inputs), of which only the inputs are kept: the backward pass runs f again, and stops at the last
+    tensor that a gradient needs, so before a matrix product that ends f."""
     if torch.is_grad_enabled():
         return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
     return f(*inputs)
@@ -504,7 +504,7 @@ def draw_token(logits, key, position, temperature, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     p = (full_precision(logits) if temperature == 1 else full_precision(logits) / temperature).softmax(-1)
-    B, V = p.shape
+    B, V = p.shape                                                         # draw a block, then a token:
     blocks = (F.pad(p, (0, -V % 256)) if V % 256 else p).view(B, -1, 256)
     sums = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))                        # (B, blocks + 1), 0 first
     token, left, draw = torch.empty_like(key), torch.arange(B, device=p.device), 0
@@ -516,8 +516,8 @@ def draw_token(logits, key, position, temperature, top_p):
         offset = torch.searchsorted(inside, rest, right=True).clamp(max=255)
         pick = (block * 256 + offset).clamp(max=V - 1)[:, 0]
         mine = p[left, pick][:, None]
-        likelier = p[left] if len(left) < B else p
-        likelier = torch.where(likelier > mine, likelier, 0).sum(-1)
+        others = p[left] if len(left) < B else p                           # no copy in the first round
+        likelier = torch.where(others > mine, others, 0).sum(-1)
         ok = (likelier < top_p) & (mine[:, 0] != 0)                        # rounding can hit a zero
         token[left[ok]], left, draw = pick[ok], left[~ok], draw + 1
     return token
@@ -542,40 +542,40 @@ ROWS = 128      # of a block at most: large products, yet few of their scores ar
 
 @lru_cache(1)
 def row_blocks(plan):
-    """[(rows, keys, hidden)]: a slice of the asking rows; the keys (m,) that any of them sees; hidden (n, h):
-    which of the last h keys each row does not see. Every row sees the first m - h."""
+    """[(rows, keys, masked)]: a slice of n asking rows; the m keys that any of them sees, of which the first
+    m - h are seen by all; masked (n, h), bool: which of the last h keys a row does not see."""
     T, start, end, stops = len(plan.end), plan.skip, plan.end, set(plan.end.tolist())
     blocks = []
     while start < T:                                           # a block ends with a subtree where it can
         stop = max((e for e in stops if ROWS // 4 < e - start <= ROWS), default=min(start + ROWS, T))
-        j = torch.arange(stop)[end[:stop] > start]
-        seen = (j <= start) & (end[j] >= stop)                 # by all rows of the block
-        keys, some, i = torch.cat([j[seen], j[~seen]]), j[~seen], torch.arange(start, stop)[:, None]
-        hidden, rows = (some > i) | (i >= end[some]), slice(start - plan.skip, stop - plan.skip)
-        blocks.append((rows, keys.to(plan.position.device), hidden.to(plan.position.device)))
+        i, j = torch.arange(start, stop)[:, None], torch.arange(stop)[end[:stop] > start]
+        by_all = (j <= start) & (end[j] >= stop)               # which keys every row of the block sees
+        keys, j = torch.cat([j[by_all], j[~by_all]]), j[~by_all]
+        masked, rows = (j > i) | (i >= end[j]), slice(start - plan.skip, stop - plan.skip)
+        blocks.append((rows, keys.to(plan.position.device), masked.to(plan.position.device)))
         start = stop
     return blocks
 
 class BlockAttention(torch.autograd.Function):
-    """p = softmax(q k' / sqrt(E)),  out = p v;   backward, with p computed again, and s = q k' / sqrt(E):
-    dv = p' do,  ds = p (do v' - sum(do out)),  dq = ds k / sqrt(E),  dk = ds' q / sqrt(E)"""
+    """out = p v,  p = softmax(q k'),  where q is already q / sqrt(E);   backward, with p computed again:
+    dv = p' do,  ds = p (do v' - delta),  delta = sum(do out),  dk = ds' q,  dq = ds k / sqrt(E)"""
     @staticmethod
     def by_group(x, G):
-        """(T, H, E) -> (G, R, T, E): the R = H/G query heads that share a key head side by side."""
+        """(T, H, E) -> (G, R, T, E): side by side the R query heads that share a key head."""
         return x.unflatten(1, (G, -1)).permute(1, 2, 0, 3).contiguous()
 
     @staticmethod
     def visits(plan, q, k, v):
         """Yield for n rows that see m keys: rows, keys, q (G, R n, E), k and v (G, m, E), p (G, R n, m)."""
-        for rows, keys, hidden in row_blocks(plan):
+        for rows, keys, masked in row_blocks(plan):
             some_q, some_k, some_v = q[:, :, rows].flatten(1, 2), k[:, keys], v[:, keys]
             s = (some_q @ some_k.mT).unflatten(1, (q.shape[1], -1))        # (G, R, n, m)
-            s[..., len(keys) - hidden.shape[1]:].masked_fill_(hidden, -math.inf)
+            s[..., len(keys) - masked.shape[1]:].masked_fill_(masked, -math.inf)
             yield rows, keys, some_q, some_k, some_v, s.softmax(-1).flatten(1, 2)
 
     @staticmethod
     def forward(ctx, q, k, v, plan):
-        q = BlockAttention.by_group(q * q.shape[-1] ** -0.5, k.shape[1])
+        q = BlockAttention.by_group(q * q.shape[-1] ** -0.5, k.shape[1])   # from here on q / sqrt(E)
         k, v = (x.transpose(0, 1).contiguous() for x in (k, v))            # (G, T, E)
         out = torch.empty_like(q)
         for rows, _, _, _, some_v, p in BlockAttention.visits(plan, q, k, v):
@@ -590,7 +590,7 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         delta = BlockAttention.by_group((do * out).sum(-1, keepdim=True), len(k))
         do, dq = BlockAttention.by_group(do, len(k)), torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        dk, dv = (full_precision(torch.zeros_like(x)) for x in (k, v))
         for rows, keys, some_q, some_k, some_v, p in BlockAttention.visits(ctx.plan, q, k, v):
             some_do, some_delta = do[:, :, rows].flatten(1, 2), delta[:, :, rows].flatten(1, 2)
             ds = (some_do @ some_v.mT).sub_(some_delta).mul_(p)
@@ -805,20 +805,20 @@ def attend_pages(q, k, v, bias):
     return s.amax(-1) - weight.amax(-1).log(), weight.to(v.dtype) @ v      # max weight = exp(max s - lse)
 
 class Engine:
-    """Decodes many rows at once over a paged cache."""
+    """Decodes many rows at once over a paged cache; looks which ones are done after every `poll` tokens."""
     PAGE = 64           # keys a page
     PREFILL = 4096      # prompt tokens in one pass
 
     def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, poll, stop, seed, draw):
         c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
-        self.width, self.poll, self.seed, self.draw = width, poll, seed, draw      # width: readers of a page
+        self.width, self.poll, self.seed, self.draw = width, poll, seed, draw      # width: samples of a job
         self.G, E = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.G                # query heads that share a key
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
         self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, E))
-        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4 where no key is yet
-        self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # of each row, see row_key
+        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4: no key yet (finite: no nan)
+        self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # key: see row_key
         self.history = self.key[:, None].repeat(1, max_new_tokens + poll)          # ids drawn; -1: not yet
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
         self.owned, self.jobs, self.start = {}, [], 0           # live row -> its pages; jobs under way
@@ -875,7 +875,7 @@ class Engine:
 
     def reserve(self):
         """Give every row pages for its next `poll` tokens; return the jobs put back where none are left: the
-        youngest, so that the oldest finish. One that starts again draws the same, by its rows' keys."""
+        youngest, so that the oldest finish. One that starts again draws the same (see row_key)."""
         back = []
         for job, row in [(job, row) for job in self.jobs for row in job.rows]:
             need = self.pages_for(job.count + self.poll)
@@ -936,9 +936,9 @@ class Engine:
         self.history[rows, count] = self.draw(logits, self.key[rows], length + count)
 
     def parts(self):
-        """What `attend` reads: parts [(range of pages, readers (pages, w))]: instruction, prompts, answers;
-        row 0 where readers are fewer. And terms (B G R, S): the results that a query head of a row adds up,
-        counted through (parts, pages, G, w, R). Results 0 .. R - 1 are empty, to fill up with."""
+        """What `attend` reads of instruction, prompts, answers: parts [(range of pages, readers (pages, w))],
+        the rows that read each page, row 0 where fewer than w do. terms (B G R, S): which results each query
+        head adds up, by number: R empty ones (to pad with), then those of (parts, pages, G, w, R), flat."""
         kinds = [(len(self.owned), [(self.common, b) for b in range(len(self.owned))]),
                  (self.width, [(job.pages, i) for job in self.jobs for i in range(len(job.rows))]),
                  (1, [(self.owned[row], 0) for job in self.jobs for row in job.rows])]
@@ -946,16 +946,16 @@ class Engine:
         for w, reads in kinds:
             pages = {page for pages, _ in reads for page in pages} or {0}
             readers = [[0] * w for _ in range(min(pages), max(pages) + 1)]
-            for b, (own, i) in enumerate(reads):
+            for b, (own, i) in enumerate(reads):                # live row b is reader i of the pages `own`
                 for n in (page - min(pages) for page in own):
                     readers[n][i] = b
                     found[b].append((before + (n * self.G * w + i) * self.R, w * self.R))
             parts.append((slice(min(pages), max(pages) + 1), self.ints(readers)))
             before += len(readers) * w * self.G * self.R
         most = max(map(len, found))
-        first, step = self.ints([x + [(0, 0)] * (most - len(x)) for x in found])[:, None, None].unbind(-1)
+        first, stride = self.ints([x + [(0, 0)] * (most - len(x)) for x in found])[:, None, None].unbind(-1)
         g, r = torch.arange(self.G, device=self.device)[:, None, None], self.ints(range(self.R))[:, None]
-        return parts, (first + step * g + r).flatten(0, 2)
+        return parts, (first + stride * g + r).flatten(0, 2)
 
     def decode(self):
         """Advance every row by `poll` tokens; nothing here depends on what is drawn, only on counts."""
@@ -1017,9 +1017,9 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     InputError if kv_tokens cannot hold one job."""
     if not prompts:
         return
-    c, device, width = model.config, model.device, k if share else 1
-    start, groups = common_prefix(prompts) if share else 0, torch.arange(k).split(width)
-    jobs = [Job(i, prompt, group.tolist()) for i, prompt in enumerate(prompts) for group in groups]
+    c, device, start = model.config, model.device, common_prefix(prompts) if share else 0
+    groups, width = ([list(range(k))], k) if share else ([[sample] for sample in range(k)], 1)
+    jobs = [Job(i, prompt, group) for i, prompt in enumerate(prompts) for group in groups]
     if kv_tokens is None:
         item = (model.compute_dtype or model.head.dtype).itemsize
         torch.cuda.empty_cache()                           # of the blocks before this one

@@ -31,9 +31,9 @@ def answer_sums(logprobs, answer, n):
     return logprobs.new_zeros(n).index_add(0, answer, logprobs)
 
 def pairs_loss(logprobs, answer, samples, reference, weight, args):
-    """The summed loss of a pack's pairs, and the sums that are logged, (6,): loss, preference term,
-    accuracy, margin, chosen and rejected log-probability. Pair i has the answers 2i, chosen, and 2i + 1.
-    loss = dpo_loss + sft * (-log pi_w / |w|): the SFT term is a mean over each chosen answer's tokens."""
+    """loss = dpo_loss + sft * (-log pi_w / |w|), summed over a pack's pairs; and (6,) sums to log: loss,
+    preference term, accuracy, beta x margin, log pi of chosen and rejected. Pair i: answers 2i, chosen, and
+    2i + 1. logprobs and answer (N,) are the pack's; reference (pairs, 2) and weight (pairs,) the step's."""
     pairs = torch.unique(answer // 2)                                      # of this pack
     policy = answer_sums(logprobs, answer, 2 * len(samples)).view(-1, 2)[pairs]    # (pairs, 2): w, l
     ref = reference.to(policy)[pairs]                                      # (pairs, 2)
@@ -71,7 +71,7 @@ def main(argv=None):
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data for record in read_records(path, fields)][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
-    weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]
+    weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]    # released: sample_weight
     if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
         raise InputError(f"{args.data[0]}: a weight is {wrong[0]!r}; it must be a number and not negative")
     weights = torch.tensor(weights, dtype=torch.float64)

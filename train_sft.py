@@ -63,16 +63,16 @@ def common_arguments(p):
     p.add_argument("--keep", type=at_least(1), default=2, metavar="N", help="keep the newest N checkpoints")
 
 def training_bytes(c, T, products, storage, ranks, recompute):
-    """What one rank holds at the most, for packs of T tokens: weights, gradients and AdamW's two moments; the
-    weights as they enter products; what each layer keeps for its backward pass; the head's gradient; and
-    0.4 GB for Python and torch. A CPU's allocator may add half in a long run: it keeps what was freed."""
+    """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients, AdamW's two
+    moments, the head's gradient. In dtype `products`: weights cast for products, what layers keep for the
+    backward pass. 0.4 GB for Python and torch. A long run on a CPU may add half: freed memory is kept."""
     with torch.device("meta"):
         N = sum(weight.numel() for weight in Llama(c).parameters())
     D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     layer = 4 * D + 2 * q + 2 * k + 2 * F               # numbers a token: norms, attention, SwiGLU
     kept = T * (L * D + layer if recompute else L * layer) + TokenLogprobs.LOGITS + V * D
-    cast = 0 if products == storage else N / L if recompute or ranks > 1 else N
+    cast = 0 if products == storage else N / L if recompute or ranks > 1 else N      # one layer's, or all
     return storage.itemsize * (4 * N / ranks + V * D) + products.itemsize * (cast + kept) + 4e8
 
 def load(args, rank_info, samples):
@@ -81,7 +81,7 @@ def load(args, rank_info, samples):
     (device, _, ranks), products = rank_info, pick_dtype(rank_info[0], args.dtype)
     storage = torch.promote_types(products, torch.float32)
     sizes = sorted(len(s.prompt) + sum(map(len, s.answers)) for s in samples)
-    T = max(sizes[-1], min(args.max_tokens, sum(sizes[-args.batch_size:])))
+    T = max(sizes[-1], min(args.max_tokens, sum(sizes[-args.batch_size:])))     # tokens of the largest pack
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     check_memory(training_bytes(config, T, products, storage, ranks, args.recompute), device,
                  "use --recompute, a lower --max-tokens, or more GPUs")
@@ -194,16 +194,16 @@ class Log:
 
 def start_run(args, samples):
     """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None; set args.samples."""
-    first, last, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
-    if first.exists() and not args.resume or last.exists() and not first.exists():
+    log, final, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
+    if log.exists() and not args.resume or final.exists() and not log.exists():
         raise InputError(f"{args.out}: already holds a run or a model; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
-    old = next(parse_records(first))[1] if first.exists() else vars(args)
+    old = next(parse_records(log))[1] if log.exists() else vars(args)
     same = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr beta sft"
-    for name, was, now in ((name, old.get(name), getattr(args, name, None)) for name in same.split()):
-        if was != now:
+    for name in same.split():                                # (DPO alone has beta and sft)
+        if (was := old.get(name)) != (now := getattr(args, name, None)):
             raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; choose another --out")
-    if last.exists():
+    if final.exists():
         print(f"{args.out}: this run is finished")
         sys.exit()
     return checkpoint[0] if checkpoint else None
@@ -220,7 +220,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
         signal.signal(number, notice)
     plan = list(batches(n, args.batch_size, args.epochs, args.seed))[:args.max_steps]
     done, steps = resume(checkpoint, model, optimizer) if checkpoint else 0, len(plan)
-    all_sum(0, device)                                       # every rank has seen that --out is free
+    all_sum(0, device)                                       # a barrier: all have seen that --out is free
     log = Log(args, done, steps) if rank == 0 else lambda device, **row: None
     for step, batch in enumerate(plan[done:], done + 1):
         yield step, steps, batch, log

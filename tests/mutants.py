@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # (file, right, wrong, test that must notice)
 MUTANTS = [
     ("model.py", "sees = (i[None] <= i[:, None])", "sees = (i[None] < i[:, None])", "test_model.py -k by_blocks"),
-    ("model.py", "hidden, rows = (some > i) | (i >= end[some])", "hidden, rows = (some > i) | (i > end[some])",
+    ("model.py", "masked, rows = (j > i) | (i >= end[j])", "masked, rows = (j > i) | (i > end[j])",
      "test_model.py -k by_blocks"),
     ("model.py", "while still_open[-1] <= i:", "while still_open[-1] < i:",
      "test_model.py -k does_not_nest"),
@@ -29,7 +29,7 @@ MUTANTS = [
      "(torch.rsqrt(wide.square().mean(-1, keepdim=True)) + eps)", "test_model.py -k transformers"),
     ("model.py", "mul_(-g).scatter_add_(-1, target, g)", "mul_(-g).scatter_add_(-1, target, -g)", "test_model.py -k gradient"),
     ("model.py", "likelier < top_p", "likelier <= top_p + 0.2", "test_model.py -k nucleus"),
-    ("model.py", "likelier = torch.where(likelier > mine, likelier, 0)", "likelier = torch.where(likelier >= mine, likelier, 0)",
+    ("model.py", "likelier = torch.where(others > mine, others, 0)", "likelier = torch.where(others >= mine, others, 0)",
      "test_model.py -k nucleus"),
     ("model.py", "readers[n][i] = b", "readers[n][0] = b", "test_model.py -k generation"),
     ("model.py", "return s.amax(-1) - weight.amax(-1).log()", "return -weight.amax(-1).log()", "test_model.py -k generation"),
@@ -69,7 +69,7 @@ MUTANTS = [
     ("mine_hard.py", "1 + gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0", "1 + gamma * (d - low) / max(high - low, 1)",
      "test_mine.py -k weights_by_hand"),
     ("eval.py", "(g != positive) if p is None else p == positive)", "p == positive)", "test_eval.py -k counts_once"),
-    ("eval.py", "else [] if label == \"harmful\" else [(label, wrong)] * 2", "else [(label, wrong)]", "test_eval.py -k golden_f1"),
+    ("eval.py", "twice = [] if label == \"harmful\" else [(label, other if label == positive else positive)] * 2", "twice = [(label, other if label == positive else positive)]", "test_eval.py -k golden_f1"),
     ("train_sft.py", "model.save_pretrained(temporary, model.head.dtype, weights)", "model.save_pretrained(temporary, state=weights)",
      "test_train.py -k full_weights"),
     ("train_dpo.py", "samples, records = encode_records(", "samples, _ = encode_records(", "test_dpo.py -k left_out"),

@@ -165,11 +165,11 @@ def test_score_by_hand():
     none = dict.fromkeys(("request", "completion", "response"))
     rows = [{"file": "f", "text": "", "gold": {**none, "request": g}, "verdict": {**none, "request": v}, "p": {"request": p}}
             for g, v, p in ((H, H, 0.9), (U, H, 0.5), (H, None, 0.4), (H, U, 0.3), (U, U, 0.1))]
-    result, = score(rows, "x", wished=0.0)
+    result, = score(rows, "x", fpr=0.0)
     assert [result[k] for k in ("tp", "fp", "fn", "tn", "precision")] == [1, 1, 2, 1, 50]
     assert [result["recall"], result["recall_at_threshold"]] == pytest.approx([100 / 3] * 2)
     assert result["auprc"] == pytest.approx(100 * (1 + 2 / 3 + 3 / 4) / 3)
-    result, = score([row for row in rows if row["gold"]["request"] == U], "x", wished=0.0)     # no positives
+    result, = score([row for row in rows if row["gold"]["request"] == U], "x", fpr=0.0)     # no positives
     assert result["recall_at_threshold"] == 0
     assert score(rows, "x", legacy=True)[0]["unparsable"] == 1
 
