@@ -44,6 +44,7 @@ You must think step by step. Keep consistency between the reasoning and the Answ
 VERDICTS = {"request": ("harmful", "unharmful"),           # task 1: (positive class, the other)
             "completion": ("refusal", "compliance"),       # task 2
             "response": ("harmful", "unharmful")}          # task 3
+WILDGUARD = "prompt_harm_label", "response_refusal_label", "response_harm_label"        # its label columns
 HUMAN, ASSISTANT = "Human user:\n", "\n\nAI assistant:\n"
 
 def format_input(prompt, response=None):
@@ -55,7 +56,7 @@ def split_input(text):
     prompt, found, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if not found or not prompt.startswith(HUMAN):
         return text, None
-    return prompt.removeprefix(HUMAN), None if response == "None" else response
+    return prompt.removeprefix(HUMAN), None if response.strip() == "None" else response
 
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}: the word after each name in
@@ -73,12 +74,14 @@ def format_answers(request=None, completion=None, response=None):
     return f"Answers: \nRequest: {request}\nCompletion: {completion}\nResponse: {response}"
 
 def gold_verdict(record):
-    """The labels of a record: those in its `output`, which is a reasoning trace, a block or one word.
+    """The labels of a record: its columns, else its `output`, which is a reasoning trace, a block or a word.
     (un)harmful alone is about the request where there is no response, else about the response."""
+    if WILDGUARD[0] in record:
+        return dict(zip(VERDICTS, map(record.get, WILDGUARD)))
     harm = "request" if split_input(record["input"])[1] is None else "response"
     task = dict.fromkeys(VERDICTS["completion"], "completion") | dict.fromkeys(VERDICTS["request"], harm)
-    if (word := record["output"].strip().lower()) not in task:
-        return parse_verdict(record["output"])
+    if (word := str(record["output"]).strip().lower()) not in task:
+        return parse_verdict(str(record["output"]))
     return {**dict.fromkeys(VERDICTS), task[word]: word}
 
 # ------------------------------------------------------------------ tokenizer
@@ -357,8 +360,7 @@ def lay_out(root, copies):
 def deal(packs, rank, ranks):
     """This rank's packs of a step: longest first to the lightest rank, the same number to each.
     Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
-    hands = [[] for _ in range(ranks)]
-    most = -(-len(packs) // ranks)
+    hands, most = [[] for _ in range(ranks)], -(-len(packs) // ranks)
     for p in sorted(packs, key=lambda p: -len(p.tokens)):
         min((h for h in hands if len(h) < most), key=lambda h: sum(len(x.tokens) for x in h)).append(p)
     return hands[rank] + [lay_out([0], [])] * (most - len(hands[rank]))
@@ -371,7 +373,7 @@ def answer_logprobs(model, packs, n, rank_info):
         p = p.to(device)
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
         total.index_add_(0, p.answer.cpu(), logprobs.cpu().double())
-    return all_sum(total, device)
+    return all_sum(total, device) if ranks > 1 else total
 
 # ------------------------------------------------------------------ arguments
 def read_arguments(p, argv, **demo):

@@ -70,7 +70,7 @@ def threshold_for(positive, score, rate):
     """The lowest threshold on score at which at most `rate` of the negatives are at or above it."""
     negatives = np.sort(np.asarray(score)[~np.asarray(positive, bool)])[::-1]
     allowed = int(rate * len(negatives))
-    return float(np.nextafter(negatives[allowed], 1)) if allowed < len(negatives) else 0.0
+    return float(np.nextafter(negatives[allowed], 2)) if allowed < len(negatives) else 0.0
 
 def weighted_average(values, counts):
     """Mean of per-data-set figures, weighted by their numbers of rows."""
@@ -118,12 +118,11 @@ def score(rows, dataset, legacy=False, fpr=None):
             if all(key in row for row in some):
                 result[key + "_per_query"] = float(np.mean([row[key] for row in some]))
         if not legacy and all(name in row.get("p", {}) for row in some):
-            hit, p = [g == positive for g in gold], [row["p"][name] for row in some]
+            hit, p = np.array([g == positive for g in gold]), np.array([row["p"][name] for row in some])
             result["auprc"] = auprc(hit, p)
             if fpr is not None:
-                result["threshold"] = threshold_for(hit, p, fpr)
-                found = [x >= result["threshold"] for x, h in zip(p, hit) if h]
-                result["recall_at_threshold"] = 100 * sum(found) / max(len(found), 1)
+                t = result["threshold"] = threshold_for(hit, p, fpr)
+                result["recall_at_threshold"] = 100 * float((p[hit] >= t).sum() / max(hit.sum(), 1))
         results.append(result)
     return results
 
@@ -155,14 +154,15 @@ def print_tables(results):
 
 def simple(name):
     """A data set's name, whatever its spelling: 0_6_xstest_response_harmful = XSTestReponseHarmful."""
-    return re.sub(r"^\d+_\d+_|[^a-z]", "", name.lower()).replace("reponse", "response")
+    return re.sub(r"^\d+_\w_|[^a-z]", "", name.lower()).replace("reponse", "response")
 
-def labels_of(label, input, dataset):
+def labels_of(record, dataset):
     """gold_verdict, where a single word is about the task of a known benchmark."""
+    word = str(record["output"]).strip().lower()
     tasks = [task for task in TITLES if simple(dataset) in [simple(row[0]) for row in paper_f1()[task]]]
-    if len(tasks) == 1 and label.strip().lower() in VERDICTS[tasks[0]]:
-        return {**dict.fromkeys(VERDICTS), tasks[0]: label.strip().lower()}
-    return gold_verdict({"input": input, "output": label})
+    if len(tasks) == 1 and word in VERDICTS[tasks[0]]:
+        return {**dict.fromkeys(VERDICTS), tasks[0]: word}
+    return gold_verdict(record)
 
 # ------------------------------------------------------------------ asking the model
 def verdict_probability(model, tokenizer, prompts, texts, name, rank_info):
@@ -207,7 +207,7 @@ def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, *
     prompts, cuts = encode_prompts(tokenizer, records, max_length)
     options = {"max_new_tokens": 2048, "temperature": 0, "stop": tokenizer.stop, **options}
     texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, **options)]
-    alone, results = (model.device, 0, 1), []
+    alone, results = (model.head.device, 0, 1), []
     p = {name: verdict_probability(model, tokenizer, prompts, [up_to_verdict(t, name) for t in texts], name,
                                    alone) for name in ("request", "response")}
     for i, (text, exchange) in enumerate(zip(texts, exchanges)):
@@ -221,13 +221,14 @@ def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, *
 
 def evaluate_file(args, path, name, tokenizer, load, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
-    records, out = read_records(path)[:args.limit], Path(args.out) / name
-    golds = [labels_of(record["output"], record["input"], name) for record in records]
+    records = [{"output": None, **r} for r in read_records(path, ("instruction", "input"))][:args.limit]
+    golds, out = [labels_of(record, name) for record in records], Path(args.out) / name
     tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
     if not tasks:
         raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts, _ = encode_prompts(tokenizer, records, args.max_length)
-    start, resumed = time.time(), not args.fast and any(out.glob("answers.jsonl*"))
+    resumed = not args.fast and any(out.glob("answers.jsonl*"))
+    _, start = resumed or load(), time.time()              # the weights load before the clock starts
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
                    for text, p in answer_fast(*load(), prompts, rank_info)]
@@ -257,7 +258,7 @@ def read_predictions(path, dataset):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
         prompt = str(line.get("prompt") or "")
-        gold = labels_of(line["label"], prompt[max(0, prompt.find(HUMAN)):], dataset)
+        gold = labels_of({"input": prompt[max(0, prompt.find(HUMAN)):], "output": line["label"]}, dataset)
         text = line["predict"]
         rows.append({"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text})
     if not any(any(row["gold"].values()) for row in rows):
@@ -283,14 +284,16 @@ def parse_arguments(argv):
     p.add_argument("--on-unparsable", choices=["harmful"], help="say this where an answer has no verdict")
     generation_arguments(p)
     args = read_arguments(p, argv)
-    if not (args.predictions or args.model):
-        p.error("--model DIR or --predictions FILE... is missing")
-    if args.model and not (args.data or args.moderate or args.prompt is not None):
-        p.error("--data FILE..., --prompt TEXT or --moderate is missing")
-    if args.data and not args.out:
-        p.error("--out DIR is missing")
-    if not args.data and (args.fast or args.k > 1 or args.scores):
-        p.error("--fast, --k and --scores are for --data")
+    names = [args.dataset or Path(path).stem for path in args.data or []]
+    for wrong, message in (
+            (not (args.predictions or args.model), "--model DIR or --predictions FILE... is missing"),
+            (args.model and not (args.data or args.moderate or args.prompt is not None),
+             "--data FILE..., --prompt TEXT or --moderate is missing"),
+            (args.data and not args.out, "--out DIR is missing"),
+            (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
+            (not names and (args.fast or args.k > 1 or args.scores), "--fast, --k, --scores are for --data")):
+        if wrong:
+            p.error(message)
     return args
 
 def moderate_lines(args, model, tokenizer):

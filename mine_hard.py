@@ -23,7 +23,7 @@ from pathlib import Path
 from data import (VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_arguments,
                   read_records)
 from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
-                   row_key, write_json, write_whole)
+                   row_key, weights_time, write_json, write_whole)
 
 # ------------------------------------------------------------------ the method
 def judge(verdict, gold):
@@ -170,8 +170,7 @@ def generation_arguments(p):
 def generation(args, model, **sampling):
     """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
     options = dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, **sampling)
-    written = max((p.stat().st_mtime for p in Path(model).glob("*.safetensors")), default=0)
-    settings = dict(model=str(model), weights=time.asctime(time.gmtime(written)), limit=args.limit,
+    settings = dict(model=str(model), weights=weights_time(model), limit=args.limit,
                     max_length=args.max_length, format=args.format, dtype=args.dtype, **options)
     return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 

@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -77,8 +78,7 @@ def join_ranks(name=None):
             torch.cuda.set_device(device)
         else:                                              # with NCCL it would wait for a rank that failed
             atexit.register(dist.destroy_process_group)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=2))            # some ranks mine for longer
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
     return device, dist.get_rank() if ranks > 1 else 0, ranks
 
 def all_sum(value, device):
@@ -244,8 +244,8 @@ def tree_plan(end, skip=0, device=None):
     instruction I, a prompt p q, and two answers:   I p q a b x y
                                            end      7 7 7 5 5 7 7
                                            position 0 1 2 3 4 3 4"""
-    T, ends, still_open = len(end), end.tolist(), [len(end)]           # the ends of subtrees around row i
-    for i, stop in enumerate(ends):
+    T, end, ends, still_open = len(end), end.cpu(), end.tolist(), [len(end)]       # FSDP moves all arguments
+    for i, stop in enumerate(ends):                                    # still_open: subtrees around row i
         while still_open[-1] <= i:
             still_open.pop()
         if not i < stop <= still_open[-1]:
@@ -256,8 +256,7 @@ def tree_plan(end, skip=0, device=None):
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that `end` lets a row see   (Vaswani et al. 2017, Eq. 1)
-    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once; its (T, T) mask is only for
-    reading and for tests."""
+    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole rule at once, to read and for tests."""
     i = torch.arange(len(q), device=q.device)
     sees = (i[None] <= i[:, None]) & (i[:, None] < plan.end.to(q.device)[None])
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))                       # (H or G, T, E)
@@ -319,9 +318,8 @@ def token_logprobs(hidden, head, targets):
 def without_storing(f, *inputs):
     """f(*inputs), of which only the inputs are kept: the backward pass runs f again, and stops at the last
     tensor that a gradient needs, so before a matrix product that ends f."""
-    if torch.is_grad_enabled():
-        return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return f(*inputs)
+    keep = partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
+    return keep(*inputs) if torch.is_grad_enabled() else f(*inputs)
 
 class Linear(nn.Linear):
     """y = x W', x (..., in) -> (..., out); the weight is cast to x's dtype for the product."""
@@ -392,11 +390,6 @@ class Llama(nn.Module):
         """The output matrix (V, D): the embedding itself where the two are tied."""
         return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
 
-    @property
-    def device(self):
-        """Where the weights are."""
-        return self.head.device
-
     def hidden(self, tokens, position, attend):
         """Final hidden states (T, D) of tokens (T,) at position (T,). attend(n, q, k, v) of layer n takes
         q (T, H, E), k and v (T, G, E) and returns what the rows see, (T, H, E)."""
@@ -443,12 +436,10 @@ class Llama(nn.Module):
                     continue                                                   # a copy that some files carry
                 if name not in wanted:
                     raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
-                if tensor.shape != wanted[name].shape:
-                    shapes = f"{list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
-                    raise InputError(f"{path}: tensor {name} has shape {shapes}")
+                if (shape := list(tensor.shape)) != (told := list(wanted[name].shape)):
+                    raise InputError(f"{path}: tensor {name} has shape {shape}, config.json says {told}")
                 found[name] = tensor.to(device, dtype)
-        missing = sorted(wanted.keys() - found.keys())
-        if missing:
+        if missing := sorted(wanted.keys() - found.keys()):
             raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
         model.load_state_dict(found, assign=True)
         return model
@@ -467,6 +458,11 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     names = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
     return [folder / name for name in sorted(set(names))]
+
+def weights_time(folder):
+    """When the weights of a folder were written, in UTC: at another time, other weights."""
+    times = [path.stat().st_mtime for path in Path(folder).glob("*.safetensors")]
+    return time.asctime(time.gmtime(max(times, default=0)))
 
 def read_tensors(path):
     """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
@@ -528,9 +524,9 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
     answers = [[[] for _ in range(k)] for _ in prompts]
     for prompt, samples in zip(prompts, answers):
         for sample, answer in enumerate(samples):
-            key = torch.tensor([row_key(seed, prompt, sample)], device=model.device)
+            key = torch.tensor([row_key(seed, prompt, sample)], device=model.head.device)
             while len(answer) < max_new_tokens and not (answer and answer[-1] in stop):
-                tokens = torch.tensor(prompt + answer, device=model.device)
+                tokens = torch.tensor(prompt + answer, device=model.head.device)
                 last = model(tokens, torch.full((len(tokens),), len(tokens)))[-1:]
                 logits, position = last @ model.head.to(last.dtype).T, key * 0 + len(tokens)
                 answer.append(draw_token(logits, key, position, temperature, top_p).item())
@@ -607,7 +603,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=("N", "T", "TARGET", "PICKED", "TOTAL", "GRAD"))    # one compilation
+    jit = triton.jit(do_not_specialize=("N", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD"))
 except ImportError:                                     # no wheel for this system: the twins do the work
     triton, jit, constexpr = None, lambda kernel: kernel, None
 KERNELS = "triton" if triton else "torch"               # see choose_kernels
@@ -777,8 +773,7 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W, G: constexpr, E: constexpr, P: const
 
 # ------------------------------------------------------------------ generation
 # The cache is a pool of pages of 64 keys. A page belongs to the instruction, which every row reads, to a
-# prompt, which its k samples read, or to one sample. Attention takes each page once, with all its readers
-# together, and adds up per row.
+# prompt, which its k samples read, or to one sample. Attention takes a page once, for all its readers.
 
 @dataclass
 class Job:
@@ -795,7 +790,8 @@ def attend_pages(q, k, v, bias):
     log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), where s = q k' / sqrt(E) + bias."""
     (p, G, W, E), P = q.shape, k.shape[2]
     if use_triton(q) and E in WIDTHS and E * q.element_size() < 512:      # more is too much for a T4
-        out, M = q.new_empty(q.shape, dtype=torch.float32), 16 if W <= 16 else 64
+        M = 16 if W <= 16 or q.element_size() == 4 else 64                 # 64 rows in float32 would spill
+        out = q.new_empty(q.shape, dtype=torch.float32)
         lse = out.new_empty(p, G, W)
         q, k, v = (x.contiguous() for x in (q, k, v))
         launch(page_kernel, (p * G, -(-W // M)), E, q, k, v, bias, out, lse, W, G, E, P, M)
@@ -810,14 +806,14 @@ class Engine:
     PREFILL = 4096      # prompt tokens in one pass
 
     def __init__(self, model, instruction, width, max_rows, pages, max_new_tokens, poll, stop, seed, draw):
-        c, self.model, self.device, self.max_new = model.config, model, model.device, max_new_tokens
+        c, self.model, self.device, self.max_new = model.config, model, model.head.device, max_new_tokens
         self.width, self.poll, self.seed, self.draw = width, poll, seed, draw      # width: samples of a job
         self.G, E = c.num_key_value_heads, c.head_dim
         self.R = c.num_attention_heads // self.G                # query heads that share a key
         shape = c.num_hidden_layers, pages, self.G, self.PAGE, E
         self.k = torch.zeros(shape, dtype=model.compute_dtype or model.head.dtype, device=self.device)
         self.v, self.nothing = torch.zeros_like(self.k), full_precision(self.k.new_zeros(self.R, E))
-        self.bias = self.k.new_zeros(pages, self.PAGE)          # 0, or -3e4: no key yet (finite: no nan)
+        self.bias = self.k.new_full((pages, self.PAGE), -3e4)   # 0, or -3e4: no key yet (finite: no nan)
         self.key, self.stop = self.ints([0] * max_rows), self.ints(list(stop))     # key: see row_key
         self.history = self.key[:, None].repeat(1, max_new_tokens + poll)          # ids drawn; -1: not yet
         self.free_rows, self.free_pages = list(range(max_rows)), list(range(pages))
@@ -840,9 +836,7 @@ class Engine:
     def take_pages(self, n, at):
         """Claim n free pages: the lowest for a prompt (at 0), the highest for answers (at -1), so that the
         pages with several readers and those with one lie apart, and the ranges visited are short."""
-        pages = [self.free_pages.pop(at) for _ in range(n)]
-        self.bias[pages] = -3e4
-        return pages
+        return [self.free_pages.pop(at) for _ in range(n)]
 
     def free(self, rows):
         """Give back these rows, their pages, and the pages of prompts that nobody reads any more."""
@@ -852,7 +846,7 @@ class Engine:
             job.rows = {row: sample for row, sample in job.rows.items() if row in self.owned}
             pages += [] if job.rows else job.pages
         self.jobs = [job for job in self.jobs if job.rows]
-        self.free_pages = sorted(self.free_pages + pages)
+        self.free_pages, self.bias[pages] = sorted(self.free_pages + pages), -3e4
 
     def fits(self, job):
         """Is there room to start this job: its rows, its prompt, and a first page for every answer?"""
@@ -911,7 +905,7 @@ class Engine:
 
         def attend(n, q, k, v):
             self.k[n][page, :, offset], self.v[n][page, :, offset] = k, v
-            before = (x[n, self.common].transpose(1, 2).flatten(0, 1)[:I] for x in (self.k, self.v))
+            before = (x[n, :len(self.common)].transpose(1, 2).flatten(0, 1)[:I] for x in (self.k, self.v))
             return attention(q, *(torch.cat(both) for both in zip(before, (k, v))), plan)
 
         return self.model.hidden(self.ints(tokens), plan.position[I:], attend)
@@ -944,13 +938,13 @@ class Engine:
                  (1, [(self.owned[row], 0) for job in self.jobs for row in job.rows])]
         parts, found, before = [], [[] for _ in self.owned], self.R        # so many results before this part
         for w, reads in kinds:
-            pages = {page for pages, _ in reads for page in pages} or {0}
-            readers = [[0] * w for _ in range(min(pages), max(pages) + 1)]
+            pages = sorted({page for pages, _ in reads for page in pages}) or [0]
+            readers = [[0] * w for _ in range(pages[0], pages[-1] + 1)]
             for b, (own, i) in enumerate(reads):                # live row b is reader i of the pages `own`
-                for n in (page - min(pages) for page in own):
+                for n in (page - pages[0] for page in own):
                     readers[n][i] = b
                     found[b].append((before + (n * self.G * w + i) * self.R, w * self.R))
-            parts.append((slice(min(pages), max(pages) + 1), self.ints(readers)))
+            parts.append((slice(pages[0], pages[-1] + 1), self.ints(readers)))
             before += len(readers) * w * self.G * self.R
         most = max(map(len, found))
         first, stride = self.ints([x + [(0, 0)] * (most - len(x)) for x in found])[:, None, None].unbind(-1)
@@ -1017,7 +1011,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     InputError if kv_tokens cannot hold one job."""
     if not prompts:
         return
-    c, device, start = model.config, model.device, common_prefix(prompts) if share else 0
+    c, device, start = model.config, model.head.device, common_prefix(prompts) if share else 0
     groups, width = ([list(range(k))], k) if share else ([[sample] for sample in range(k)], 1)
     jobs = [Job(i, prompt, group) for i, prompt in enumerate(prompts) for group in groups]
     if kv_tokens is None:
@@ -1030,8 +1024,8 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     most = [Engine.pages_for(len(job.prompt) - start) + answer for job in jobs]    # pages of each job
     pages, need = kv_tokens // Engine.PAGE, common + max(most)
     if pages < need:
-        number = jobs[most.index(max(most))].number
-        raise InputError(f"--kv-tokens {kv_tokens}: prompt {number} and its samples may need "
+        longest = len(jobs[most.index(max(most))].prompt)
+        raise InputError(f"--kv-tokens {kv_tokens}: a prompt of {longest} tokens and its samples may need "
                          f"{need * Engine.PAGE}; raise it or lower --max-new-tokens")
     max_rows = max(width, max_rows or (1024 if device.type == "cuda" else 128))
     draw = partial(draw_token, temperature=temperature, top_p=top_p)

@@ -71,9 +71,9 @@ def main(argv=None):
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data for record in read_records(path, fields)][:args.limit]
     samples, records = encode_records(tokenizer, records, args.max_length, ("chosen", "rejected"))
-    weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]    # released: sample_weight
+    weights = [r.get("weight", r.get("sample_weight", 1.0)) for r in records]      # the released name
     if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
-        raise InputError(f"{args.data[0]}: a weight is {wrong[0]!r}; it must be a number and not negative")
+        raise InputError(f"{' '.join(args.data)}: a weight is {wrong[0]!r}; it must be a number from 0 on")
     weights = torch.tensor(weights, dtype=torch.float64)
     checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)

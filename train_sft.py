@@ -31,7 +31,8 @@ from torch.distributed.checkpoint import state_dict as states
 from data import (Tokenizer, answer_logprobs, deal, encode_records, pack, parse_records, read_arguments,
                   read_records)
 from model import (InputError, Llama, LlamaConfig, TokenLogprobs, all_sum, at_least, check_memory, join_ranks,
-                   pick_dtype, read_json, read_tensors, weight_files, write_json, write_whole, writing)
+                   pick_dtype, read_json, read_tensors, weight_files, weights_time, write_json, write_whole,
+                   writing)
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
@@ -102,7 +103,7 @@ def shard(model, device, products):
 
 def make_optimizer(model, lr):
     """AdamW as in the paper's run: betas 0.9 and 0.999, eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=model.device.type != "mps")
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=model.head.device.type != "mps")
 
 def update(model, optimizer, lr):
     """Clip gradients to norm 1, step, clear; returns the norm before. InputError where it is not finite."""
@@ -119,7 +120,7 @@ def update(model, optimizer, lr):
 def save(folder, model, optimizer, step, rank, keep=2):
     """Write a checkpoint (fp32 weights, optimizer state, step) aside, rename it, keep the newest `keep`."""
     weights = states.get_model_state_dict(model, options=FULL)
-    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
+    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})
     if rank == 0:
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -151,8 +152,8 @@ def resume(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its step."""
     if hasattr(model, "reshard"):                       # FSDP: a forward pass leaves the head whole
         model.reshard()
-    weights = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
-    states.set_model_state_dict(model, weights, options=FULL)
+    weights = (pair for path in weight_files(folder) for pair in read_tensors(path))
+    states.set_model_state_dict(model, dict(weights), options=FULL)     # which puts its own copies in there
     state = states.get_optimizer_state_dict(model, optimizer)               # (FULL tells rank 0 alone)
     state["state"] = {}
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):
@@ -193,14 +194,16 @@ class Log:
                   end="\n" if keep else "\r", flush=True)
 
 def start_run(args, samples):
-    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None; set args.samples."""
-    log, final, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
+    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None. Adds to args how many
+    samples there are, and when args.model was written: it is also DPO's reference."""
+    args.samples, args.weights = len(samples), weights_time(args.model)
+    log, final = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json"
     if log.exists() and not args.resume or final.exists() and not log.exists():
         raise InputError(f"{args.out}: already holds a run or a model; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
     old = next(parse_records(log))[1] if log.exists() else vars(args)
-    same = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr beta sft"
-    for name in same.split():                                # (DPO alone has beta and sft)
+    same = "model weights data samples limit batch_size max_length epochs max_steps seed format dtype lr"
+    for name in [*same.split(), "beta", "sft"]:              # (the last two are DPO's)
         if (was := old.get(name)) != (now := getattr(args, name, None)):
             raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; choose another --out")
     if final.exists():
@@ -210,10 +213,11 @@ def start_run(args, samples):
 
 def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
     """Yield (step, steps, sample numbers, log) of each step left; save, if due, when main's loop is back for
-    more, and the model at the end. SIGTERM or Ctrl-C, to any rank: save after this step, end; twice: end."""
+    more, and the model at the end. SIGTERM or Ctrl-C, to any rank: save after this step, end. Another Ctrl-C:
+    end now; another SIGTERM: nothing, as torchrun passes on what a rank may have."""
     def notice(number, frame):
         interrupted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
     (device, rank, _), interrupted = rank_info, []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -228,6 +232,7 @@ def run_steps(args, n, model, tokenizer, optimizer, checkpoint, rank_info):
         if stop or (args.save_every and step % args.save_every == 0 and step < steps):
             save(Path(args.out) / f"step-{step:06d}", model, optimizer, step, rank, args.keep)
         if stop:
+            all_sum(0, device)                               # a barrier: torchrun kills whoever still writes
             raise InputError(f"interrupted after step {step}; the same command with --resume continues")
     save_final(args, model, tokenizer, rank)
 

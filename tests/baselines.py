@@ -102,7 +102,7 @@ def guard_questions(records, dataset):
     questions = []
     for i, record in enumerate(records):
         prompt, response = split_input(record["input"])
-        gold = labels_of(record["output"], record["input"], dataset)
+        gold = labels_of(record, dataset)
         if gold["request"]:
             questions.append((i, "request", (prompt, None)))
         if gold["response"] and response is not None:
@@ -132,7 +132,7 @@ def run_guard(args, path, dataset, load, tokenizer):
 
 def prediction(record, dataset, predict, tasks=tuple(VERDICTS)):
     """One line for eval.py; its label holds these tasks only."""
-    gold = labels_of(record["output"], record["input"], dataset)
+    gold = labels_of(record, dataset)
     return {"prompt": record["instruction"] + "\n" + record["input"], "predict": predict,
             "label": format_answers(**{task: word for task, word in gold.items() if task in tasks})}
 

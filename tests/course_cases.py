@@ -868,7 +868,7 @@ def _(rng):
     texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]))
              for _ in prompts]
     for name in ("request", "completion"):
-        got = verdict_probability(model, tokenizer, prompts, texts, name, (model.device, 0, 1))
+        got = verdict_probability(model, tokenizer, prompts, texts, name, (model.head.device, 0, 1))
         want = []
         for prompt, text in zip(prompts, texts):
             both = []

@@ -258,9 +258,9 @@ def attend(b, prepare=lambda plan: partial(attention, plan=plan), tree=False):
     """One layer's attention over a stream of real lengths: sequences side by side, or pairs as a tree."""
     c, most = b.config, 8192 if b.cuda else 2048
     p = pack(b.samples(most // 64, pairs=tree)[0], most, share=tree)[0]
-    plan, heads = tree_plan(p.end), (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+    plan, G = tree_plan(p.end, device=b.device), c.num_key_value_heads
     qkv = [torch.randn(len(p.tokens), n, c.head_dim, device=b.device, dtype=b.products, requires_grad=True)
-           for n in heads]
+           for n in (c.num_attention_heads, G, G)]
     flops = 3.5 * 4 * (plan.position + 1).sum().item() * c.num_attention_heads * c.head_dim
     return b.kernel(prepare(plan), qkv, flops, work=flops)
 

@@ -235,7 +235,7 @@ def test_a_bad_exchange_ends_moderation(place, capsys, monkeypatch, line, says):
 @pytest.mark.parametrize("flags", [["--fast"], ["--k", "3"], ["--scores"]])
 def test_a_flag_that_moderation_does_not_know_is_named(place, capsys, flags):
     message = fails(capsys, evaluation.main, ["--model", str(place / "model"), "--prompt", "a", *flags])
-    assert "--fast, --k and --scores are for --data" in message
+    assert "--fast, --k, --scores are for --data" in message
 
 
 def test_the_demo_takes_flags_but_no_other_model(capsys):

@@ -95,7 +95,7 @@ def test_verdict_probability_is_the_softmax_of_two_branches(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
     prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
     texts = ["Request:", "x\n\nAnswers: \nRequest:"]
-    got = verdict_probability(model, tokenizer, prompts, texts, "request", (model.device, 0, 1))
+    got = verdict_probability(model, tokenizer, prompts, texts, "request", (model.head.device, 0, 1))
     for prompt, text, p in zip(prompts, texts, got):
         total = []
         for word in (H, U):
@@ -200,7 +200,7 @@ def test_a_one_word_label_is_about_the_response_that_the_prompt_holds(tmp_path):
 def test_fast_verdicts_are_the_likelier_words(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
     prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
-    for text, p in answer_fast(model, tokenizer, prompts, (model.device, 0, 1)):
+    for text, p in answer_fast(model, tokenizer, prompts, (model.head.device, 0, 1)):
         assert all(parse_verdict(text)[name] == words[p[name] < 0.5] for name, words in VERDICTS.items())
 
 

@@ -30,7 +30,7 @@ def right_traces(path, counts):
             counts["without a request"] += 1
             continue
         text = line["prompt"][at:]
-        right = judge(parse_verdict(line["predict"]), labels_of(line["label"], text, dataset))
+        right = judge(parse_verdict(line["predict"]), labels_of({"input": text, "output": line["label"]}, dataset))
         counts["right" if right else "wrong"] += 1
         if right:
             records.append({"instruction": INSTRUCTION, "input": text, "output": line["predict"].strip()})
