@@ -27,7 +27,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])            # where the 
 def child(name, arguments, environment, output, stop_at):
     """The life of such a process: one script's main, all that it prints in the file `output`.
 
-    stop_at: raise SIGTERM in the last rank, and there only, during this step of the run."""
+    stop_at: raise SIGTERM in the last rank, and there only, during this step of the run; and once more, as
+    torchrun does where the scheduler has told every process already."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -39,6 +40,7 @@ def child(name, arguments, environment, output, stop_at):
 
         def update_and_stop(*args):
             if next(steps) == stop_at:
+                signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGTERM)
             return update(*args)
 
@@ -70,6 +72,7 @@ def run(name, arguments, output, ranks=1, stop_at=None, code=0):
         process.join()
     said = [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
     codes = [process.exitcode for process in processes]
+    assert not any("Traceback" in text for text in said), "\n".join(said)         # an error's exit status is 1, too
     assert codes == [code] * ranks, f"{name} ended with {codes}\n" + "\n".join(said)
     return said[0]
 

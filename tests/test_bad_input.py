@@ -238,6 +238,11 @@ def test_a_flag_that_moderation_does_not_know_is_named(place, capsys, flags):
     assert "--fast, --k, --scores are for --data" in message
 
 
+def test_two_files_of_one_name_are_not_mixed(capsys):
+    command = ["--model", "toy/model", "--out", "x", "--data", "a/test.json", "b/test.json"]
+    assert "two files of one name" in fails(capsys, evaluation.main, command)
+
+
 def test_the_demo_takes_flags_but_no_other_model(capsys):
     args = train_sft.parse_arguments(["--resume", "--lr", "1e-3"])                 # as its last line says: --resume
     assert args.resume and args.lr == 1e-3 and args.batch_size == 32 and len(args.data) == 4

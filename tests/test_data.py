@@ -62,6 +62,9 @@ def test_gold_of_a_trace_a_block_and_a_word():
     assert tuple(gold_verdict(record(H, "b")).values()) == (None, None, H)
     assert tuple(gold_verdict(record(R, "b")).values()) == (None, R, None)
     assert tuple(gold_verdict(record("Answers: \nRequest: None\nCompletion: None\nResponse: harmful\n")).values()) == (None, None, H)
+    columns = {"prompt_harm_label": H, "response_refusal_label": None, "response_harm_label": U}       # of WildGuardTest
+    assert tuple(gold_verdict({**record(None, "b"), **columns}).values()) == (H, None, U)
+    assert tuple(gold_verdict({**record(H), "input": format_input("a") + "\n"}).values()) == (H, None, None)
 
 
 # ------------------------------------------------------------------ tokenizer

@@ -11,8 +11,9 @@ import torch
 
 import eval as evaluation
 from data import VERDICTS, format_input, parse_verdict
-from eval import (InputError, answer_fast, auprc, bootstrap, confusion, f1, legacy_pairs, majority, moderate, paper_f1,
-                  read_predictions, reasoning_verdict, score, threshold_for, up_to_verdict, verdict_probability, weighted_average)
+from eval import (InputError, answer_fast, auprc, bootstrap, confusion, f1, labels_of, legacy_pairs, majority, moderate, paper_f1,
+                  read_predictions, reasoning_verdict, score, simple, threshold_for, up_to_verdict, verdict_probability,
+                  weighted_average)
 from model import Llama
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
@@ -75,6 +76,15 @@ def test_threshold_keeps_the_false_positive_rate():
         t = threshold_for(hit, p, rate)
         wrong = sum(x >= t for x in p[:10])
         assert wrong <= rate * 10 and (rate == 1.0 or wrong == int(rate * 10))
+    assert threshold_for([False, False, True], [1.0, 0.2, 1.0], 0.0) > 1           # a certain mistake cannot be had
+
+
+def test_files_of_the_benchmark_are_known_by_name():
+    names = [row[0] for rows in paper_f1().values() for row in rows]
+    for file in ("0_A_beaver_tails", "0_2_OpenAIModeration", "0_6_xstest_response_harmful", "BeaverTails"):
+        assert simple(file) in map(simple, names)
+    word = {"input": "", "output": H}
+    assert labels_of(word, "0_A_beaver_tails") == {"request": None, "completion": None, "response": H}
 
 
 def test_reasoning_verdict_and_majority():

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 EXACT = ["--epochs", 2, "--batch-size", 5, "--lr", "1e-2", "--dtype", "float64", "--device", "cpu"]
 # the short last batch of each epoch makes one pack, the others two or three: neither 2 nor 3 ranks divide them
-STAGES = {"train_sft": ["--data", "toy/dev.json", "--limit", 11, "--max-tokens", 700, "--eval-data", "HELD OUT", *EXACT],
-          "train_dpo": ["--data", "PAIRS", "--max-tokens", 400, *EXACT]}
+SAVE = ["--save-every", 4]
+STAGES = {"train_sft": ["--data", "toy/dev.json", "--limit", 11, "--max-tokens", 700, "--eval-data", "HELD OUT", *SAVE, *EXACT],
+          "train_dpo": ["--data", "PAIRS", "--max-tokens", 400, *SAVE, *EXACT]}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,9 @@ def assert_same_training(folder, name, tied, other):
         del x["computed"], y["computed"]                                           # empty packs and copies count there
         assert y == pytest.approx(x, abs=1e-9)
     assert a[0]["loss"] > a[5]["loss"] + 0.5                                       # it did train
-    a, b = (load_file(folder / out / "model.safetensors") for out in (one, other))
-    assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() < 1e-9 for n in a)
+    for file in ("model.safetensors", "step-000004/model.safetensors", "step-000004/optimizer.safetensors"):
+        a, b = (load_file(folder / out / file) for out in (one, other))
+        assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() < 1e-9 for n in a)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -114,6 +116,12 @@ def test_evaluation_gives_the_same_files_for_any_number_of_ranks(folder, guard):
                  ("answers.jsonl", "generated_predictions.jsonl")]
         files.append((results, texts))
     assert files[0] == files[1] and [r["n"] for r in files[0][0][:2]] == [11, 7]
+
+
+def test_moderation_under_torchrun_says_the_same_on_each_rank(folder, guard):
+    ask = ["--model", guard, "--prompt", "Please lock the chest.", "--max-new-tokens", 24, "--device", "cpu"]
+    said = [json.loads(run("eval", ask, folder / "log", ranks)) for ranks in (1, 2)]
+    assert said[0]["p_harmful"] == said[1]["p_harmful"] and 0.02 < said[0]["p_harmful"]["request"] < 0.98
 
 
 def test_torchrun_itself(folder):

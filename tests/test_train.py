@@ -100,6 +100,10 @@ def test_a_stopped_run_continues_to_the_same_end_bit_for_bit(tmp_path, monkeypat
     for flag, value in (("--lr", 1e-5), ("--dtype", "float64"), ("--format", "raw")):
         with pytest.raises(InputError, match=f"its run has {flag[2:]} = .*; choose another --out"):
             run(tmp_path / "stopped", "--resume", flag, value)
+    monkeypatch.setattr(train_sft, "weights_time", lambda folder: "now")           # DPO's reference would be another
+    with pytest.raises(InputError, match="its run has weights = .*, not 'now'"):
+        run(tmp_path / "stopped", "--resume")
+    monkeypatch.undo()
     monkeypatch.setenv("PATH", "/nowhere")                                         # no git: the commit is unknown
     with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')                      # as a kill would leave it
