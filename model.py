@@ -271,23 +271,19 @@ def attention(q, k, v, plan):
 # ------------------------------------------------------------------ log-probabilities
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = z[target] - logsumexp(z),  z = head @ h;   dz = g * (onehot(target) - softmax(z))
-    Logits exist for one chunk of rows at a time and are computed again in the backward pass."""
-    LOGITS = 2 ** 25                                                       # per chunk: 64 MiB in bf16
-
-    @staticmethod
-    def logits(hidden, weight):
-        """Yield (rows, their logits (chunk, V)) for one chunk after another."""
-        step = max(1, TokenLogprobs.LOGITS // len(weight))
-        for some in (slice(i, i + step) for i in range(0, len(hidden), step)):
-            yield some, hidden[some] @ weight.T
+    Logits exist for a part at a time: forward for some rows, backward, where they are computed again, for
+    some of the vocabulary, so that the gradient of each row of the head is written once."""
+    LOGITS = 2 ** 25                                                       # in a part: 64 MiB in bf16
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
         picked, lse = full_precision(hidden.new_empty(2, len(hidden)))     # z[target], log sum exp(z)
-        for some, z in TokenLogprobs.logits(hidden, head.to(hidden.dtype)):
+        weight, step = head.to(hidden.dtype), max(1, TokenLogprobs.LOGITS // len(head))
+        for some in (slice(n, n + step) for n in range(0, len(hidden), step)):
+            z = hidden[some] @ weight.T                                    # (step, V)
             if use_triton(z):                                              # part II: the same in one kernel
                 launch(row_totals, (len(z),), 4096, z, targets[some], picked[some], lse[some], len(head))
-            else:                                                          # some rows at a time stay in cache
+            else:                                                          # 32 rows at a time stay in cache
                 picked[some] = z.gather(-1, targets[some, None])[:, 0]
                 lse[some] = torch.cat([full_precision(rows).logsumexp(-1) for rows in z.split(32)])
         ctx.save_for_backward(hidden, head, targets, lse)
@@ -296,19 +292,23 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (hidden, head, targets, lse), grad = ctx.saved_tensors, grad.contiguous()
-        weight, d_hidden, d_head = head.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(head)
-        for some, dz in TokenLogprobs.logits(hidden, weight):              # logits, to become gradients
+        d_hidden, d_head = full_precision(torch.zeros_like(hidden)), torch.empty_like(head)
+        step = max(16, TokenLogprobs.LOGITS // max(1, len(hidden)) // 16 * 16)
+        for some in (slice(v, v + step) for v in range(0, len(head), step)):
+            weight, target = head[some].to(hidden.dtype), targets - some.start
+            dz = hidden @ weight.T                                         # (N, step): logits, to become dz
             if use_triton(dz):
-                grid = len(dz), -(-len(head) // 4096)
-                launch(row_gradients, grid, 4096, dz, targets[some], lse[some], grad[some, None], len(head))
+                grid = len(dz), -(-len(weight) // 4096)
+                launch(row_gradients, grid, 4096, dz, target, lse, grad[:, None], len(weight))
             else:
-                columns = (x[some, None].split(32) for x in (lse, targets, grad))
-                for z, log_sum, target, g in zip(dz.split(32), *columns):
+                inside = target.clamp(0, len(weight) - 1)
+                columns = (x[:, None].split(32) for x in (lse, inside, grad, grad * (inside == target)))
+                for z, log_sum, v, g, hit in zip(dz.split(32), *columns):
                     p = (full_precision(z) - log_sum).exp_()
-                    z.copy_(p.mul_(-g).scatter_add_(-1, target, g))        # z becomes its gradient
-            d_hidden[some] = dz @ weight
-            d_head += dz.T @ hidden[some]                                  # summed as precisely as head
-        return d_hidden, d_head, None
+                    z.copy_(p.mul_(-g).scatter_add_(-1, v, hit))
+            d_hidden += dz @ weight
+            d_head[some] = dz.T @ hidden
+        return d_hidden.to(hidden.dtype), d_head, None
 
 def token_logprobs(hidden, head, targets):
     """log p(target | prefix) in nats: hidden (N, D), head (V, D), targets (N,) -> (N,), float32 or more."""

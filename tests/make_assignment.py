@@ -170,8 +170,8 @@ NOTES = {                                               # where a function has n
                          "through `o_proj`",
     "MLP.forward": "see the docstring of the class; x (T, D) -> (T, D)",
     "Block.forward": "see the docstring of the class; x (T, D) -> (T, D)",
-    "TokenLogprobs.forward": "see the docstring of the class; `logits` says which rows are looked at "
-                             "together. Save hidden, head, targets and the log-sum-exp of every row",
+    "TokenLogprobs.forward": "see the docstring of the class; as many rows at a time as have LOGITS logits. "
+                             "Save hidden, head, targets and the log-sum-exp of every row",
     "TokenLogprobs.backward": "see the docstring of the class; gradients of hidden and head, in their shapes"}
 
 HEAD = """# Assignment

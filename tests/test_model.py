@@ -206,10 +206,10 @@ def test_recompute_changes_nothing(model):
 
 
 def test_token_logprobs_and_its_gradient(monkeypatch):
-    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 30)            # chunks of 2 rows, the last of 1
+    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 80)            # 2 rows at a time, last 1; 16 columns, last 5
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([0, 10, 3, 3, 5, 0, 9])
+    head = torch.randn(37, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 36, 15, 16, 31, 0, 32])
     want = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert torch.allclose(token_logprobs(hidden, head, targets), want)
     assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets), (hidden, head))
