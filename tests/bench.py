@@ -40,7 +40,7 @@ from model import InputError, at_least, attention_by_mask, write_json  # noqa: E
 sft, dpo, sample, attend, score = measure.sft, measure.dpo, measure.sample, measure.attend, measure.score
 by_mask = partial(attend, prepare=lambda plan: partial(attention_by_mask, plan=plan))
 LOSS = 8192, 128256, 2048           # rows, vocabulary, width
-ITEMS = {                           # name: (function, what it needs); the important ones first
+ITEMS = {                           # name: (function, what it needs); the slowest peers last
     "limits": (measure.limits, ""),
     "sft": (sft, ""),
     "sft unshared": (partial(sft, share=False), ""),
@@ -53,12 +53,7 @@ ITEMS = {                           # name: (function, what it needs); the impor
     "dpo trl precomputed": (partial(peers.trl, pairs=True, precompute_ref_log_probs=True), "peers model"),
     "generate": (sample, ""),
     "generate unshared": (partial(sample, share=False), ""),
-    "generate transformers": (peers.sample, "peers"),
-    "generate transformers sorted": (partial(peers.sample, sort=True), "peers"),
-    "generate transformers at once": (partial(peers.sample, prompts_a_call=0), "peers"),
     "stops": (partial(sample, stops=True), "model"),
-    "stops transformers sorted": (partial(peers.sample, sort=True, stops=True), "peers model"),
-    "stops transformers at once": (partial(peers.sample, prompts_a_call=0, stops=True), "peers model"),
     "attention": (attend, ""),
     "attention twin": (twin(attend), "cuda"),
     "attention varlen_attn": (partial(attend, prepare=peers.varlen), "peers cuda"),
@@ -80,6 +75,11 @@ ITEMS = {                           # name: (function, what it needs); the impor
     "decode twin": (twin(measure.decode), "cuda"),
     "adamw": (measure.optimize, ""),
     "adamw foreach": (partial(measure.optimize, make=peers.adamw), "peers"),
+    "generate transformers": (peers.sample, "peers"),
+    "generate transformers sorted": (partial(peers.sample, sort=True), "peers"),
+    "generate transformers at once": (partial(peers.sample, prompts_a_call=0), "peers"),
+    "stops transformers sorted": (partial(peers.sample, sort=True, stops=True), "peers model"),
+    "stops transformers at once": (partial(peers.sample, prompts_a_call=0, stops=True), "peers model"),
 }
 # the part of the rate that the measured limits allow, for models of about 1B, 3B and 8B
 GOALS = {"sft unshared": ("G1", 0.63, 0.63, 0.70), "sft": ("G2", 0.63, 0.63, 0.70),
