@@ -244,7 +244,7 @@ def tree_plan(end, skip=0, device=None):
     instruction I, a prompt p q, and two answers:   I p q a b x y
                                            end      7 7 7 5 5 7 7
                                            position 0 1 2 3 4 3 4"""
-    T, end, ends, still_open = len(end), end.cpu(), end.tolist(), [len(end)]       # FSDP moves all arguments
+    T, end, ends, still_open = len(end), end.cpu(), end.tolist(), [len(end)]       # FSDP sends end to a GPU
     for i, stop in enumerate(ends):                                    # still_open: subtrees around row i
         while still_open[-1] <= i:
             still_open.pop()
