@@ -268,9 +268,9 @@ def main(argv=None):
             p = p.to(device)
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             (part * ranks).backward()                        # FSDP averages gradients over the ranks
-            loss += part.item()
+            loss += part.detach()                            # a GPU is not waited for
         norm = update(model, optimizer, lr)
-        row = dict(step=step, loss=all_sum(loss, device), lr=lr, grad_norm=norm,
+        row = dict(step=step, loss=all_sum(float(loss), device), lr=lr, grad_norm=norm,
                    tokens=sum(len(s.prompt) + len(s.answers[0]) for s in drawn),
                    computed=int(all_sum(sum(len(p.tokens) for p in packs), device)), loss_tokens=count)
         if held_out and (step % epoch == 0 or step == steps):
