@@ -204,9 +204,9 @@ def sft(b, share=True):
             p = p.to(b.device)
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             part.backward()
-            loss += part.item()
+            loss += part.detach()
         update(model, optimizer, 5e-5)
-        return loss
+        return float(loss)
 
     result = b.train(step, batches)
     return {**result, "work": sum(b.work(packs, 3) for packs in done[b.args.warm:])}
