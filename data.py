@@ -44,7 +44,7 @@ You must think step by step. Keep consistency between the reasoning and the Answ
 VERDICTS = {"request": ("harmful", "unharmful"),           # task 1: (positive class, the other)
             "completion": ("refusal", "compliance"),       # task 2
             "response": ("harmful", "unharmful")}          # task 3
-WILDGUARD = "prompt_harm_label", "response_refusal_label", "response_harm_label"        # its label columns
+WILDGUARD = "prompt_harm_label", "response_refusal_label", "response_harm_label"     # WildGuardTest's columns
 HUMAN, ASSISTANT = "Human user:\n", "\n\nAI assistant:\n"
 
 def format_input(prompt, response=None):
@@ -74,14 +74,12 @@ def format_answers(request=None, completion=None, response=None):
     return f"Answers: \nRequest: {request}\nCompletion: {completion}\nResponse: {response}"
 
 def gold_verdict(record):
-    """The labels of a record: its columns, else its `output`, which is a reasoning trace, a block or a word.
+    """The labels of a record: those in its `output`, which is a reasoning trace, a block or one word.
     (un)harmful alone is about the request where there is no response, else about the response."""
-    if WILDGUARD[0] in record:
-        return dict(zip(VERDICTS, map(record.get, WILDGUARD)))
     harm = "request" if split_input(record["input"])[1] is None else "response"
     task = dict.fromkeys(VERDICTS["completion"], "completion") | dict.fromkeys(VERDICTS["request"], harm)
-    if (word := str(record["output"]).strip().lower()) not in task:
-        return parse_verdict(str(record["output"]))
+    if (word := record["output"].strip().lower()) not in task:
+        return parse_verdict(record["output"])
     return {**dict.fromkeys(VERDICTS), task[word]: word}
 
 # ------------------------------------------------------------------ tokenizer
@@ -233,6 +231,8 @@ def read_records(path, fields=("instruction", "input", "output")):
     for place, record in parse_records(path):
         if not isinstance(record, dict):
             raise InputError(f"{path}: {place} is not a JSON object")
+        if any(labels := [*map(record.get, WILDGUARD)]) and "Answers:" not in str(record.get("output")):
+            record["output"] = format_answers(*labels)
         for name in fields:
             if not isinstance(record.get(name), str):
                 raise InputError(f"{path}: {place} has no text in field {name!r}")

@@ -92,8 +92,8 @@ def legacy_pairs(gold, texts, name):
     pairs, (positive, other) = [], VERDICTS[name]
     for label, text in zip(gold, texts):
         found = re.findall(rf"{name}:\s*({positive}|{other})", text[-300:], re.I)
-        twice = [] if label == "harmful" else [(label, other if label == positive else positive)] * 2
-        pairs += [(label, found[0].lower())] if found else twice
+        none = [] if label == "harmful" else [(label, other if label == positive else positive)] * 2
+        pairs += [(label, found[0].lower())] if found else none
     return pairs
 
 def score(rows, dataset, legacy=False, fpr=None):
@@ -158,7 +158,7 @@ def simple(name):
 
 def labels_of(record, dataset):
     """gold_verdict, where a single word is about the task of a known benchmark."""
-    word = str(record["output"]).strip().lower()
+    word = record["output"].strip().lower()
     tasks = [task for task in TITLES if simple(dataset) in [simple(row[0]) for row in paper_f1()[task]]]
     if len(tasks) == 1 and word in VERDICTS[tasks[0]]:
         return {**dict.fromkeys(VERDICTS), tasks[0]: word}
@@ -221,14 +221,16 @@ def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, *
 
 def evaluate_file(args, path, name, tokenizer, load, rank_info):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
-    records = [{"output": None, **r} for r in read_records(path, ("instruction", "input"))][:args.limit]
-    golds, out = [labels_of(record, name) for record in records], Path(args.out) / name
+    records, out = read_records(path)[:args.limit], Path(args.out) / name
+    golds = [labels_of(record, name) for record in records]
     tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
     if not tasks:
         raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
     prompts, _ = encode_prompts(tokenizer, records, args.max_length)
     resumed = not args.fast and any(out.glob("answers.jsonl*"))
-    _, start = resumed or load(), time.time()              # the weights load before the clock starts
+    if not resumed:
+        load()                                             # before the clock starts
+    start = time.time()
     if args.fast:
         answers = [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
                    for text, p in answer_fast(*load(), prompts, rank_info)]

@@ -303,9 +303,9 @@ class TokenLogprobs(torch.autograd.Function):
             else:
                 inside = target.clamp(0, len(weight) - 1)
                 columns = (x[:, None].split(32) for x in (lse, inside, grad, grad * (inside == target)))
-                for z, log_sum, v, g, hit in zip(dz.split(32), *columns):
+                for z, log_sum, t, g, hit in zip(dz.split(32), *columns):
                     p = (full_precision(z) - log_sum).exp_()
-                    z.copy_(p.mul_(-g).scatter_add_(-1, v, hit))
+                    z.copy_(p.mul_(-g).scatter_add_(-1, t, hit))
             d_hidden += dz @ weight
             d_head[some] = dz.T @ hidden
         return d_hidden.to(hidden.dtype), d_head, None
@@ -846,7 +846,7 @@ class Engine:
             job.rows = {row: sample for row, sample in job.rows.items() if row in self.owned}
             pages += [] if job.rows else job.pages
         self.jobs = [job for job in self.jobs if job.rows]
-        self.free_pages, self.bias[pages] = sorted(self.free_pages + pages), -3e4
+        self.free_pages, self.bias[pages] = sorted(self.free_pages + pages), -3e4         # without keys again
 
     def fits(self, job):
         """Is there room to start this job: its rows, its prompt, and a first page for every answer?"""

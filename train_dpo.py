@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Tokenizer, answer_logprobs, deal, encode_records, pack, read_arguments, read_records
-from model import InputError, all_sum, at_least, join_ranks
+from model import InputError, all_sum, at_least, join_ranks, weights_time
 from train_sft import common_arguments, load, lr_at, make_optimizer, run_steps, start_run, update
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
@@ -75,6 +75,7 @@ def main(argv=None):
     if wrong := [w for w in weights if not (isinstance(w, (int, float)) and 0 <= w < float("inf"))]:
         raise InputError(f"{' '.join(args.data)}: a weight is {wrong[0]!r}; it must be a number from 0 on")
     weights = torch.tensor(weights, dtype=torch.float64)
+    args.weights = weights_time(args.model)                 # --resume refuses another reference
     checkpoint = start_run(args, samples)
     model = load(args, rank_info, samples)
     optimizer = make_optimizer(model, args.lr)              # before a forward pass gathers sharded weights

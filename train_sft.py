@@ -31,8 +31,7 @@ from torch.distributed.checkpoint import state_dict as states
 from data import (Tokenizer, answer_logprobs, deal, encode_records, pack, parse_records, read_arguments,
                   read_records)
 from model import (InputError, Llama, LlamaConfig, TokenLogprobs, all_sum, at_least, check_memory, join_ranks,
-                   pick_dtype, read_json, read_tensors, weight_files, weights_time, write_json, write_whole,
-                   writing)
+                   pick_dtype, read_json, read_tensors, weight_files, write_json, write_whole, writing)
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)      # whole tensors, not shards
 
@@ -194,16 +193,14 @@ class Log:
                   end="\n" if keep else "\r", flush=True)
 
 def start_run(args, samples):
-    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None. Adds to args how many
-    samples there are, and when args.model was written: it is also DPO's reference."""
-    args.samples, args.weights = len(samples), weights_time(args.model)
-    log, final = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json"
+    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None; set args.samples."""
+    log, final, args.samples = Path(args.out) / "metrics.jsonl", Path(args.out) / "config.json", len(samples)
     if log.exists() and not args.resume or final.exists() and not log.exists():
         raise InputError(f"{args.out}: already holds a run or a model; add --resume, or choose another --out")
     checkpoint = checkpoints(args.out)[-1:] if args.resume else []
     old = next(parse_records(log))[1] if log.exists() else vars(args)
-    same = "model weights data samples limit batch_size max_length epochs max_steps seed format dtype lr"
-    for name in [*same.split(), "beta", "sft"]:              # (the last two are DPO's)
+    same = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr"
+    for name in [*same.split(), "beta", "sft", "weights"]:   # (the last three are DPO's)
         if (was := old.get(name)) != (now := getattr(args, name, None)):
             raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; choose another --out")
     if final.exists():
@@ -268,7 +265,7 @@ def main(argv=None):
             p = p.to(device)
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             (part * ranks).backward()                        # FSDP averages gradients over the ranks
-            loss += part.detach()                            # a GPU is not waited for
+            loss += part.detach()                            # read once, after the last pack
         norm = update(model, optimizer, lr)
         row = dict(step=step, loss=all_sum(float(loss), device), lr=lr, grad_norm=norm,
                    tokens=sum(len(s.prompt) + len(s.answers[0]) for s in drawn),

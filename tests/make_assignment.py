@@ -94,8 +94,8 @@ EXERCISES = [Exercise(*row) for row in [
     ("up_to_verdict", E, 4, 2, "test_eval.py", "up_to_verdict"),
     ("verdict_probability", E, 4, 4, "test_eval.py", "two_branches"),
 
-    ("row_totals", M, 5, 4, "test_kernels.py", "check_token_logprobs and 4097"),
-    ("row_gradients", M, 5, 3, "test_kernels.py", "check_token_logprobs and 4097"),
+    ("row_totals", M, 5, 4, "test_kernels.py", "check_token_logprobs and 9000"),
+    ("row_gradients", M, 5, 3, "test_kernels.py", "check_token_logprobs and 9000"),
     ("tree_forward", M, 5, 6, "test_kernels.py", "check_tree_attention and (packed or pairs)",
      ("tree_backward_q", "tree_backward_kv")),
     ("tree_backward_q", M, 5, 6, "test_kernels.py", "check_tree_attention and (packed or pairs)",

@@ -62,8 +62,6 @@ def test_gold_of_a_trace_a_block_and_a_word():
     assert tuple(gold_verdict(record(H, "b")).values()) == (None, None, H)
     assert tuple(gold_verdict(record(R, "b")).values()) == (None, R, None)
     assert tuple(gold_verdict(record("Answers: \nRequest: None\nCompletion: None\nResponse: harmful\n")).values()) == (None, None, H)
-    columns = {"prompt_harm_label": H, "response_refusal_label": None, "response_harm_label": U}       # of WildGuardTest
-    assert tuple(gold_verdict({**record(None, "b"), **columns}).values()) == (H, None, U)
     assert tuple(gold_verdict({**record(H), "input": format_input("a") + "\n"}).values()) == (H, None, None)
 
 
@@ -164,6 +162,15 @@ GOOD = '{"instruction": "i", "input": "x", "output": "y"}'
 def test_bad_records_name_file_and_place(tmp_path, text, says):
     with pytest.raises(InputError, match=f"bad.json.*{says}"):
         read_records(write(tmp_path / "bad.json", text))
+
+
+def test_label_columns_are_read_where_the_output_is_no_trace(tmp_path):
+    record = lambda output, **columns: {"instruction": "i", "input": "x", "output": output, **columns}
+    columns = {"prompt_harm_label": "Harmful", "response_refusal_label": None, "response_harm_label": U}
+    trace = "A reason.\n\n" + format_answers(U, C, U)
+    records = [record(None, **columns), record(H, **columns), record(trace, **columns), record(trace, prompt_harm_label=None)]
+    path = write(tmp_path / "wildguard.jsonl", "\n".join(map(json.dumps, records)))
+    assert [tuple(gold_verdict(r).values()) for r in read_records(path)] == [(H, None, U)] * 2 + [(U, C, U)] * 2
 
 
 def test_a_missing_file_and_empty_outputs(tmp_path, capsys):

@@ -90,9 +90,10 @@ def check_tree_attention(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [11, 4096, 4097])
+@pytest.mark.parametrize("V", [11, 4096, 9000])
 def check_token_logprobs(V, dtype, monkeypatch):
-    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 3 * V)                    # chunks of 3 rows, the last of 1
+    # forward 3 rows at a time, then 1; backward parts of the vocabulary: one, three, and three of two tiles each
+    monkeypatch.setattr("model.TokenLogprobs.LOGITS", 7 * 4112 if V == 9000 else 3 * V)
     targets = torch.tensor([0, V - 1, 3, 3, V // 2, 0, 9], device=DEVICE)
     exact = lambda h, w: (h @ w.T).log_softmax(-1)[range(7), targets]
     hidden, head = torch.randn(7 + V, 8, generator=torch.Generator().manual_seed(0)).mul(0.5).split([7, V])
@@ -101,8 +102,8 @@ def check_token_logprobs(V, dtype, monkeypatch):
     assert none.shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("W", [1, 9, 16, 17, 64, 65])                           # tiles hold 16 or 64 queries
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("W", [1, 9, 16, 17, 64, 65])          # tiles hold 16 queries, or 64 (not in float32)
 def check_attend_pages(W, dtype):
     rng, filled = torch.Generator().manual_seed(W), torch.tensor([1, 7, 63, 64, 0])
     q, k, v = (torch.randn(5, 2, n, 16, generator=rng).to(DEVICE, dtype) for n in (W, 64, 64))
