@@ -225,8 +225,8 @@ def find_format(folder, special):
 
 # ------------------------------------------------------------------ records
 def read_records(path, fields=("instruction", "input", "output")):
-    """The records of a JSON array or JSON-lines file that have text in these fields; empty ones are skipped
-    and counted. InputError names file and record where one is no object, or a field is missing or no text."""
+    """The records of a JSON array or JSON-lines file that have text in these fields (label columns make an
+    output); empty ones are skipped and counted. InputError names a record that is no object or lacks text."""
     records, empty = [], Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):

@@ -318,8 +318,8 @@ def token_logprobs(hidden, head, targets):
 def without_storing(f, *inputs):
     """f(*inputs), of which only the inputs are kept: the backward pass runs f again, and stops at the last
     tensor that a gradient needs, so before a matrix product that ends f."""
-    keep = partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
-    return keep(*inputs) if torch.is_grad_enabled() else f(*inputs)
+    return (checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled() else f(*inputs))
 
 class Linear(nn.Linear):
     """y = x W', x (..., in) -> (..., out); the weight is cast to x's dtype for the product."""

@@ -12,12 +12,11 @@ FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", 
 
 
 def main():
-    threads = str(max(1, (os.cpu_count() or 2) // 2))
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
     pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     first = subprocess.Popen([*pytest, *FIRST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": threads})
-    rest = subprocess.run([*pytest, TESTS, *(f"--ignore={path}" for path in FIRST)],
-                          env={**os.environ, "OMP_NUM_THREADS": threads})
+                             env=env)
+    rest = subprocess.run([*pytest, TESTS, *(f"--ignore={path}" for path in FIRST)], env=env)
     print(first.communicate()[0], end="")
     sys.exit(rest.returncode or first.returncode)
 
