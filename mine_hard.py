@@ -103,10 +103,10 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label, **opt
     """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
     load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
     whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
-    (device, rank, ranks), folder = rank_info, Path(f"{path}.parts")
+    (device, rank, ranks), block = rank_info, block or (1024 if rank_info[0].type == "cuda" else 256)
     settings = {**settings, "block": block, "prompts": row_key(0, [row_key(0, p, 0) for p in prompts], 0)}
-    check_settings(folder / "settings.json", settings, rank)
-    parts = {i: folder / f"{i:08d}.jsonl" for i in range(0, len(prompts), block)}        # first prompt: file
+    check_settings(Path(f"{path}.parts", "settings.json"), settings, rank)
+    parts = {i: Path(f"{path}.parts", f"{i:08d}.jsonl") for i in range(0, len(prompts), block)}  # first: file
     if not Path(path).exists():
         todo = [i for i in list(parts)[rank::ranks] if not parts[i].exists()]
         meter = Meter(sum(len(prompts[i:i + block]) for i in todo), label, rank)
@@ -165,7 +165,7 @@ def generation_arguments(p):
     p.add_argument("--max-length", type=at_least(1), default=4096, help="user texts are cut to fit in it")
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
     p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
-    p.add_argument("--block", type=at_least(1), default=256, help="prompts answered, and redone, together")
+    p.add_argument("--block", type=at_least(1), help="prompts answered together (default: 256; CUDA: 1024)")
 
 def generation(args, model, **sampling):
     """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""

@@ -153,12 +153,12 @@ def resume(folder, model, optimizer):
         model.reshard()
     weights = (pair for path in weight_files(folder) for pair in read_tensors(path))
     states.set_model_state_dict(model, dict(weights), options=FULL)     # which puts its own copies in there
-    state = states.get_optimizer_state_dict(model, optimizer)               # (FULL tells rank 0 alone)
-    state["state"] = {}
-    for name, tensor in read_tensors(folder / "optimizer.safetensors"):
+    state = states.get_optimizer_state_dict(model, optimizer)["state"]      # the optimizer's own tensors,
+    for name, tensor in read_tensors(folder / "optimizer.safetensors"):     # so that there is only one copy
         parameter, key = name.rsplit(":", 1)
-        state["state"].setdefault(parameter, {})[key] = tensor
-    states.set_optimizer_state_dict(model, optimizer, state, options=FULL)
+        if hasattr(into := state[parameter][key], "device_mesh"):
+            tensor = dist.tensor.distribute_tensor(tensor.to(into.device), into.device_mesh, into.placements)
+        into.copy_(tensor)
     return read_json(folder / "state.json")["step"]
 
 class Log:

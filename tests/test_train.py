@@ -156,6 +156,25 @@ def test_a_checkpoint_holds_full_weights_of_a_model_stored_in_bf16(tmp_path):
     assert all(saved[n].dtype == w.dtype and torch.equal(saved[n], w) for n, w in model.state_dict().items())
 
 
+def test_resuming_restores_every_moment_in_the_memory_it_has(tmp_path):
+    # a second copy of the moments, 8 bytes a parameter, would not fit where training just did
+    model = tiny_model()
+    optimizer = make_optimizer(model, 1e-3)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    update(model, optimizer, 1e-3)
+    train_sft.save(tmp_path / "step-000007", model, optimizer, 7, 0)
+    tensors = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
+    want, places = [x.detach().clone() for x in tensors], [x.data_ptr() for x in tensors]
+    with torch.no_grad():
+        for x in tensors:
+            x.add_(1)
+    assert train_sft.resume(tmp_path / "step-000007", model, optimizer) == 7
+    now = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
+    assert len(now) > 3 * len(list(model.parameters())) and all(map(torch.equal, now, want))
+    assert [x.data_ptr() for x in now] == places
+
+
 def test_update_clips_to_norm_1_and_steps_at_the_given_rate():
     # gradient (3, 4) has norm 5: clipped to (0.6, 0.8), times the rate 0.1
     layer = torch.nn.Linear(2, 1, bias=False)
