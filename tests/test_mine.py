@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mine_hard
 from mine_hard import InputError, judge, judge_all, judge_by_field, pick_pair, sample_weights, select
@@ -148,6 +149,22 @@ def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_p
     data.write_text(json.dumps(json.loads(data.read_text())[::-1]))                # as many records, but others
     with pytest.raises(InputError, match="was made with prompts = "):
         mine(tmp_path / "a", *arguments, "--resume")
+
+
+def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
+    # it decodes 1,024 rows at once, so that at k = 1 a block of 256 would leave most of them idle
+    sizes = []
+
+    def answer(model, tokenizer, prompts, first, settings, meter, options):
+        sizes.append(len(prompts))
+        return [{"prompt": first + i} for i in range(len(prompts))]
+
+    monkeypatch.setattr(mine_hard, "answer_block", answer)
+    for device in ("cpu", "cuda"):
+        rank_info = torch.device(device), 0, 1
+        lines = mine_hard.answer_prompts(lambda: (None, None), [[1]] * 300, tmp_path / device, rank_info, None, {}, "")
+        assert [line["prompt"] for line in lines] == list(range(300))
+    assert sizes == [256, 44, 300]
 
 
 def test_without_data_the_demo_names_what_it_needs(tmp_path, monkeypatch):
