@@ -105,8 +105,8 @@ def answer_prompts(load, prompts, path, rank_info, block, settings, label, **opt
     whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
     (device, rank, ranks), block = rank_info, block or (1024 if rank_info[0].type == "cuda" else 256)
     settings = {**settings, "block": block, "prompts": row_key(0, [row_key(0, p, 0) for p in prompts], 0)}
-    check_settings(Path(f"{path}.parts", "settings.json"), settings, rank)
-    parts = {i: Path(f"{path}.parts", f"{i:08d}.jsonl") for i in range(0, len(prompts), block)}  # first: file
+    check_settings(Path(f"{path}.parts/settings.json"), settings, rank)
+    parts = {i: Path(f"{path}.parts/{i:08d}.jsonl") for i in range(0, len(prompts), block)}  # by first prompt
     if not Path(path).exists():
         todo = [i for i in list(parts)[rank::ranks] if not parts[i].exists()]
         meter = Meter(sum(len(prompts[i:i + block]) for i in todo), label, rank)

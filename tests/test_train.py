@@ -164,15 +164,14 @@ def test_resuming_restores_every_moment_in_the_memory_it_has(tmp_path):
         weight.grad = torch.randn_like(weight)
     update(model, optimizer, 1e-3)
     train_sft.save(tmp_path / "step-000007", model, optimizer, 7, 0)
-    tensors = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
-    want, places = [x.detach().clone() for x in tensors], [x.data_ptr() for x in tensors]
+    held = lambda: [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
+    want, places = [x.detach().clone() for x in held()], [x.data_ptr() for x in held()]
     with torch.no_grad():
-        for x in tensors:
+        for x in held():
             x.add_(1)
     assert train_sft.resume(tmp_path / "step-000007", model, optimizer) == 7
-    now = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
-    assert len(now) > 3 * len(list(model.parameters())) and all(map(torch.equal, now, want))
-    assert [x.data_ptr() for x in now] == places
+    assert len(want) > 3 * len(list(model.parameters())) and all(map(torch.equal, held(), want))
+    assert [x.data_ptr() for x in held()] == places
 
 
 def test_update_clips_to_norm_1_and_steps_at_the_given_rate():
