@@ -23,6 +23,6 @@ test: setup
 	$(BIN)/python tests/run_all.py
 
 ablation: setup
-	$(BIN)/python tests/ablation.py
+	$(BIN)/python tools/ablation.py
 
 .PHONY: setup demo test ablation

@@ -1,15 +1,20 @@
 """Stage 2: find the hard samples, those that a model answers sometimes right and sometimes wrong.
 
-    python mine_hard.py                                             after `python train_sft.py`
-    python mine_hard.py --model DIR... --data FILE... --out DIR     yours; several models: an ensemble
-    torchrun --nproc_per_node 4 mine_hard.py ...                    blocks of prompts go to the ranks
+    python mine_hard.py                                           after `python train_sft.py`
+    python mine_hard.py --model DIR... --data FILE... --out DIR   yours; several models: an ensemble
+    torchrun --nproc_per_node 4 mine_hard.py ...                  blocks of prompts go to the ranks
 
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, each judged)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: with --resume and others of these no model
-is loaded. Prompts are answered in fixed blocks, and only unfinished blocks are redone, so any number of
-stops and ranks gives the same file. Not the released code's rules, unless asked: see --judge, --pair.
+hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: with --resume and others of
+these no model is loaded. Not the released code's rules, unless asked: see --judge, --pair.
+
+    judge, pick_pair, sample_weights, select   the method
+    main                                       the script
+    answer_prompts                             machinery: k answers to all prompts in a file, which
+                                               eval.py uses too; any number of stops and ranks gives
+                                               the same file
 """
 import argparse
 import json
@@ -17,207 +22,332 @@ import random
 import sys
 import time
 from collections import Counter
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
-from data import (VERDICTS, Tokenizer, fit_prompt, gold_verdict, parse_records, parse_verdict, read_arguments,
-                  read_records)
-from model import (InputError, Llama, all_sum, at_least, generate_iter, join_ranks, pick_dtype, read_json,
-                   row_key, weights_time, write_json, write_whole)
+from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict,
+                  parse_records, parse_verdict, read_json, read_records, warn, write_json,
+                  write_whole)
+from model import (Llama, generate_iter, hash32, join_ranks, pick_dtype, read_arguments,
+                   weights_time)
+
 
 # ------------------------------------------------------------------ the method
+# A sample is a dict of a line of samples.jsonl: text, finish ("stop", or "length" where the answer
+# is unfinished), tokens, verdict (see data.parse_verdict).
 def judge(verdict, gold):
-    """Is this output correct: is every verdict that the record labels right? A missing verdict is wrong.
-    verdict, gold: dicts as parse_verdict gives them; a None in gold is no label."""
+    """Is this output correct: is every verdict that the record labels right? A missing verdict is
+    wrong. verdict, gold: dicts as parse_verdict gives them; a None in gold is no label."""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
+
 def judge_all(samples, gold):
-    """[is it correct, for each sample (see answer_block)] under `judge`; one that was cut off never is."""
+    """[is it correct?, for each sample] under `judge`; an unfinished answer never is."""
     return [judge(s["verdict"], gold) and s["finish"] == "stop" for s in samples]
 
+
 def judge_by_field(samples, gold):
-    """The released code's rule: [correct, wrong or (None) dropped, for each sample] on one field.
-    The first of request, response, completion on which the samples differ decides, and the others are
-    not looked at; a sample that lacks a verdict which the record labels is dropped."""
+    """The released code's rule: [True, False or (dropped) None, for each sample], by one field.
+
+    Of request, response, completion, in this order, the first labelled one on which the samples
+    differ decides, and the others are not looked at; a sample that lacks a labelled verdict is
+    dropped. Where they differ on none, all are judged as by `judge`."""
     labelled = [name for name in ("request", "response", "completion") if gold[name] is not None]
-    whole = [all(s["verdict"][name] for name in labelled) for s in samples]
+    complete = [all(s["verdict"][name] for name in labelled) for s in samples]
     for name in labelled:
-        right = [s["verdict"][name] == gold[name] if ok else None for s, ok in zip(samples, whole)]
+        right = [s["verdict"][name] == gold[name] if ok else None
+                 for s, ok in zip(samples, complete)]
         if True in right and False in right:
             return right
-    return [judge(s["verdict"], gold) if ok else None for s, ok in zip(samples, whole)]    # all the same
+    return [judge(s["verdict"], gold) if ok else None
+            for s, ok in zip(samples, complete)]
+
 
 def pick_pair(samples, right, rule, rng):
-    """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the longest."""
-    good = [s["text"] for s, ok in zip(samples, right) if ok is True]
-    bad = [s["text"] for s, ok in zip(samples, right) if ok is False]
-    pick = partial(max, key=len) if rule == "longest" else rng.choice
-    return pick(good), pick(bad)
+    """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the
+    longest. right: as the judges give it; rule: "random" or "longest"; rng: a random.Random."""
+    correct = [s["text"] for s, ok in zip(samples, right) if ok is True]
+    incorrect = [s["text"] for s, ok in zip(samples, right) if ok is False]
+    if rule == "longest":
+        return max(correct, key=len), max(incorrect, key=len)
+    return rng.choice(correct), rng.choice(incorrect)
+
 
 def sample_weights(differences, gamma):
     """alpha = 1 + Norm(k_incorrect - k_correct, gamma)   (GuardReasoner, Eq. 2)
     Norm maps the differences of the mined set linearly to [-gamma, gamma]; all equal: alpha = 1."""
-    low, high = min(differences, default=0), max(differences, default=0)
-    return [1 + gamma * (2 * (d - low) / (high - low) - 1) if high > low else 1.0 for d in differences]
+    low = min(differences, default=0)
+    high = max(differences, default=0)
+    if low == high:
+        return [1.0 for _ in differences]
+    return [1 + gamma * (2 * (d - low) / (high - low) - 1) for d in differences]
+
 
 def select(records, sources, answers, judging, pairing, gamma, seed):
-    """hard.jsonl from all models' answers [(model, {prompt number: samples})], and a count of outcomes.
-    A prompt is hard if it has correct and incorrect answers; an input that is hard twice is taken once, from
-    the model named first. sources: the file of each record; judging, pairing: --judge and --pair."""
+    """(lines of hard.jsonl, a Counter of outcomes) from all models' answers.
+
+    sources: the file of each record. answers: [(model, {number of the record: its samples})].
+    judging, pairing: --judge and --pair. A prompt is hard if it has correct and incorrect answers;
+    an input that is hard twice is taken once, from the model named first. Counted: "all right",
+    "hard", "all wrong" prompts, and "answers without verdict", those that give no verdict at
+    all."""
     judge_samples = {"all": judge_all, "field": judge_by_field}[judging]
-    hard, count = {}, Counter()
-    for model, by_prompt in answers:
-        for number, samples in sorted(by_prompt.items()):
+    hard = {}
+    count = Counter()
+    for model, by_number in answers:
+        for number, samples in sorted(by_number.items()):
             record = records[number]
             right = judge_samples(samples, gold_verdict(record))
-            good, bad = right.count(True), right.count(False)
-            count["all wrong" if not good else "hard" if bad else "all right"] += 1
+            k_correct = right.count(True)
+            k_incorrect = right.count(False)
+            count[outcome(k_correct, k_incorrect)] += 1
             count["answers without verdict"] += sum(not any(s["verdict"].values()) for s in samples)
-            if good and bad and record["input"] not in hard:
-                rng = random.Random(f"{seed} {model} {number}")
-                chosen, rejected = pick_pair(samples, right, pairing, rng)
-                hard[record["input"]] = {
-                    "instruction": record["instruction"], "input": record["input"], "chosen": chosen,
-                    "rejected": rejected, "k_correct": good, "k_incorrect": bad, "source": sources[number]}
+            if not (k_correct and k_incorrect) or record["input"] in hard:
+                continue
+            rng = random.Random(f"{seed} {model} {number}")
+            chosen, rejected = pick_pair(samples, right, pairing, rng)
+            hard[record["input"]] = {
+                "instruction": record["instruction"], "input": record["input"], "chosen": chosen,
+                "rejected": rejected, "k_correct": k_correct, "k_incorrect": k_incorrect,
+                "source": sources[number]}
     pairs = list(hard.values())
-    weights = sample_weights([pair["k_incorrect"] - pair["k_correct"] for pair in pairs], gamma)
+    differences = [pair["k_incorrect"] - pair["k_correct"] for pair in pairs]
+    weights = sample_weights(differences, gamma)
     return [{**pair, "weight": weight} for pair, weight in zip(pairs, weights)], count
 
-# ------------------------------------------------------------------ answering all prompts (eval.py too)
-def encode_prompts(tokenizer, records, max_length):
-    """(ids, was it cut?) of the prompt of each record; InputError where not even an empty exchange fits."""
-    prompts, cuts = zip(*(fit_prompt(tokenizer, record, max_length) for record in records))
-    if None in prompts:
-        raise InputError(f"--max-length {max_length} is too short for the template itself")
-    if any(cuts):
-        print(f"{sum(cuts)} prompts cut inside the user's text (--max-length {max_length})", file=sys.stderr)
-    return prompts, cuts
 
-def lazy_model(args, folder, device):
-    """(tokenizer, load) of a folder; load() -> (model, tokenizer) reads the weights at its first call."""
-    tokenizer, dtype = Tokenizer.from_pretrained(folder, args.format), pick_dtype(device, args.dtype)
-    return tokenizer, cache(lambda: (Llama.from_pretrained(folder, device, dtype), tokenizer))
+def outcome(k_correct, k_incorrect):
+    """What a prompt is, by its answers."""
+    if not k_correct:
+        return "all wrong"
+    return "hard" if k_incorrect else "all right"
 
-def answer_prompts(load, prompts, path, rank_info, block, settings, label, **options):
-    """Answer prompts (lists of ids) into path, a line each, and return the lines as dicts.
-    load() -> (model, tokenizer), called only if something is left to do. Blocks of prompts are written
-    whole into path.parts, whichever rank and run answers them, and joined in order at the end."""
-    (device, rank, ranks), block = rank_info, block or (1024 if rank_info[0].type == "cuda" else 256)
-    settings = {**settings, "block": block, "prompts": row_key(0, [row_key(0, p, 0) for p in prompts], 0)}
-    check_settings(Path(f"{path}.parts/settings.json"), settings, rank)
-    parts = {i: Path(f"{path}.parts/{i:08d}.jsonl") for i in range(0, len(prompts), block)}  # by first prompt
-    if not Path(path).exists():
-        todo = [i for i in list(parts)[rank::ranks] if not parts[i].exists()]
-        meter = Meter(sum(len(prompts[i:i + block]) for i in todo), label, rank)
-        for i in todo:
-            lines = answer_block(*load(), prompts[i:i + block], i, settings, meter, options)
-            write_lines(parts[i], lines)
-        all_sum(0, device)                                                     # a barrier: all blocks exist
-        if rank == 0:
-            write_lines(path, [line for part in parts.values() for _, line in parse_records(part)])
-        all_sum(0, device)                                                     # another: the file does
-    for part in parts.values() if rank == 0 else []:
-        part.unlink(missing_ok=True)
-    return [line for _, line in parse_records(path)]
-
-def answer_block(model, tokenizer, prompts, first, settings, meter, options):
-    """The lines of one block, in the order of its prompts."""
-    lines = [None] * len(prompts)
-    for i, answers in generate_iter(model, prompts, stop=tokenizer.stop, **options):
-        texts = [tokenizer.decode(ids) for ids in answers]
-        samples = [{"text": text, "finish": "stop" if ids[-1] in tokenizer.stop else "length",
-                    "tokens": len(ids), "verdict": parse_verdict(text)} for text, ids in zip(texts, answers)]
-        lines[i] = dict(prompt=first + i, model=settings["model"], seed=settings["seed"], samples=samples)
-        meter.add(sum(map(len, answers)))
-    return lines
-
-def check_settings(path, settings, rank):
-    """Remember what a file is made with; refuse to continue it with something else."""
-    old = read_json(path) if path.exists() else settings
-    for name, now in settings.items():
-        if (was := old.get(name)) != now:
-            raise InputError(f"{path}: was made with {name} = {was!r}, not {now!r}; choose another --out")
-    if rank == 0 and old is settings:
-        write_json(path, settings)
-
-def write_lines(path, lines):
-    """Write a JSON value a line, whole; half a surrogate pair is written as JSON spells it."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-class Meter:
-    """Progress on one console line: prompts done, tokens a second, time left."""
-    def __init__(self, total, label, rank):
-        self.total, self.label, self.rank, self.done = total, label, rank, 0
-        self.tokens, self.start = 0, time.time()
-
-    def add(self, tokens):
-        """One more prompt is answered, with so many tokens."""
-        self.done, self.tokens = self.done + 1, self.tokens + tokens
-        left, seconds = self.total - self.done, time.time() - self.start
-        if self.rank == 0 and (left == 0 or sys.stdout.isatty()):
-            print(f"\r{self.label}{self.done}/{self.total} prompts  {self.tokens / seconds:,.0f} tokens/s  "
-                  f"{seconds / self.done * left / 60:.1f} min left  ", end="" if left else "\n", flush=True)
-
-def generation_arguments(p):
-    """The arguments of everything that generates."""
-    p.add_argument("--max-length", type=at_least(1), default=4096, help="user texts are cut to fit in it")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer (released: 2048)")
-    p.add_argument("--kv-tokens", type=at_least(1), help="keys and values held at once (default: what fits)")
-    p.add_argument("--block", type=at_least(1), help="prompts answered together (default: 256; CUDA: 1024)")
-
-def generation(args, model, **sampling):
-    """(what a file of answers depends on, options of generate_iter) of --k and generation_arguments."""
-    options = dict(k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens, **sampling)
-    settings = dict(model=str(model), weights=weights_time(model), limit=args.limit,
-                    max_length=args.max_length, format=args.format, dtype=args.dtype, **options)
-    return settings, dict(kv_tokens=args.kv_tokens, share=not args.no_share, **options)
 
 # ------------------------------------------------------------------ the script
 def parse_arguments(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR", help="one model, or an ensemble")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR",
+                   help="one model, or an ensemble")
     p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
     p.add_argument("--out", default="out/hard", help="folder for samples.jsonl and hard.jsonl")
-    p.add_argument("--k", type=at_least(1), default=4, help="answers to each prompt (released code: 4)")
-    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="paper: 1.0; released: 0.7")
-    p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="nucleus (paper: 0.95)")
+    p.add_argument("--k", type=at_least(1), default=4,
+                   help="answers to each prompt (released code: 4)")
+    p.add_argument("--temperature", type=at_least(0, float), default=1.0,
+                   help="paper: 1.0; released code: 0.7")
+    p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95,
+                   help="nucleus (paper: 0.95)")
     p.add_argument("--judge", choices=["all", "field"], default="all",
-                   help="an output is correct if all labelled verdicts are, or (released) one field's is")
+                   help="an output is correct if all labelled verdicts are, "
+                        "or (released) one field's is")
     p.add_argument("--pair", choices=["random", "longest"], default="random",
-                   help="which correct and which incorrect output make the pair (released code: longest)")
-    p.add_argument("--gamma", type=at_least(0, float), default=0.2, help="weights: 1 +- gamma (paper: 0.2)")
+                   help="which correct and which incorrect output make the pair "
+                        "(released: longest)")
+    p.add_argument("--gamma", type=at_least(0, float), default=0.2,
+                   help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
     return read_arguments(p, argv, max_new_tokens=224, limit=100, dtype="float32")
 
+
 def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    if out.exists() and any(out.glob("samples*")) and not args.resume:
-        raise InputError(f"{out}: already holds samples; add --resume to continue, or choose another --out")
-    rank_info = join_ranks(args.device)
-    found = [(record, Path(path).stem) for path in args.data for record in read_records(path)[:args.limit]]
-    records, sources = zip(*found)
+    if any(out.glob("samples*")) and not args.resume:
+        raise InputError(f"{out}: already holds samples; add --resume to continue, "
+                         "or choose another --out")
+    world = join_ranks(args.device)
+    records = []
+    sources = []
+    for path in args.data:
+        some = read_records(path)[:args.limit]
+        records += some
+        sources += [Path(path).stem] * len(some)
     answers = []
-    for n, folder in enumerate(args.model):
-        path = out / ("samples.jsonl" if len(args.model) == 1 else f"samples-{n}.jsonl")
-        tokenizer, load = lazy_model(args, folder, rank_info[0])
-        prompts, _ = encode_prompts(tokenizer, records, args.max_length)
-        settings, options = generation(args, folder, temperature=args.temperature, top_p=args.top_p)
-        lines = answer_prompts(load, prompts, path, rank_info, args.block, settings, f"{folder}: ", **options)
+    for number, folder in enumerate(args.model):
+        name = "samples.jsonl" if len(args.model) == 1 else f"samples-{number}.jsonl"
+        guard = LazyModel(args, folder, world.device)
+        prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length)
+        settings = generation_settings(args, folder, args.temperature, top_p=args.top_p)
+        lines = answer_prompts(guard, prompts, out / name, world, settings, args)
         answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
-    if rank_info[1] > 0:
-        return
-    hard, count = select(records, sources, answers, args.judge, args.pair, args.gamma, args.seed)
-    n = len(records) * len(args.model)
+    if world.rank == 0:
+        hard, count = select(records, sources, answers,
+                             args.judge, args.pair, args.gamma, args.seed)
+        report(count, len(records) * len(args.model), args.k)
+        write_lines(out / "hard.jsonl", hard)
+        weights = Counter(pair["weight"] for pair in hard)
+        spread = ", ".join(f"{weight:.2f} x {n}"
+                           for weight, n in sorted(weights.items()))
+        print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
+
+
+def report(count, n, k):
+    """Print how many of n prompts were hard, and how many of their k answers had no verdict."""
     for what in ("all right", "hard", "all wrong"):
-        print(f"{count[what]:7} of {n} prompts {what} ({100 * count[what] / n:.1f}%)")
-    print(f"{count['answers without verdict']:7} of {n * args.k} answers without verdict")
-    write_lines(out / "hard.jsonl", hard)
-    print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights "
-          + ", ".join(f"{w:.2f} x {c}" for w, c in sorted(Counter(p["weight"] for p in hard).items())))
+        share = 100 * count[what] / n
+        print(f"{count[what]:7} of {n} prompts {what} ({share:.1f}%)")
+    print(f"{count['answers without verdict']:7} of {n * k} answers without verdict")
+
+
+# ================================================================= machinery: answering all prompts
+# Prompts are answered in fixed blocks, in the order of the records. A block is written whole; an
+# unfinished one is done again, with the same random numbers. Ranks take whole blocks in turn.
+def generation_arguments(p):
+    """The arguments of everything that generates."""
+    p.add_argument("--max-length", type=at_least(1), default=4096,
+                   help="user texts are cut to fit in it")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=2048,
+                   help="of an answer (released: 2048)")
+    p.add_argument("--kv-tokens", type=at_least(1),
+                   help="keys and values held at once (default: what fits)")
+    p.add_argument("--block", type=at_least(1),
+                   help="prompts answered together (default: 256; CUDA: 1024)")
+
+
+def generation_settings(args, folder, temperature, **sampling):
+    """What a file of answers depends on, beside its prompts."""
+    return dict(model=str(folder), weights=weights_time(folder), limit=args.limit,
+                max_length=args.max_length, format=args.format, dtype=args.dtype,
+                k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
+                temperature=temperature, **sampling)
+
+
+class LazyModel:
+    """A model folder: the tokenizer is read at once,
+    the weights when `model` is first asked for."""
+
+    def __init__(self, args, folder, device):
+        self.folder = folder
+        self.device = device
+        self.dtype = pick_dtype(device, args.dtype)
+        self.tokenizer = Tokenizer.from_pretrained(folder, args.format)
+
+    @cached_property
+    def model(self):
+        return Llama.from_pretrained(self.folder, self.device, self.dtype)
+
+
+def encode_prompts(tokenizer, records, max_length):
+    """([ids of each record's prompt], [was it cut?]);
+    InputError where not even an empty exchange fits."""
+    prompts = []
+    cuts = []
+    for record in records:
+        ids, cut = fit_prompt(tokenizer, record, max_length)
+        if ids is None:
+            raise InputError(f"--max-length {max_length} is too short for the template itself")
+        prompts.append(ids)
+        cuts.append(cut)
+    warn(sum(cuts), f"prompts cut inside the user's text (--max-length {max_length})")
+    return prompts, cuts
+
+
+def answer_prompts(guard, prompts, path, world, settings, args):
+    """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
+
+    guard: a LazyModel, whose weights are read only if something is left to do. settings: see
+    generation_settings; InputError where the file that is there was made with others."""
+    folder = Path(f"{path}.parts")
+    size = args.block or (1024 if world.device.type == "cuda" else 256)
+    settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
+    check_settings(folder / "settings.json", settings, world)
+    parts = {first: folder / f"{first:08d}.jsonl"
+             for first in range(0, len(prompts), size)}
+    if not Path(path).exists():
+        mine = list(parts)[world.rank::world.ranks]
+        todo = [first for first in mine if not parts[first].exists()]
+        left = sum(len(prompts[first:first + size]) for first in todo)
+        meter = Meter(left, f"{path}: ", world)
+        for first in todo:
+            block = prompts[first:first + size]
+            write_lines(parts[first], answer_block(guard, block, first, settings, args, meter))
+        world.wait()                                        # all blocks exist
+        if world.rank == 0:
+            lines = [line for part in parts.values() for _, line in parse_records(part)]
+            write_lines(path, lines)
+        world.wait()                                        # the file exists
+    if world.rank == 0:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return [line for _, line in parse_records(path)]
+
+
+def answer_block(guard, prompts, first, settings, args, meter):
+    """The lines of one block, whose first prompt has number `first`,
+    in the order of its prompts."""
+    names = ("k", "max_new_tokens", "temperature", "top_p", "seed")
+    options = {name: settings[name] for name in names if name in settings}
+    tokenizer = guard.tokenizer
+    answered = generate_iter(guard.model, prompts, stop=tokenizer.stop, kv_tokens=args.kv_tokens,
+                             share=not args.no_share, **options)
+    lines = [None] * len(prompts)
+    for number, answers in answered:
+        samples = [describe(tokenizer, ids) for ids in answers]
+        lines[number] = dict(prompt=first + number, model=settings["model"], seed=settings["seed"],
+                             samples=samples)
+        meter.add(sum(map(len, answers)))
+    return lines
+
+
+def describe(tokenizer, ids):
+    """A sample as samples.jsonl holds it."""
+    text = tokenizer.decode(ids)
+    finish = "stop" if ids[-1] in tokenizer.stop else "length"
+    return {"text": text, "finish": finish, "tokens": len(ids), "verdict": parse_verdict(text)}
+
+
+def fingerprint(sequences):
+    """A number of 32 bits that depends on every id of these sequences."""
+    return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
+
+
+def check_settings(path, settings, world):
+    """Remember what a file is made with; refuse to continue it with something else."""
+    if not path.exists():
+        if world.rank == 0:
+            write_json(path, settings)
+        return
+    before = read_json(path)
+    for name, now in settings.items():
+        was = before.get(name)
+        if was != now:
+            raise InputError(f"{path}: was made with {name} = {was!r}, not {now!r}; "
+                             "choose another --out")
+
+
+def write_lines(path, lines):
+    """Write a JSON value a line, whole; half a surrogate pair is written as JSON spells it."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write = partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace")
+    write_whole(path, write)
+
+
+class Meter:
+    """Progress on one console line: prompts done, tokens a second, time left."""
+
+    def __init__(self, total, label, world):
+        self.total = total
+        self.label = label
+        self.world = world
+        self.done = 0
+        self.tokens = 0
+        self.start = time.time()
+
+    def add(self, tokens):
+        """One more prompt is answered, with so many tokens."""
+        self.done += 1
+        self.tokens += tokens
+        left = self.total - self.done
+        if self.world.rank > 0 or (left and not sys.stdout.isatty()):
+            return
+        seconds = time.time() - self.start
+        rate = self.tokens / seconds
+        minutes = seconds / self.done * left / 60
+        print(f"\r{self.label}{self.done}/{self.total} prompts  {rate:,.0f} tokens/s  "
+              f"{minutes:.1f} min left  ", end="" if left else "\n", flush=True)
+
 
 if __name__ == "__main__":
     main()

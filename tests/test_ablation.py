@@ -7,10 +7,9 @@ import mine_hard
 import numpy as np
 from conftest import ROOT
 
-from data import gold_verdict
+from data import gold_verdict, write_json
 from eval import f1
 from make_toy import make_corpus
-from model import write_json
 
 
 def test_mean_f1_equals_the_scorers():

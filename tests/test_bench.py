@@ -7,7 +7,7 @@ import bench
 import measure
 import pytest
 import torch
-from measure import Bench, random_samples
+from measure import Bench, random_examples
 
 from model import Llama
 
@@ -52,32 +52,34 @@ def test_sft_loss_is_the_plain_mean():
     b = Bench(arguments("--warm", 0))
     (batch,), _ = b.batches()
     model, total, count = Llama.from_pretrained(b.args.model, "cpu", torch.float32), 0.0, 0
-    for s in batch:
-        tokens = torch.tensor(s.prompt + s.answers[0])
+    for e in batch:
+        tokens = torch.tensor(e.prompt + e.answers[0])
         logits = model(tokens, torch.full_like(tokens, len(tokens))) @ model.head.T
-        logprobs = logits.log_softmax(-1)[len(s.prompt) - 1:-1].gather(1, tokens[len(s.prompt):, None])
+        scored, targets = logits[len(e.prompt) - 1:-1], tokens[len(e.prompt):, None]
+        logprobs = scored.log_softmax(-1).gather(1, targets)
         total, count = total - logprobs.sum().item(), count + len(logprobs)
     for share in (True, False):
         result = measure.sft(b, share)
         assert result["losses"] == pytest.approx([total / count], rel=1e-5)
-        assert result["units"] == sum(len(s.prompt) + len(s.answers[0]) for s in batch)
+        assert result["units"] == sum(len(e.prompt) + len(e.answers[0]) for e in batch)
         assert result["flops"] == 6 * sum(p.numel() for p in model.parameters()) * result["units"]
 
 
 def test_work_of_one_sequence_by_hand():
     b = Bench(arguments("--shape", "tiny"))
-    pack = measure.pack([measure.Sample([1, 2, 3], [[4, 5]])], 100)[0]         # the end mark is never fed
+    pack = measure.pack([measure.Example([1, 2, 3], [[4, 5]])], 100)[0]  # the end mark is never fed
     assert len(pack.tokens) == 4 and len(pack.rows) == 2
     layer = 64 * 16 * (4 + 2) * 2 + 3 * 64 * 96
     assert b.work([pack], 1) == 2 * (4 * 2 * layer + 2 * 96 * 64) + 4 * (1 + 2 + 3 + 4) * 2 * 4 * 16
 
 
-def test_random_samples_have_the_lengths_of_guard_data():
-    samples = random_samples(4000, 1, 50)
-    S = torch.tensor([len(s.prompt) + len(s.answers[0]) for s in samples]).double()
+def test_random_examples_have_the_lengths_of_guard_data():
+    examples = random_examples(4000, 1, 50)
+    S = torch.tensor([len(e.prompt) + len(e.answers[0]) for e in examples]).double()
     assert S.mean().item() == pytest.approx(600, rel=0.03) and S.max() <= 2048
     assert (S.square().mean() / S.mean() ** 2).item() == pytest.approx(1.27, rel=0.03)
-    assert {len(s.prompt) + len(a) for s in random_samples(9, 2, 50, 777) for a in s.answers} == {777}
+    equal = random_examples(9, 2, 50, 777)
+    assert {len(e.prompt) + len(a) for e in equal for a in e.answers} == {777}
 
 
 def test_errors_and_time(tmp_path, capsys):

@@ -1,13 +1,14 @@
 """The course: what is handed out, and a grader that gives points for right functions and for nothing else.
 
-The grader itself is tried on all exercises by `python tests/grade.py --self-check --sets 1 2 3 4 5`; here, on some.
+`python course/grade.py --self-check --sets 1 2 3 4 5` tries the grader itself on all exercises;
+here, it is tried on some.
 """
 import ast
 import json
 import subprocess
 import sys
 
-import course_cases
+import cases
 import grade
 import make_assignment
 import pytest
@@ -33,12 +34,13 @@ def test_the_handout_lists_everything_and_gives_nothing_away(blanked):
     assert all(f"Set {number}: {title}" in text for number, (title, *_) in SETS.items())
     names = {path.name for path in blanked.rglob("*")}
     assert not names & {*KEPT_BACK, "__pycache__", ".git"}
-    assert {"conftest.py", "toy", "README.md", *SCRIPTS} <= names
+    assert {"conftest.py", "toy", "tools", "docs", "README.md", *SCRIPTS} <= names
+    assert [path.name for path in (blanked / "course").iterdir()] == ["QUESTIONS.md"]
 
 
 @pytest.mark.parametrize("name", [e.name for e in EXERCISES if e.set < 5])         # kernels need an interpreter
 def test_the_instructors_cases_hold_for_our_code(name):
-    course_cases.run(name, seed=0)
+    cases.run(name, seed=0)
 
 
 def test_a_blanked_copy_can_be_imported_and_scores_nothing(blanked, capsys):
@@ -130,7 +132,7 @@ def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
 
 
 def run_grader(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "tests/grade.py", *map(str, arguments)],
+    done = subprocess.run([sys.executable, ROOT / "course/grade.py", *map(str, arguments)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

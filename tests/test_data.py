@@ -8,12 +8,12 @@ import pytest
 import tiktoken
 
 from audit import audit
-from conftest import tiny_samples
+from conftest import tiny_examples
 
 import data
-import show
-from data import (INSTRUCTION, LLAMA3_PATTERN, InputError, Sample, Tokenizer, encode_records, fit_prompt,
-                  format_answers, format_input, gold_verdict, pack, parse_verdict, read_records, split_input)
+from data import (INSTRUCTION, LLAMA3_PATTERN, Example, InputError, Tokenizer, common_prefix,
+                  encode_records, fit_prompt, format_answers, format_input, gold_verdict, pack,
+                  parse_verdict, read_records, split_input)
 
 SECRET = "b7345e92bb5f36a56848fd8c209b64e5c51f64893da804f1f62efc596239f3b7"
 
@@ -193,9 +193,14 @@ def test_truncation_cuts_the_users_text_and_nothing_else(tokenizer):
 
 def test_records_that_cannot_fit_are_left_out_and_counted(tokenizer, capsys):
     records = [{"instruction": "i", "input": "x", "output": "y " * n} for n in (1, 500)]
-    samples, kept = encode_records(tokenizer, records, 200)
-    assert len(samples) == len(kept) == 1 and "1 records left out" in capsys.readouterr().err
-    assert samples[0].answers[0][-1] == tokenizer.stop[0]
+    examples, kept = encode_records(tokenizer, records, 200)
+    assert len(examples) == len(kept) == 1 and "1 records left out" in capsys.readouterr().err
+    assert examples[0].answers[0][-1] == tokenizer.stop[0]
+
+
+def test_common_prefix_leaves_every_sequence_a_token():
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 1 and common_prefix([[1, 2, 3]]) == 2
 
 
 # ------------------------------------------------------------------ packer
@@ -203,33 +208,34 @@ def test_records_that_cannot_fit_are_left_out_and_counted(tokenizer, capsys):
 
 def test_the_pack_of_the_readme_example():
     # instruction 1, prompt 2 3, answers 4 5 $ and 6 7 $ with $ = 0: predicted, never fed
-    p, = pack([Sample([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100)
+    p, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100)
     assert p.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7] and p.end.tolist() == [7, 7, 7, 5, 5, 7, 7]
     pairs = list(zip(p.tokens[p.rows].tolist(), p.targets.tolist()))
     assert pairs == [(3, 4), (4, 5), (5, 0), (3, 6), (6, 7), (7, 0)]               # 3 is scored once a branch
     assert p.answer.tolist() == [0, 0, 0, 1, 1, 1]
-    apart, = pack([Sample([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100, share=False)
+    apart, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100, share=False)
     assert apart.tokens.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7] and apart.end.tolist() == [5] * 5 + [10] * 5
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_packing_scores_every_answer_token_once_and_the_prompt_never(share):
-    samples = tiny_samples() + tiny_samples(root=4, seed=3)                         # two instructions
-    packs = pack(samples, 40, share)
+    examples = tiny_examples() + tiny_examples(root=4, seed=3)                    # two instructions
+    packs = pack(examples, 40, share)
     got = {}
     for p in packs:
         for answer, target in zip(p.answer.tolist(), p.targets.tolist()):
             got.setdefault(answer, []).append(target)
-    assert [got[i] for i in range(16)] == [a for s in samples for a in s.answers]
+    assert [got[i] for i in range(16)] == [a for e in examples for a in e.answers]
     assert all(len(p.tokens) <= 40 or len(p.answer.unique()) == 2 for p in packs)
     for p in packs:                                                                # a pair is never torn apart
         assert sorted(p.answer.unique().tolist()) == sorted({b for a in p.answer.tolist() for b in (a - a % 2, a - a % 2 + 1)})
     total = sum(len(p.tokens) for p in packs)
-    assert total == sum(len(s.prompt) + len(a) - 1 for s in samples for a in s.answers) if not share else total < 200
+    alone = sum(len(e.prompt) + len(a) - 1 for e in examples for a in e.answers)
+    assert total == alone if not share else total < 200
 
 
 def test_show_and_audit_run(capsys, tmp_path):
-    show.main(["toy/dev.json", "--count", "2"])
+    data.main(["toy/dev.json", "--count", "2"])
     shown = capsys.readouterr().out
     assert "scored" in shown and "position" in shown
     conflict = [{"instruction": INSTRUCTION, "input": format_input("a"), "output": w} for w in (H, U, U)]
@@ -241,5 +247,5 @@ def test_show_and_audit_run(capsys, tmp_path):
 
 def test_the_longest_answer_decides_the_room_of_the_prompt(tokenizer):
     record = {"instruction": "i", "input": format_input("request " * 300), "chosen": "y", "rejected": "no " * 50}
-    (sample,), _ = encode_records(tokenizer, [record], 200, ("chosen", "rejected"))
-    assert 180 < len(sample.prompt) + len(sample.answers[1]) <= 200
+    (example,), _ = encode_records(tokenizer, [record], 200, ("chosen", "rejected"))
+    assert 180 < len(example.prompt) + len(example.answers[1]) <= 200

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model, tiny_samples
+from conftest import tiny_model, tiny_examples
 from safetensors.torch import load_file
 from types import SimpleNamespace
 
 import train_dpo
-from data import INSTRUCTION, format_answers, format_input, pack
-from model import InputError
+from data import INSTRUCTION, InputError, format_answers, format_input, pack
+from model import World
 from train_dpo import answer_sums, dpo_loss, pairs_loss, reference_logprobs
 from train_sft import batches, lr_at
 
@@ -34,52 +34,61 @@ def test_answer_sums_add_up_tokens():
 
 
 ARGS = SimpleNamespace(batch_size=3, max_tokens=10 ** 6, no_share=False, beta=0.1, sft=2.0)
-ALONE = (torch.device("cpu"), 0, 1)
+ALONE = World(torch.device("cpu"))
 
 
-def step_loss(model, samples, reference, weights, max_tokens=10 ** 6, share=True):
-    total, seen = 0.0, torch.zeros(6, dtype=torch.float64)
-    for p in pack(samples, max_tokens, share):
-        loss, part = pairs_loss(model(p.tokens, p.end, p.rows, p.targets), p.answer, samples, reference, weights, ARGS)
-        loss.backward()
-        total, seen = total + loss.item(), seen + part
-    return total / len(samples), seen / len(samples)
+def step_means(model, examples, reference, weights, max_tokens=10 ** 6, share=True):
+    """The means of what pairs_loss returns, over all pairs; the mean loss gives gradients."""
+    means, n = {}, len(examples)
+    for p in pack(examples, max_tokens, share):
+        pairs, logprobs = torch.unique(p.answer // 2), model(p.tokens, p.end, p.rows, p.targets)
+        policy = answer_sums(logprobs, p.answer, 2 * n).view(-1, 2)[pairs]
+        length = policy.new_tensor([len(examples[i].answers[0]) for i in pairs])
+        weight = weights[pairs].to(policy)
+        part = pairs_loss(policy, reference[pairs], length, weight, ARGS.beta, ARGS.sft)
+        (part["loss"].sum() / n).backward()
+        for name, values in part.items():
+            means[name] = means.get(name, 0) + values.sum().item() / n
+    return means
 
 
 def test_the_first_loss_is_mean_alpha_ln_2_plus_the_sft_term():
-    model, samples = tiny_model(), tiny_samples()
-    reference = reference_logprobs(model, samples, ARGS, ALONE)
+    model, examples = tiny_model(), tiny_examples()
+    reference = reference_logprobs(model, examples, ARGS, ALONE)
     weights = torch.tensor([0.8, 1.0, 1.2, 1.1], dtype=torch.float64)
-    loss, seen = step_loss(model, samples, reference, weights)
-    sft = sum(-r / len(s.answers[0]) for r, s in zip(reference[:, 0].tolist(), samples)) / 4     # mean over tokens
-    assert seen[1].item() == pytest.approx(1.025 * math.log(2), rel=1e-9)
-    assert loss == pytest.approx(1.025 * math.log(2) + 2 * sft, rel=1e-9)
+    means = step_means(model, examples, reference, weights)
+    lengths = [len(e.answers[0]) for e in examples]
+    sft = sum(-r / n for r, n in zip(reference[:, 0].tolist(), lengths)) / 4     # mean over tokens
+    assert means["preference"] == pytest.approx(1.025 * math.log(2), rel=1e-9)
+    assert means["loss"] == pytest.approx(1.025 * math.log(2) + 2 * sft, rel=1e-9)
 
 
 def test_reference_is_a_sum_over_tokens_and_does_not_depend_on_packing():
-    model, samples = tiny_model(), tiny_samples()
-    reference = reference_logprobs(model, samples, ARGS, ALONE)
-    for sample, row in zip(samples, reference):
-        for answer, value in zip(sample.answers, row.tolist()):
-            ids = torch.tensor(sample.prompt + answer[:-1])
-            logits = model(ids, torch.full((len(ids),), len(ids)))[len(sample.prompt) - 1:] @ model.head.T
+    model, examples = tiny_model(), tiny_examples()
+    reference = reference_logprobs(model, examples, ARGS, ALONE)
+    for example, row in zip(examples, reference):
+        for answer, value in zip(example.answers, row.tolist()):
+            ids = torch.tensor(example.prompt + answer[:-1])
+            hidden = model(ids, torch.full((len(ids),), len(ids)))[len(example.prompt) - 1:]
+            logits = hidden @ model.head.T
             assert value == pytest.approx(-F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item(), rel=1e-9)
     for other in (dict(max_tokens=1), dict(no_share=True), dict(batch_size=1)):
         args = SimpleNamespace(**{**vars(ARGS), **other})
-        assert (reference_logprobs(model, samples, args, ALONE) - reference).abs().max() < 1e-9
+        assert (reference_logprobs(model, examples, args, ALONE) - reference).abs().max() < 1e-9
 
 
 def test_loss_and_gradient_do_not_depend_on_packing():
-    samples, weights = tiny_samples(), torch.tensor([0.8, 1.0, 1.2, 1.1])
-    reference = reference_logprobs(tiny_model(seed=2), samples, ARGS, ALONE)
+    examples, weights = tiny_examples(), torch.tensor([0.8, 1.0, 1.2, 1.1])
+    reference = reference_logprobs(tiny_model(seed=2), examples, ARGS, ALONE)
     results = []
     for max_tokens, share in ((10 ** 6, True), (10 ** 6, False), (1, True)):
         model = tiny_model()
-        loss, seen = step_loss(model, samples, reference, weights, max_tokens, share)
-        results.append((loss, seen, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    for loss, seen, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-10) and torch.allclose(seen, results[0][1])
-        assert (gradient - results[0][2]).abs().max() < 1e-8
+        means = step_means(model, examples, reference, weights, max_tokens, share)
+        results.append((means, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for means, gradient in results[1:]:
+        assert means["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-10)
+        assert means == pytest.approx(results[0][0], rel=1e-5, abs=1e-8)
+        assert (gradient - results[0][1]).abs().max() < 1e-8
 
 
 def write_pairs(path, n=12):

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import VERDICTS, format_input, parse_verdict
-from eval import (InputError, answer_fast, auprc, bootstrap, confusion, f1, labels_of, legacy_pairs, majority, moderate, paper_f1,
-                  read_predictions, reasoning_verdict, score, simple, threshold_for, up_to_verdict, verdict_probability,
-                  weighted_average)
-from model import Llama
+from data import VERDICTS, InputError, format_input, parse_verdict
+from eval import (PAPER_F1, answer_fast, auprc, bootstrap, confusion, f1, labels_of, legacy_pairs,
+                  majority, moderate, read_predictions, reasoning_verdict, score, simple,
+                  threshold_for, up_to_verdict, verdict_probability, weighted_average)
+from model import Llama, World
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 GOLDEN = json.loads(Path(__file__).with_name("golden_f1.json").read_text())
@@ -47,7 +47,7 @@ def test_released_predictions_give_the_golden_f1(size, dataset):
 
 def test_the_papers_averages_follow_from_its_cells():
     want = {"request": (77.68, 80.76, 81.09), "response": (79.06, 80.80, 81.22), "completion": (88.51, 85.95, 89.96)}
-    for task, rows in ((task, paper_f1()[task]) for task in want):
+    for task, rows in ((task, PAPER_F1[task]) for task in want):
         for column, average in enumerate(want[task], 2):
             assert weighted_average([row[column] for row in rows], [row[1] for row in rows]) == pytest.approx(average, abs=0.01)
     assert np.mean([want[t][2] for t in want]) == pytest.approx(84.09, abs=0.01)
@@ -80,7 +80,7 @@ def test_threshold_keeps_the_false_positive_rate():
 
 
 def test_files_of_the_benchmark_are_known_by_name():
-    names = [row[0] for rows in paper_f1().values() for row in rows]
+    names = [row[0] for rows in PAPER_F1.values() for row in rows]
     for file in ("0_A_beaver_tails", "0_2_OpenAIModeration", "0_6_xstest_response_harmful", "BeaverTails"):
         assert simple(file) in map(simple, names)
     word = {"input": "", "output": H}
@@ -105,7 +105,8 @@ def test_verdict_probability_is_the_softmax_of_two_branches(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
     prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
     texts = ["Request:", "x\n\nAnswers: \nRequest:"]
-    got = verdict_probability(model, tokenizer, prompts, texts, "request", (model.head.device, 0, 1))
+    world = World(model.head.device)
+    got = verdict_probability(model, tokenizer, prompts, texts, "request", world)
     for prompt, text, p in zip(prompts, texts, got):
         total = []
         for word in (H, U):
@@ -187,8 +188,8 @@ def test_score_by_hand():
 def test_k_answers_vote(tmp_path, monkeypatch):
     told = lambda w: {"text": f"Request: {w}", "tokens": 5, "verdict": {"request": w, "completion": None, "response": None}}
 
-    def answers(load, prompts, *rest, **options):
-        assert (options["k"], options["temperature"]) == (3, 1.0)
+    def answers(guard, prompts, path, world, settings, args):
+        assert (settings["k"], settings["temperature"]) == (3, 1.0)
         return [{"samples": [told(U), told(H), told(H)]} for _ in prompts]
 
     monkeypatch.setattr(evaluation, "answer_prompts", answers)
@@ -210,7 +211,7 @@ def test_a_one_word_label_is_about_the_response_that_the_prompt_holds(tmp_path):
 def test_fast_verdicts_are_the_likelier_words(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float64)
     prompts = [tokenizer.encode(t) for t in ("please open", "please close the gate")]
-    for text, p in answer_fast(model, tokenizer, prompts, (model.head.device, 0, 1)):
+    for text, p in answer_fast(model, tokenizer, prompts, World(model.head.device)):
         assert all(parse_verdict(text)[name] == words[p[name] < 0.5] for name, words in VERDICTS.items())
 
 

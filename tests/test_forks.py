@@ -1,4 +1,5 @@
-"""The patches in tests/forks: each is applied to a copy of the code, run for a few steps, and checked there.
+"""The patches in course/forks: each is applied to a copy of the code, run for a few steps, and
+checked there.
 
 The functions check_... run inside the patched copy, each in a process of its own.
 """
@@ -6,18 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_samples
+from conftest import ROOT, tiny_model, tiny_examples
 from make_assignment import copy_repository
 from safetensors.torch import load_file
 
 import mine_hard
 from data import pack
 
-PATCHES = sorted(path.stem for path in (ROOT / "tests/forks").glob("*.patch"))
+PATCHES = sorted(path.stem for path in (ROOT / "course/forks").glob("*.patch"))
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -25,9 +25,9 @@ def test_a_fork_applies_runs_and_keeps_its_promise(name, tmp_path):
     copy_repository(tmp_path / "copy")
     # a repository around the temporary folder must not be taken for the one to patch
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
-    done = subprocess.run(["git", "apply", ROOT / "tests/forks" / f"{name}.patch"], cwd=tmp_path / "copy",
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"tests/forks/{name}.patch does not apply: {done.stderr}"
+    done = subprocess.run(["git", "apply", ROOT / "course/forks" / f"{name}.patch"],
+                          cwd=tmp_path / "copy", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"course/forks/{name}.patch does not apply: {done.stderr}"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider",
                            "-o", f"python_functions=check_{name}", "tests/test_forks.py"],
                           cwd=tmp_path / "copy", capture_output=True, text=True)
@@ -35,7 +35,7 @@ def test_a_fork_applies_runs_and_keeps_its_promise(name, tmp_path):
 
 
 def test_every_patch_is_listed_with_its_check():
-    text = (ROOT / "tests/forks/README.md").read_text()
+    text = (ROOT / "course/forks/README.md").read_text()
     assert PATCHES and all(f"`{name}.patch`" in text and f"check_{name}" in globals() for name in PATCHES)
 
 
@@ -70,27 +70,27 @@ def check_ipo(tmp_path):
     assert rows[0]["loss"] == pytest.approx(MEAN_WEIGHT * 25, rel=1e-3) and rows[1]["loss"] < rows[0]["loss"]
 
 
-def pair_loss(logprobs, lengths, weight):
-    """pairs_loss of a pair whose answers have these lengths (2,) and log-probabilities of each token (2,)."""
-    from data import Sample
+def pair_loss(logprobs, lengths, weight, both=False):
+    """The loss of a pair whose answers have these lengths (2,) and log-probabilities of each token
+    (2,). both: pairs_loss takes the lengths of both answers, and not of the chosen one alone."""
     from train_dpo import pairs_loss
-    lengths = torch.tensor(lengths)
-    samples = [Sample([1], [[0] * n for n in lengths.tolist()])]
-    return pairs_loss(torch.tensor(logprobs, dtype=torch.float64).repeat_interleave(lengths),
-                      torch.tensor([0, 1]).repeat_interleave(lengths), samples,
-                      torch.tensor([[-1.0, -2.0]]).double() * lengths, torch.tensor([weight]).double(),
-                      SimpleNamespace(beta=0.3, sft=2.0))
+    tensor = lambda values: torch.tensor([values], dtype=torch.float64)
+    length, policy = tensor(lengths), tensor(logprobs) * tensor(lengths)
+    reference = tensor([-1.0, -2.0]) * length
+    length = length if both else length[:, 0]
+    return pairs_loss(policy, reference, length, tensor(weight), beta=0.3, sft=2.0)["loss"]
 
 
 def check_length_normalised(tmp_path):
-    short, long, longer = (pair_loss([-0.7, -1.9], n, 1.1)[0] for n in ((2, 3), (20, 3), (40, 90)))
+    lengths = (2, 3), (20, 3), (40, 90)
+    short, long, longer = (pair_loss([-0.7, -1.9], n, 1.1, both=True) for n in lengths)
     assert short.item() == pytest.approx(long.item()) == pytest.approx(longer.item())
     rows = two_steps(tmp_path)
     assert rows[0]["preference"] == pytest.approx(MEAN_WEIGHT * 0.693147, rel=1e-3)
 
 
 def check_alpha_on_both(tmp_path):
-    one, two = (pair_loss([-0.7, -1.9], (4, 3), weight)[0] for weight in (0.6, 1.2))
+    one, two = (pair_loss([-0.7, -1.9], (4, 3), weight) for weight in (0.6, 1.2))
     assert two.item() == pytest.approx(2 * one.item())
     rows = two_steps(tmp_path)
     assert rows[1]["loss"] < rows[0]["loss"]
@@ -99,10 +99,10 @@ def check_alpha_on_both(tmp_path):
 def policy_gradient(rewards, max_tokens=10 ** 6):
     """Gradient of train_grpo.policy_loss over the trees of tiny samples, (weights,); rewards (P, k)."""
     from train_grpo import advantages, policy_loss
-    model, samples = tiny_model(), tiny_samples(shapes=[(3, (5, 1, 4)), (10, (4, 2, 2))])
+    model, examples = tiny_model(), tiny_examples(shapes=[(3, (5, 1, 4)), (10, (4, 2, 2))])
     advantage = advantages(torch.tensor(rewards, dtype=torch.float64)).flatten()
-    length = torch.tensor([len(a) for s in samples for a in s.answers])
-    for p in pack(samples, max_tokens):
+    length = torch.tensor([len(a) for e in examples for a in e.answers])
+    for p in pack(examples, max_tokens):
         policy_loss(model(p.tokens, p.end, p.rows, p.targets), p.answer, advantage, length).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 

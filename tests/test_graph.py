@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_samples
+from conftest import CONFIG, tiny_model, tiny_examples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import Engine, Job, Llama, generate, generate_plain
+from model import Capacity, Engine, Job, Llama, Sampling, generate, generate_plain
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
@@ -59,7 +59,8 @@ def test_a_replayed_step_equals_no_cache(monkeypatch, temperature):
 
     replays = []
     monkeypatch.setattr(Engine, "record", record)
-    model, prompts = tiny_model(), [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in (1, 70, 64)])]
+    model = tiny_model()
+    prompts = [e.prompt for e in tiny_examples(shapes=[(n, ()) for n in (1, 70, 64)])]
     options = dict(k=3, max_new_tokens=70, temperature=temperature, stop=list(range(12)))
     assert generate(model, prompts, **options) == generate_plain(model, prompts, **options)
     assert len(replays) > 5 and set(replays) == {3}                        # 4 steps, of which one was not replayed
@@ -78,9 +79,10 @@ def test_a_step_takes_nothing_from_the_host(monkeypatch):
     with torch.inference_mode():
         with torch.device("meta"):
             model = Llama(replace(CONFIG, rope_scaling=scaling))
-        draw = lambda logits, key, position: logits.argmax(-1)
-        engine = Engine(model, [], width=2, max_rows=4, pages=8, max_new_tokens=8, poll=4, stop=[0], seed=0, draw=draw)
-        engine.owned = {0: engine.take_pages(1, -1), 1: engine.take_pages(1, -1)}
-        engine.jobs = [Job(0, [1, 2, 3], [0, 1], {0: 0, 1: 1}, engine.take_pages(1, 0), 1)]
+        sampling = Sampling(max_new_tokens=8, temperature=0, top_p=0.95, stop=[0], seed=0)
+        engine = Engine(model, [], sampling, Capacity(pages=8, slots=4, width=2, poll=4))
+        engine.owned = {slot: engine.pool.take_highest(1) for slot in (0, 1)}
+        prompt = engine.pool.take_lowest(1)
+        engine.jobs = [Job(0, [1, 2, 3], [0, 1], {0: 0, 1: 1}, prompt, 1)]
         engine.decode()
     assert len(seen) > 100 and all(x.device.type == "meta" for _, _, _, out in seen for x in tensors(out) if x.dim())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_samples
+from conftest import CONFIG, tiny_examples
 
 import model
 from model import (Llama, TreeAttention, attend_pages, attention, attention_by_mask, generate, token_logprobs, tree_plan)
@@ -66,9 +66,10 @@ def forest(*segments):
     return torch.tensor([end for end, (_, n) in zip(ends, segments) for _ in range(n)])
 
 
-# blocks hold 32 rows in float32 and 64 in bf16: sizes lie around both
-FORESTS = {"one token": [(0, 1)], "block less one": [(0, 31)], "a block": [(0, 32)], "block and one": [(0, 33)],
-           "two blocks and one": [(0, 65)], "packed": [(0, 33), (0, 1), (0, 40)],
+# tiles hold 32 rows in float32 and 64 in bf16: sizes lie around both
+FORESTS = {"one token": [(0, 1)], "tile less one": [(0, 31)], "a tile": [(0, 32)],
+           "tile and one": [(0, 33)], "two tiles and one": [(0, 65)],
+           "packed": [(0, 33), (0, 1), (0, 40)],
            "shared root": [(0, 5), (1, 30), (1, 31), (1, 9)], "pairs": [(0, 3), (1, 20), (2, 15), (2, 7), (1, 2), (2, 33), (2, 1)],
            "nested": [(depth, 6) for depth in range(12)], "one-token segments": [(i % 5, 1) for i in range(35)],
            "hidden for long": [(0, 2), (1, 64), (1, 5)]}
@@ -79,8 +80,9 @@ FORESTS = {"one token": [(0, 1)], "block less one": [(0, 31)], "a block": [(0, 3
 def check_tree_attention(name, dtype):
     end, rng = forest(*FORESTS[name]), torch.Generator().manual_seed(0)
     T = len(end)
-    H, G, E = {"block and one": (3, 1, 64), "packed": (2, 2, 32), "two blocks and one": (1, 1, 16)}.get(name, (4, 2, 16))
-    for N in {T, T - T // 3} if name == "two blocks and one" else {T}:             # only the last rows ask
+    H, G, E = {"tile and one": (3, 1, 64), "packed": (2, 2, 32),
+               "two tiles and one": (1, 1, 16)}.get(name, (4, 2, 16))
+    for N in {T, T - T // 3} if name == "two tiles and one" else {T}:       # only the last rows ask
         plan = tree_plan(end, T - N, DEVICE)
         q, k, v = (torch.randn(n, heads, E, generator=rng) for n, heads in ((N, H), (T, G), (T, G)))
         exact = lambda q, k, v: attention_by_mask(torch.cat([q.new_zeros(T - N, H, E), q]), k, v, plan)[T - N:]
@@ -119,8 +121,9 @@ def check_attend_pages(W, dtype):
 def check_generate(H, G, k, lengths, monkeypatch):
     config = replace(CONFIG, head_dim=16, num_attention_heads=H, num_key_value_heads=G, num_hidden_layers=1)
     model_ = Llama.random(config, std=0.1).to(DEVICE)
-    prompts, answers = [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in lengths])], {}
-    monkeypatch.setattr("model.Engine.PAGE", 16)
+    prompts = [e.prompt for e in tiny_examples(shapes=[(n, ()) for n in lengths])]
+    answers = {}
+    monkeypatch.setattr("model.PAGE", 16)
     for kernels in ("torch", "triton"):
         monkeypatch.setattr("model.KERNELS", kernels)
         answers[kernels] = generate(model_, prompts, k, max_new_tokens=18 if k == 1 else 6,       # two pages, or

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import mine_hard
-from mine_hard import InputError, judge, judge_all, judge_by_field, pick_pair, sample_weights, select
+from data import InputError
+from mine_hard import judge, judge_all, judge_by_field, pick_pair, sample_weights, select
+from model import World
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 verdict = lambda request=None, completion=None, response=None: dict(request=request, completion=completion, response=response)
@@ -152,17 +154,18 @@ def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_p
 
 
 def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
-    # it decodes 1,024 rows at once, so that at k = 1 a block of 256 would leave most of them idle
+    # it has 1,024 slots, so that at k = 1 a block of 256 would leave most of them idle
     sizes = []
 
-    def answer(model, tokenizer, prompts, first, settings, meter, options):
+    def answer(guard, prompts, first, settings, args, meter):
         sizes.append(len(prompts))
         return [{"prompt": first + i} for i in range(len(prompts))]
 
     monkeypatch.setattr(mine_hard, "answer_block", answer)
     for device in ("cpu", "cuda"):
-        rank_info = torch.device(device), 0, 1
-        lines = mine_hard.answer_prompts(lambda: (None, None), [[1]] * 300, tmp_path / device, rank_info, None, {}, "")
+        world = World(torch.device(device))
+        guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None)
+        lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {}, args)
         assert [line["prompt"] for line in lines] == list(range(300))
     assert sizes == [256, 44, 300]
 
@@ -184,6 +187,10 @@ def test_answers_that_the_released_judge_drops_count_for_neither_side():
 
 def test_an_answer_may_end_in_any_end_mark(tokenizer, monkeypatch):
     ends, asked = [*tokenizer.stop[:2], tokenizer.encode("x")[0]], []
-    monkeypatch.setattr(mine_hard, "generate_iter", lambda m, p, stop: asked.append(stop) or [(0, [[e] for e in ends])])
-    line, = mine_hard.answer_block(None, tokenizer, [[1]], 5, {"model": "m", "seed": 3}, SimpleNamespace(add=lambda n: None), {})
+    answers = lambda m, p, stop, **_: asked.append(stop) or [(0, [[e] for e in ends])]
+    monkeypatch.setattr(mine_hard, "generate_iter", answers)
+    guard = SimpleNamespace(model=None, tokenizer=tokenizer)
+    meter = SimpleNamespace(add=lambda n: None)
+    args = SimpleNamespace(kv_tokens=None, no_share=False)
+    line, = mine_hard.answer_block(guard, [[1]], 5, {"model": "m", "seed": 3}, args, meter)
     assert [s["finish"] for s in line["samples"]] == ["stop", "stop", "length"] and asked == [tokenizer.stop] and line["prompt"] == 5

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_samples
+from conftest import CONFIG, tiny_model, tiny_examples
 from make_golden import CONFIGS, QUESTIONS, ROWS, TOKENS, random_weights
 from safetensors.torch import save_file
 
-from data import Tokenizer, pack
-from model import (InputError, Llama, LlamaConfig, RMSNorm, apply_rope, attention, attention_by_mask, common_prefix,
-                   draw_token, generate, generate_plain, rms_norm, rope_frequencies, rope_tables, row_blocks, row_key,
-                   token_logprobs, tree_plan, uniform)
+from data import InputError, Tokenizer, pack
+from model import (Llama, LlamaConfig, RMSNorm, apply_rope, attention, attention_by_mask,
+                   draw_token, generate, generate_plain, rms_norm, rope_frequencies, rope_tables,
+                   row_tiles, sample_seed, token_logprobs, tree_plan, uniform)
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_llama.json").read_text())
 
@@ -122,17 +122,19 @@ EXAMPLE = torch.tensor([7, 7, 7, 5, 5, 7, 7])       # I p q a b x y
 def test_tree_plan_of_the_readme_example():
     plan = tree_plan(EXAMPLE)
     assert plan.position.tolist() == [0, 1, 2, 3, 4, 3, 4]
-    (rows, keys, hidden), = row_blocks(plan)                    # small enough to be one block
+    (rows, keys, hidden), = row_tiles(plan)                     # small enough to be one tile
     assert rows == slice(0, 7) and keys.tolist() == [0, 1, 2, 3, 4, 5, 6] and hidden.shape == (7, 6)
     assert (~hidden[3:]).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],      # a, b: I is seen by all
                                             [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]      # x, y skip a, b
 
 
-def test_blocks_end_where_siblings_do(monkeypatch):
-    monkeypatch.setattr("model.ROWS", 4)
-    rows, keys, hidden = zip(*row_blocks(tree_plan(torch.tensor([9, 9, 5, 5, 5, 9, 9, 9, 9]), skip=2)))
+def test_tiles_end_where_siblings_do(monkeypatch):
+    monkeypatch.setattr("model.TILE_ROWS", 4)
+    plan = tree_plan(torch.tensor([9, 9, 5, 5, 5, 9, 9, 9, 9]), skip=2)
+    rows, keys, hidden = zip(*row_tiles(plan))
     assert rows == (slice(0, 3), slice(3, 7))                # 2 .. 4 and 5 .. 8, counted from the first that asks
-    assert [k.tolist() for k in keys] == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8]]           # a block for each branch
+    # a tile for each branch
+    assert [k.tolist() for k in keys] == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8]]
     assert hidden[0].tolist() == [[True, True], [False, True], [False, False]]           # 2 is seen by 2, 3 and 4
 
 
@@ -157,8 +159,8 @@ def random_forest(rng, start, stop, depth=0):
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 128])
 @pytest.mark.parametrize("seed", range(6))
-def test_attention_by_blocks_equals_the_mask(seed, rows, monkeypatch):
-    monkeypatch.setattr("model.ROWS", rows)
+def test_attention_by_tiles_equals_the_mask(seed, rows, monkeypatch):
+    monkeypatch.setattr("model.TILE_ROWS", rows)
     rng = torch.Generator().manual_seed(seed)
     end = torch.tensor(random_forest(rng, 0, 120))
     q, k, v = (torch.randn(120, heads, 8, dtype=torch.float64, generator=rng, requires_grad=True) for heads in (6, 2, 2))
@@ -181,12 +183,12 @@ def alone(model, prompt, answer):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("max_tokens", [10 ** 6, 40, 1])
 def test_packed_trees_equal_one_sequence_at_a_time(model, share, max_tokens):
-    samples = tiny_samples()
-    want = [alone(model, s.prompt, a) for s in samples for a in s.answers]
+    examples = tiny_examples()
+    want = [alone(model, e.prompt, a) for e in examples for a in e.answers]
     torch.cat(want).square().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    for p in pack(samples, max_tokens, share):
+    for p in pack(examples, max_tokens, share):
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
         logprobs.square().sum().backward()
         for a in p.answer.unique().tolist():
@@ -196,7 +198,7 @@ def test_packed_trees_equal_one_sequence_at_a_time(model, share, max_tokens):
 
 
 def test_recompute_changes_nothing(model):
-    p = pack(tiny_samples(), 10 ** 6)[0]
+    p = pack(tiny_examples(), 10 ** 6)[0]
     gradients = []
     for model.recompute in (False, True):
         model.zero_grad()
@@ -271,19 +273,21 @@ def test_broken_folders_say_what_is_wrong(tmp_path, what, says):
 
 
 def test_greedy_and_sampled_generation_equal_no_cache():
-    model, prompts = tiny_model(), [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in (1, 3, 70, 130, 64)])]
+    shapes = [(n, ()) for n in (1, 3, 70, 130, 64)]
+    model, prompts = tiny_model(), [e.prompt for e in tiny_examples(shapes=shapes)]
     for temperature in (0, 1.0):
         options = dict(k=3, max_new_tokens=70, temperature=temperature, stop=list(range(12)))
         want = generate_plain(model, prompts, **options)
         assert len({len(ids) for answer in want for ids in answer}) > 2      # they stop at different places
-        for more in ({}, {"kv_tokens": 700}, {"share": False}, {"max_rows": 3}):
+        for more in ({}, {"kv_tokens": 700}, {"share": False}, {"max_slots": 3}):
             assert generate(model, prompts, **options, **more) == want, more
         assert generate(model, prompts[::-1], **options)[::-1] == want       # another composition
         assert [generate(model, [p], **options)[0] for p in prompts] == want
 
 
-def test_generation_where_rows_end_between_two_looks_and_jobs_are_put_back():
-    model, prompts = tiny_model(), [s.prompt for s in tiny_samples(shapes=[(n, ()) for n in (65, 5, 64, 100, 5)])]
+def test_generation_where_slots_end_between_two_looks_and_jobs_are_put_back():
+    shapes = [(n, ()) for n in (65, 5, 64, 100, 5)]
+    model, prompts = tiny_model(), [e.prompt for e in tiny_examples(shapes=shapes)]
     for options in ({"max_new_tokens": 2, "stop": list(range(40))}, {"max_new_tokens": 66}):
         want = generate_plain(model, prompts, **options)
         assert all(generate(model, prompts, **options, kv_tokens=64 * n) == want for n in (5, 6, 7, 8))
@@ -291,7 +295,8 @@ def test_generation_where_rows_end_between_two_looks_and_jobs_are_put_back():
 
 def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
     shapes = [(1 + (37 * i) % 150, ()) for i in range(200)]
-    model, prompts = tiny_model(torch.float32), [s.prompt for s in tiny_samples(shapes=shapes)]
+    model = tiny_model(torch.float32)
+    prompts = [e.prompt for e in tiny_examples(shapes=shapes)]
     got = generate(model, prompts, k=2, max_new_tokens=30, stop=[5], kv_tokens=1200)
     assert len(got) == 200 and all(len(a) == 2 and (a[0][-1] == 5 or len(a[0]) == 30) for a in got)
     with pytest.raises(InputError, match="--kv-tokens"):
@@ -320,17 +325,12 @@ def test_weights_that_are_not_numbers_do_not_draw_for_ever():
 
 
 def test_random_numbers_belong_to_seed_prompt_sample_and_position():
-    keys = {row_key(*x) for x in [(0, [1, 2], 0), (1, [1, 2], 0), (0, [1, 2], 1), (0, [12], 0), (0, [1], 0)]}
-    assert len(keys) == 5
-    key = torch.tensor([row_key(0, [1, 2], 0)])
-    assert uniform(key, key * 0 + 5, 0) != uniform(key, key * 0 + 6, 0)
+    asked = [(0, [1, 2], 0), (1, [1, 2], 0), (0, [1, 2], 1), (0, [12], 0), (0, [1], 0)]
+    assert len({sample_seed(*x) for x in asked}) == 5
+    seed = torch.tensor([sample_seed(0, [1, 2], 0)])
+    assert uniform(seed, seed * 0 + 5, 0) != uniform(seed, seed * 0 + 6, 0)
     u = uniform(torch.arange(100000), torch.zeros(100000, dtype=torch.long), 0)
     assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
-
-
-def test_common_prefix_leaves_every_sequence_a_token():
-    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]]) == 2
-    assert common_prefix([[1, 2], [1, 2, 3]]) == 1 and common_prefix([[1, 2, 3]]) == 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -355,7 +355,7 @@ def test_log_sums_of_bf16_logits_are_full_precision():
 
 
 def test_seed_temperature_and_top_p_reach_the_sampler(model):
-    prompts, seen = [s.prompt for s in tiny_samples(shapes=[(1, ()), (5, ())])], []
+    prompts, seen = [e.prompt for e in tiny_examples(shapes=[(1, ()), (5, ())])], []
     for more in ({}, {"seed": 3}, {"temperature": 0.5}, {"top_p": 0.3}):
         seen.append(generate(model, prompts, k=2, max_new_tokens=12, **more))
         assert seen[-1] == generate_plain(model, prompts, k=2, max_new_tokens=12, **more)

@@ -20,8 +20,8 @@ import traces
 from baselines import (Unanswered, answer_rows, ask, guard_ids, guard_text, is_refusal, parse_guard,
                        retry_after)
 from certificate import logistic, match_pairs, read, shortcut, solve, telling_words
-from data import INSTRUCTION, format_answers, format_input, gold_verdict, parse_verdict, read_records
-from model import InputError
+from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
+                  parse_verdict, read_records)
 from synthesize import check, output_of, question, read_exchanges, sections, steps_in
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
@@ -253,8 +253,8 @@ def test_guard_predictions_by_hand(tmp_path, monkeypatch, capsys):
         record("f", "g", U)])
     said = iter(["unsafe\nS2", "unsafe\nS2,S7", "safe", "it depends"])           # a, b, c to b, g to f
 
-    def answers(load, prompts, path, *rest, **options):
-        assert len(prompts) == 4 and options["temperature"] == 0
+    def answers(guard, prompts, path, world, settings, args):
+        assert len(prompts) == 4 and settings["temperature"] == 0
         return [{"samples": [{"text": next(said)}]} for _ in prompts]
 
     monkeypatch.setattr(baselines, "answer_prompts", answers)

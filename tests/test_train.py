@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_samples
+from conftest import CONFIG, tiny_model, tiny_examples
 from safetensors.torch import load_file
 
 import train_sft
-from data import deal, pack
-from model import InputError, Llama, LlamaConfig
+from data import InputError, deal, pack
+from model import Llama, LlamaConfig, World
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
         "--dtype", "float32", "--device", "cpu"]
+ALONE = World(torch.device("cpu"))
 
 
 def run(out, *more):
@@ -46,7 +47,7 @@ def test_batches_are_a_function_of_seed_and_epoch_and_keep_the_short_last_one():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_deal_gives_every_pack_once_and_the_same_number_to_all(ranks):
-    packs = pack(tiny_samples(shapes=[(n, (3,)) for n in (1, 30, 4, 9, 2, 25, 7)]), 30)
+    packs = pack(tiny_examples(shapes=[(n, (3,)) for n in (1, 30, 4, 9, 2, 25, 7)]), 30)
     hands = [deal(packs, rank, ranks) for rank in range(ranks)]
     assert len({len(h) for h in hands}) == 1
     dealt = [p for h in hands for p in h if len(p.rows)]
@@ -57,10 +58,10 @@ def test_loss_and_update_do_not_depend_on_pack_size_or_sharing():
     results = []
     for max_tokens, share in ((10 ** 6, True), (30, True), (1, False)):
         model = tiny_model()
-        optimizer, samples = make_optimizer(model, 1e-3), tiny_samples()
-        count = sum(len(a) for s in samples for a in s.answers)
+        optimizer, examples = make_optimizer(model, 1e-3), tiny_examples()
+        count = sum(len(a) for e in examples for a in e.answers)
         loss = 0.0
-        for p in pack(samples, max_tokens, share):
+        for p in pack(examples, max_tokens, share):
             part = sft_loss(model(p.tokens, p.end, p.rows, p.targets), count)
             part.backward()
             loss += part.item()
@@ -151,7 +152,8 @@ def test_memory_of_training_by_hand():
 
 def test_a_checkpoint_holds_full_weights_of_a_model_stored_in_bf16(tmp_path):
     model = Llama.random(replace(CONFIG, torch_dtype="bfloat16"))
-    train_sft.save(tmp_path / "step-000001", model, make_optimizer(model, 1e-3), 1, 0)
+    optimizer = make_optimizer(model, 1e-3)
+    train_sft.save(tmp_path / "step-000001", model, optimizer, 1, ALONE)
     saved = load_file(tmp_path / "step-000001/model.safetensors")
     assert all(saved[n].dtype == w.dtype and torch.equal(saved[n], w) for n, w in model.state_dict().items())
 
@@ -163,7 +165,7 @@ def test_resuming_restores_every_moment_in_the_memory_it_has(tmp_path):
     for weight in model.parameters():
         weight.grad = torch.randn_like(weight)
     update(model, optimizer, 1e-3)
-    train_sft.save(tmp_path / "step-000007", model, optimizer, 7, 0)
+    train_sft.save(tmp_path / "step-000007", model, optimizer, 7, ALONE)
     held = lambda: [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
     want, places = [x.detach().clone() for x in held()], [x.data_ptr() for x in held()]
     with torch.no_grad():

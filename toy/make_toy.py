@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import INSTRUCTION, Sample, Tokenizer, byte_letters, format_answers, format_input, pack  # noqa: E402
-from model import Llama, LlamaConfig, common_prefix, write_json  # noqa: E402
+from data import (INSTRUCTION, Example, Tokenizer, byte_letters, common_prefix,  # noqa: E402
+                  format_answers, format_input, pack, write_json)
+from model import Llama, LlamaConfig  # noqa: E402
 from train_sft import make_optimizer, sft_loss, update  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -320,14 +321,15 @@ def write_model(folder, corpus, read, seed, steps):
         exchanges, drills = [], []
         for f, prompt, response in rng.sample(read, 32):
             told = [retell(rng, f, response) for _ in range(2)]
-            exchanges.append(Sample(tokenizer.prompt_ids(INSTRUCTION, format_input(prompt, response)),
-                                    [tokenizer.answer_ids(" ".join(rng.sample(t, len(t)))) for t in told], root))
+            ids = tokenizer.prompt_ids(INSTRUCTION, format_input(prompt, response))
+            answers = [tokenizer.answer_ids(" ".join(rng.sample(t, len(t)))) for t in told]
+            exchanges.append(Example(ids, answers, root))
         for f, _, _ in rng.sample(read, 64):
             said, answer = compare(rng, Wording(rng, f)).split(":")
-            drills.append(Sample(tokenizer.encode(said + ":"), [tokenizer.encode(answer)]))
+            drills.append(Example(tokenizer.encode(said + ":"), [tokenizer.encode(answer)]))
         losses = []
         for batch in (exchanges, drills):
-            count = sum(len(answer) for s in batch for answer in s.answers)
+            count = sum(len(answer) for e in batch for answer in e.answers)
             for p in pack(batch, 8192):
                 losses.append(sft_loss(model(p.tokens, p.end, p.rows, p.targets), count))
                 losses[-1].backward()

@@ -199,18 +199,18 @@ def _(rng):
     close(layer(x), (a / (1 + np.exp(-a)) * (numbers(x) @ up)) @ down, "MLP.forward")
 
 
-@case("Block.forward")
+@case("Layer.forward")
 def _(rng):
-    from model import Block, rope_tables
+    from model import Layer, rope_tables
     c = config()
-    layer, x = Block(c).double(), tensor(rng, 6, 24)
+    layer, x = Layer(c).double(), tensor(rng, 6, 24)
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.weight.data = tensor(rng, 24)
     cos, sin = rope_tables(c, torch.arange(6), x.dtype)
     attend = lambda q, k, v: q.cumsum(0) + k.repeat_interleave(3, 1) * v.repeat_interleave(3, 1)
     middle = x + layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
     close(layer(x, cos, sin, attend), middle + layer.mlp(layer.post_attention_layernorm(middle)),
-          "Block.forward")
+          "Layer.forward")
 
 
 # ------------------------------------------------------------------ set 2
@@ -233,7 +233,7 @@ def _(rng):
         raise AssertionError(f"end = {bad} does not nest: ValueError expected")
 
 
-@case("row_blocks", "BlockAttention.backward")
+@case("row_tiles", "TileAttention.backward")
 def _(rng):
     from model import attention, attention_by_mask, tree_plan
     for T in (1, 60, 300):
@@ -292,7 +292,7 @@ case("TokenLogprobs.backward")(lambda rng: check_logprobs(rng, True))
 
 @case("common_prefix")
 def _(rng):
-    from model import common_prefix
+    from data import common_prefix
     for _ in range(200):
         some = [rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 4))]
         start = rng.integers(0, 9, rng.integers(0, 5)).tolist()
@@ -301,13 +301,13 @@ def _(rng):
         holds(common_prefix(some) == want, f"common_prefix({some}) is {want}")
 
 
-def random_samples(rng, roots=1, n=8):
-    """Samples of random ids; those of one root share its first tokens."""
-    from data import Sample
+def random_examples(rng, roots=1, n=8):
+    """Examples of random ids; those of one root share its first tokens."""
+    from data import Example
     ids = lambda low, high: rng.integers(0, 50, rng.integers(low, high)).tolist()
     starts = [ids(3, 8) for _ in range(roots)]
     chosen = [starts[int(rng.integers(roots))] for _ in range(n)]
-    return [Sample(start + ids(1, 12), [ids(1, 9) for _ in range(rng.integers(1, 4))], len(start))
+    return [Example(start + ids(1, 12), [ids(1, 9) for _ in range(rng.integers(1, 4))], len(start))
             for start in chosen]
 
 
@@ -329,17 +329,17 @@ def check_pack(p, wanted):
 def _(rng):
     from data import lay_out
     for roots in (0, 1):
-        samples, number, copies, wanted = random_samples(rng), 0, [], {}
-        root = samples[0].prompt[:samples[0].root] if roots else []
-        for s in samples:
-            answers = list(enumerate(s.answers, number))
-            copies.append((s.prompt, answers))
-            wanted.update({n: (s.prompt, ids) for n, ids in answers})
+        examples, number, branches, wanted = random_examples(rng), 0, [], {}
+        root = examples[0].prompt[:examples[0].root] if roots else []
+        for e in examples:
+            answers = list(enumerate(e.answers, number))
+            branches.append((e.prompt, answers))
+            wanted.update({n: (e.prompt, ids) for n, ids in answers})
             number += len(answers)
-        p = lay_out(root, copies)
+        p = lay_out(root, branches)
         holds(check_pack(p, wanted).keys() == wanted.keys(), "an answer is not scored")
-        size = len(root) + sum(len(s.prompt) - len(root) + sum(len(a) - 1 for a in s.answers)
-                               for s in samples)
+        size = len(root) + sum(len(e.prompt) - len(root) + sum(len(a) - 1 for a in e.answers)
+                               for e in examples)
         holds(len(p.tokens) == len(p.end) == size,
               f"{len(p.tokens)} tokens; with the shared prefix once there are {size}")
 
@@ -347,25 +347,27 @@ def _(rng):
 @case("pack")
 def _(rng):
     from data import pack
-    samples = random_samples(rng, roots=2, n=14)
-    answers = [(i, s, ids) for i, s in enumerate(samples) for ids in s.answers]
-    wanted = {n: (s.prompt, ids) for n, (_, s, ids) in enumerate(answers)}
+    examples = random_examples(rng, roots=2, n=14)
+    answers = [(i, e, ids) for i, e in enumerate(examples) for ids in e.answers]
+    wanted = {n: (e.prompt, ids) for n, (_, e, ids) in enumerate(answers)}
     for share in (True, False):
         for most in (1, 45, 90, 10 ** 6):
-            packs, seen = pack(samples, most, share), []
+            packs, seen = pack(examples, most, share), []
             for p in packs:
                 here = sorted(check_pack(p, wanted))
                 seen += here
                 owners = {answers[n][0] for n in here}
-                holds(here == [n for n, a in enumerate(answers) if a[0] in owners], "a sample is torn apart")
+                holds(here == [n for n, a in enumerate(answers) if a[0] in owners],
+                      "an example is torn apart")
                 holds(len(p.tokens) <= most or len(owners) == 1,
-                      f"{len(p.tokens)} tokens in a pack of several samples")
-                holds(not share or len({tuple(samples[i].prompt[:samples[i].root]) for i in owners}) == 1,
+                      f"{len(p.tokens)} tokens in a pack of several examples")
+                packed = [examples[i] for i in sorted(owners)]
+                holds(not share or len({tuple(e.prompt[:e.root]) for e in packed}) == 1,
                       "a pack holds one instruction")
-                own = sum(len(samples[i].prompt) - samples[i].root
-                          + sum(len(a) - 1 for a in samples[i].answers) for i in owners)
+                own = sum(len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers)
+                          for e in packed)
                 if share:
-                    holds(len(p.tokens) == own + samples[min(owners)].root,
+                    holds(len(p.tokens) == own + packed[0].root,
                           "the instruction once, each prompt once")
             holds(sorted(seen) == sorted(wanted), "every answer in exactly one pack")
             # first fit: no two packs would fit into one
@@ -402,7 +404,7 @@ def _(rng):
     holds(len(got) == 2 * a and all(len(b) == size for b in got[:a - 1]),
           "batches of `size`, the last of an epoch may be short")
     epochs = [[i for b in part for i in b] for part in (got[:a], got[a:])]
-    holds(all(sorted(e) == list(range(n)) for e in epochs), "every sample once an epoch")
+    holds(all(sorted(e) == list(range(n)) for e in epochs), "every example once an epoch")
     holds(epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]), "another order in each epoch")
     holds(list(batches(n, size, 1, seed)) == got[:a], "the order depends on (seed, epoch) alone")
     holds(list(batches(n, size, 2, seed + 1)) != got, "another seed, another order")
@@ -650,48 +652,45 @@ def _(rng):
 
 @case("pairs_loss")
 def _(rng):
-    from data import Sample
     from train_dpo import pairs_loss
-    n = 6
-    samples = [Sample([1], [[0] * int(m) for m in rng.integers(1, 9, 2)]) for _ in range(n)]
-    here = sorted(rng.choice(n, 3, replace=False).tolist())                  # the pairs of this pack
-    answer = [a for i in rng.permutation(here).tolist() for a in (2 * i, 2 * i + 1)
-              for _ in samples[i].answers[a % 2]]
-    answer, logprobs = torch.tensor(answer), -tensor(rng, len(answer)).abs()
-    logprobs.requires_grad_()
-    reference, weight = -5 * tensor(rng, n, 2).abs(), tensor(rng, n).abs()
-    args = SimpleNamespace(beta=float(rng.uniform(0.05, 1)), sft=float(rng.uniform(0.5, 3)))
-    want, gradient = np.zeros(6), np.zeros(len(answer))
-    for i in here:
-        w, l = (numbers(logprobs)[answer.numpy() == 2 * i + b].sum() for b in (0, 1))
-        length = len(samples[i].answers[0])
+    n, beta, sft = 6, float(rng.uniform(0.05, 1)), float(rng.uniform(0.5, 3))
+    policy, reference = (-5 * tensor(rng, n, 2).abs() for _ in range(2))
+    length, weight = torch.from_numpy(rng.integers(1, 9, n)).double(), tensor(rng, n).abs()
+    names = ["loss", "preference", "accuracy", "margin", "chosen_logprob", "rejected_logprob"]
+    want, gradient = np.zeros((6, n)), np.zeros((n, 2))
+    for i in range(n):
+        w, l = policy[i].tolist()
         margin = (w - reference[i, 0].item()) - (l - reference[i, 1].item())
-        preference = weight[i].item() * np.logaddexp(0, -args.beta * margin)
-        want += [preference - args.sft * w / length, preference, margin > 0, args.beta * margin, w, l]
-        slope = weight[i].item() * args.beta / (1 + np.exp(args.beta * margin))
-        gradient[answer.numpy() == 2 * i] = -slope - args.sft / length
-        gradient[answer.numpy() == 2 * i + 1] = slope
-    loss, seen = pairs_loss(logprobs, answer, samples, reference, weight, args)
-    close(loss, want[0], "the loss, summed over the pack's pairs")
-    close(seen, want, "loss, preference, accuracy, margin, chosen and rejected log-probability")
-    loss.backward()
-    close(logprobs.grad, gradient, "gradient")
+        alpha, size = weight[i].item(), length[i].item()
+        preference = alpha * np.logaddexp(0, -beta * margin)
+        loss = preference - sft * w / size
+        want[:, i] = [loss, preference, margin > 0, beta * margin, w, l]
+        slope = alpha * beta / (1 + np.exp(beta * margin))
+        gradient[i] = -slope - sft / size, slope
+    got = pairs_loss(policy.requires_grad_(), reference, length, weight, beta, sft)
+    holds(sorted(got) == sorted(names), f"the figures of each pair are {', '.join(names)}")
+    for name, row in zip(names, want):
+        close(got[name], row, f"{name} of each pair")
+    got["loss"].sum().backward()
+    close(policy.grad, gradient, "gradient")
 
 
 @case("reference_logprobs")
 def _(rng):
-    from data import Sample
+    from data import Example
+    from model import World
     from train_dpo import reference_logprobs
     ids, scale = lambda n: rng.integers(0, 50, n).tolist(), torch.ones(()).double().requires_grad_()
     root = ids(3)
-    samples = [Sample(root + ids(int(rng.integers(1, 9))), [ids(int(m)) for m in rng.integers(1, 7, 2)], 3)
-               for _ in range(8)]
+    examples = [Example(root + ids(int(rng.integers(1, 9))),
+                        [ids(int(m)) for m in rng.integers(1, 7, 2)], 3) for _ in range(8)]
     f = lambda last, target: -(last * 0.7 + target * 0.11 + 1)               # log p of a token after another
     model = lambda tokens, end, rows, targets: scale * f(tokens[rows].double(), targets.double())
-    want = [[sum(map(f, [s.prompt[-1], *answer[:-1]], answer)) for answer in s.answers] for s in samples]
+    want = [[sum(map(f, [e.prompt[-1], *answer[:-1]], answer)) for answer in e.answers]
+            for e in examples]
     for batch_size, max_tokens, no_share in ((3, 40, False), (100, 10 ** 6, False), (2, 1, True)):
         args = SimpleNamespace(batch_size=batch_size, max_tokens=max_tokens, no_share=no_share)
-        got = reference_logprobs(model, samples, args, (torch.device("cpu"), 0, 1))
+        got = reference_logprobs(model, examples, args, World(torch.device("cpu")))
         holds(not got.requires_grad, "the reference has no gradient")
         close(got, want, "reference_logprobs")
 
@@ -859,7 +858,7 @@ def _(rng):
 def _(rng):
     from data import Tokenizer
     from eval import verdict_probability
-    from model import Llama, LlamaConfig
+    from model import Llama, LlamaConfig, World
     tokenizer = Tokenizer.from_pretrained("toy/model")
     size = LlamaConfig.from_json("toy/model/config.json").vocab_size
     model = Llama.random(config(vocab_size=size), int(rng.integers(10 ** 6)), 0.3).double()
@@ -868,7 +867,8 @@ def _(rng):
     texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]))
              for _ in prompts]
     for name in ("request", "completion"):
-        got = verdict_probability(model, tokenizer, prompts, texts, name, (model.head.device, 0, 1))
+        world = World(model.head.device)
+        got = verdict_probability(model, tokenizer, prompts, texts, name, world)
         want = []
         for prompt, text in zip(prompts, texts):
             both = []
@@ -902,7 +902,7 @@ def _(rng):
 @case("tree_forward", "tree_backward_q", "tree_backward_kv")
 def _(rng):
     from model import TreeAttention, attention_by_mask, tree_plan
-    end = forest(rng, 0, int(rng.integers(34, 60)))                           # a block is 32 rows here
+    end = forest(rng, 0, int(rng.integers(34, 60)))                         # a tile is 32 rows here
     T, plan = len(end), tree_plan(torch.tensor(end))
     q, k, v, g = (tensor(rng, T, heads, 16).float().requires_grad_() for heads in (2, 1, 1, 2))
     got = TreeAttention.apply(q, k, v, plan)
@@ -933,8 +933,9 @@ WRONG = {
                 "    return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
     "apply_rope": "def apply_rope(x, cos, sin):\n    a, b = x.chunk(2, -1)\n"
                   "    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
-    "row_blocks": "def row_blocks(plan):\n    T = len(plan.end)\n    i, j = torch.arange(plan.skip, T)[:, None], torch.arange(T)\n"
-                  "    return [(slice(0, T - plan.skip), j, (j > i) | (i >= plan.end))]",
+    "row_tiles": "def row_tiles(plan):\n    T = len(plan.end)\n"
+                 "    i, j = torch.arange(plan.skip, T)[:, None], torch.arange(T)\n"
+                 "    return [(slice(0, T - plan.skip), j, (j > i) | (i >= plan.end))]",
     "common_prefix": "def common_prefix(sequences):\n    same, most = 0, min(map(len, sequences))\n"
                      "    while same < most and len({tuple(s[:same + 1]) for s in sequences}) == 1:\n"
                      "        same += 1\n    return same",
@@ -947,7 +948,7 @@ WRONG = {
                       "    return [1 - gamma * norm(d) if high > low else 1.0 for d in differences]",
     "dpo_loss": "def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):\n"
                 "    margin = (chosen - ref_chosen) - (rejected - ref_rejected)\n"
-                "    return -weight * F.logsigmoid(-beta * margin)",
+                "    return -weight * functional.logsigmoid(-beta * margin)",
     "answer_sums": "def answer_sums(logprobs, answer, answers):\n"
                    "    return logprobs.new_zeros(answers).index_copy(0, answer, logprobs)",
     "confusion": "def confusion(gold, predicted, positive):\n"

@@ -1,4 +1,4 @@
-"""What tests/bench.py measures of ours: one function an item, and the Bench that all items share.
+"""What tools/bench.py measures of ours: one function an item, and the Bench that all items share.
 
 An item takes a Bench and returns {"unit", "units", "seconds", "flops"} of what it timed: its rate is units /
 seconds, flops are model FLOPs. Where a limit is known it adds "work" and "bytes", the FLOPs and the memory
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import model as library
-from data import Sample, Tokenizer, encode_records, pack, read_records
-from model import (Llama, LlamaConfig, attention, common_prefix, draw_token, generate, pick_device,
+from data import Example, Tokenizer, common_prefix, encode_records, pack, read_records
+from model import (Llama, LlamaConfig, World, attention, draw_token, generate, pick_device,
                    pick_dtype, token_logprobs, tree_plan)
-from train_dpo import pairs_loss, reference_logprobs
+from train_dpo import answer_sums, pairs_loss, reference_logprobs
 from train_sft import make_optimizer, sft_loss, update
 
 LLAMA3 = partial(LlamaConfig, 128256, num_key_value_heads=8, rope_theta=500000.0)
@@ -32,21 +32,22 @@ SHAPES = {"1b": LLAMA3(2048, 8192, 16, 32, tie_word_embeddings=True),
 LONGEST = 2048          # tokens of a sequence, as in the paper
 
 
-def random_samples(n, answers, vocabulary, length=None, root=110, seed=0):
-    """Samples with the lengths S of guard data: an instruction of 110 tokens, a prompt of 230 and an answer
-    of 260 on average, E[S^2] / E[S]^2 = 1.27; or with sequences of exactly `length` tokens."""
+def random_examples(n, answers, vocabulary, length=None, root=110, seed=0):
+    """Examples with the lengths S of guard data: an instruction of 110 tokens, a prompt of 230 and
+    an answer of 260 on average, E[S^2] / E[S]^2 = 1.27; or sequences of exactly `length` tokens."""
     rng, mean = np.random.default_rng(seed), np.array([230] + [260] * answers)
     spread = 0.27 * 600 ** 2 / (230 ** 2 + 260 ** 2)                           # variance / mean^2 of each
     ids = lambda count: rng.integers(vocabulary, size=max(1, int(count))).tolist()
-    start, samples = ids(root), []
+    start, examples = ids(root), []
     for _ in range(n):
         prompt, *sizes = rng.gamma(1 / spread, mean * spread)
         fit = min(1, (LONGEST - root) / (prompt + max(sizes)))
         if length:
             prompt, fit = (length - root) // 2, 1
             sizes = [length - root - prompt] * answers
-        samples.append(Sample(start + ids(prompt * fit), [ids(size * fit) for size in sizes], root))
-    return samples
+        whole = start + ids(prompt * fit)
+        examples.append(Example(whole, [ids(size * fit) for size in sizes], root))
+    return examples
 
 
 def random_model(config, device, dtype):
@@ -78,11 +79,12 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory_cap * 2 ** 30 / total, self.device)
 
     # ---- what is computed
-    def samples(self, n, pairs=False):
-        """(samples, their records): n random ones and None, or all of the files."""
+    def examples(self, n, pairs=False):
+        """(examples, their records): n random ones and None, or all of the files."""
         args, answers = self.args, ("chosen", "rejected") if pairs else ("output",)
         if args.shape:
-            return random_samples(n, len(answers), self.config.vocab_size, args.length), None
+            vocabulary = self.config.vocab_size
+            return random_examples(n, len(answers), vocabulary, args.length), None
         if pairs and args.dpo:
             records = read_records(args.dpo, ("instruction", "input", *answers))
         else:
@@ -93,16 +95,17 @@ class Bench:
         return encode_records(Tokenizer.from_pretrained(args.model), records, LONGEST, answers)
 
     def batches(self, pairs=False):
-        """(batches of samples, batches of their records), warm-up first, in a shuffled order."""
+        """(batches of examples, batches of their records), warm-up first, in a shuffled order."""
         size, steps = self.args.batch_size, self.args.warm + self.args.steps
-        samples, records = self.samples(size * steps, pairs)
-        order = np.random.default_rng(42).permutation(len(samples))
+        examples, records = self.examples(size * steps, pairs)
+        order = np.random.default_rng(42).permutation(len(examples))
         cut = lambda items: [[items[order[i % len(order)]] for i in range(n, n + size)]
                              for n in range(0, size * steps, size)]
-        return cut(samples), cut(records) if records else None
+        return cut(examples), cut(records) if records else None
 
     def prompts(self):
-        return [sample.prompt for sample in self.samples(self.args.prompts)[0][:self.args.prompts]]
+        examples, _ = self.examples(self.args.prompts)
+        return [example.prompt for example in examples[:self.args.prompts]]
 
     def load(self, training):
         """Our model as the scripts load it: to train, fp32 weights beside products of another dtype."""
@@ -138,13 +141,14 @@ class Bench:
             losses.append(step(batch))
             times.append(self.now())
             cold = cold or time.time() - self.args.started
-        return {**self.trained([s for batch in batches[warm:] for s in batch], factor, unit),
+        return {**self.trained([e for batch in batches[warm:] for e in batch], factor, unit),
                 "seconds": times[-1] - times[warm], "losses": losses[warm:], "cold_start_seconds": cold}
 
-    def trained(self, samples, factor, unit):
-        """Units and model FLOPs of samples whose sequences are counted as they stand alone."""
-        tokens = sum(len(s.prompt) + len(a) for s in samples for a in s.answers)
-        return {"unit": unit, "units": tokens if unit == "tokens" else len(samples), "tokens": tokens,
+    def trained(self, examples, factor, unit):
+        """Units and model FLOPs of examples whose sequences are counted as they stand alone."""
+        tokens = sum(len(e.prompt) + len(a) for e in examples for a in e.answers)
+        units = tokens if unit == "tokens" else len(examples)
+        return {"unit": unit, "units": units, "tokens": tokens,
                 "flops": factor * self.parameters * tokens}
 
     def time(self, call, seconds=0.5):
@@ -198,7 +202,7 @@ def sft(b, share=True):
     optimizer = make_optimizer(model, 5e-5)
 
     def step(batch):
-        count, loss = sum(len(s.answers[0]) for s in batch), 0.0
+        count, loss = sum(len(e.answers[0]) for e in batch), 0.0
         done.append(pack(batch, b.args.max_tokens, share))
         for p in done[-1]:
             p = p.to(b.device)
@@ -215,18 +219,22 @@ def sft(b, share=True):
 def dpo(b, share=True):
     """A step as in train_dpo.main, with its part of the reference pass."""
     (batches, _), model, done = b.batches(pairs=True), b.load(training=True), []
-    optimizer, settings = make_optimizer(model, 5e-6), SimpleNamespace(
-        beta=0.01, sft=2.0, batch_size=b.args.batch_size, max_tokens=b.args.max_tokens, no_share=not share)
+    optimizer = make_optimizer(model, 5e-6)
+    settings = SimpleNamespace(max_tokens=b.args.max_tokens, no_share=not share)
 
     def step(batch):
-        reference, loss = reference_logprobs(model, batch, settings, (b.device, 0, 1)), 0.0
+        reference, loss = reference_logprobs(model, batch, settings, World(b.device)), 0.0
         done.append(pack(batch, b.args.max_tokens, share))
         for p in done[-1]:
+            pairs = torch.unique(p.answer // 2)
             p = p.to(b.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            part, _ = pairs_loss(logprobs, p.answer, batch, reference, torch.ones(len(batch)), settings)
-            (part / len(batch)).backward()
-            loss += part.item() / len(batch)
+            policy = answer_sums(logprobs, p.answer, 2 * len(batch)).view(-1, 2)[pairs]
+            length = policy.new_tensor([len(batch[i].answers[0]) for i in pairs])
+            part = pairs_loss(policy, reference[pairs].to(policy), length, torch.ones_like(length),
+                              beta=0.01, sft=2.0)["loss"].sum() / len(batch)
+            part.backward()
+            loss += part.item()
         update(model, optimizer, 5e-6)
         return loss
 
@@ -257,7 +265,7 @@ def sample(b, share=True, stops=False):
 def attend(b, prepare=lambda plan: partial(attention, plan=plan), tree=False):
     """One layer's attention over a stream of real lengths: sequences side by side, or pairs as a tree."""
     c, most = b.config, 8192 if b.cuda else 2048
-    p = pack(b.samples(most // 64, pairs=tree)[0], most, share=tree)[0]
+    p = pack(b.examples(most // 64, pairs=tree)[0], most, share=tree)[0]
     plan, G = tree_plan(p.end, device=b.device), c.num_key_value_heads
     qkv = [torch.randn(len(p.tokens), n, c.head_dim, device=b.device, dtype=b.products, requires_grad=True)
            for n in (c.num_attention_heads, G, G)]
@@ -277,15 +285,18 @@ def score(b, function=token_logprobs, sizes=None):
 def nucleus(b, function=draw_token):
     """One top-p draw a row from a softmax that is neither flat nor a single peak."""
     B, V = (1024, 128256) if b.cuda else (64, b.config.vocab_size)
-    logits, key = torch.randn(B, V, device=b.device).mul_(3).to(b.products), torch.arange(B, device=b.device)
-    return b.kernel(lambda z: function(z, key, key, 1.0, 0.95), (logits,), 0, moved=2 * logits.nbytes)
+    logits = torch.randn(B, V, device=b.device).mul_(3).to(b.products)
+    seed = torch.arange(B, device=b.device)
+    return b.kernel(lambda z: function(z, seed, seed, 1.0, 0.95), (logits,), 0,
+                    moved=2 * logits.nbytes)
 
 
 def decode(b):
     """Generation by one layer with hardly any vocabulary: attention over the paged cache, and the engine."""
     shape = {**vars(b.config), "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True}
     model, new = random_model(LlamaConfig(**shape), b.device, b.products), b.args.new_tokens
-    run = partial(generate, model, [s.prompt for s in random_samples(b.args.prompts, 1, 64)], k=b.args.k)
+    prompts = [e.prompt for e in random_examples(b.args.prompts, 1, 64)]
+    run = partial(generate, model, prompts, k=b.args.k)
     run(max_new_tokens=4)
     began = b.now()
     run(max_new_tokens=new)

@@ -1,7 +1,7 @@
 """Predictions of other guards, for eval.py to score: LLaMA Guard 3, or any model behind an address.
 
-    python tests/baselines.py --guard DIR --data FILE... --out DIR       LLaMA Guard 3, run in model.py
-    python tests/baselines.py --url http://localhost:8000/v1 --model NAME --data FILE... --out DIR
+    python tools/baselines.py --guard DIR --data FILE... --out DIR    LLaMA Guard 3, run in model.py
+    python tools/baselines.py --url http://localhost:8000/v1 --model NAME --data FILE... --out DIR
     python eval.py --predictions DIR/*/generated_predictions.jsonl       then: F1 as for every other model
 
     benchmark files -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict)
@@ -26,16 +26,15 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, VERDICTS, Tokenizer, format_answers, parse_verdict,  # noqa: E402
-                  read_records, split_input)
+from data import (INSTRUCTION, VERDICTS, InputError, format_answers, parse_verdict,  # noqa: E402
+                  read_records, split_input, write_whole)
 from eval import labels_of  # noqa: E402
-from mine_hard import answer_prompts, check_settings, write_lines  # noqa: E402
-from model import InputError, Llama, pick_device, pick_dtype, write_whole  # noqa: E402
+from mine_hard import LazyModel, answer_prompts, check_settings, write_lines  # noqa: E402
+from model import World, pick_device  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
 
@@ -110,15 +109,16 @@ def guard_questions(records, dataset):
     return questions
 
 
-def run_guard(args, path, dataset, load, tokenizer):
-    """Prediction lines of LLaMA Guard for one file."""
+def run_guard(args, path, dataset, guard):
+    """Prediction lines of LLaMA Guard, a LazyModel, for one file."""
     records, file = read_records(path)[:args.limit], Path(args.out) / dataset / "answers.jsonl"
     questions = guard_questions(records, dataset)
-    prompts = [guard_ids(tokenizer, args.template, texts, args.max_length) for _, _, texts in questions]
-    settings = {"model": args.guard, "data": str(path), "seed": 0, "template": args.template,
-                **{key: getattr(args, key) for key in ("limit", "max_length", "max_new_tokens", "dtype")}}
-    lines = answer_prompts(load, prompts, file, (None, 0, 1), 256, settings, label=f"{dataset}: ",
-                           temperature=0, max_new_tokens=args.max_new_tokens or 32)
+    prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
+               for _, _, texts in questions]
+    settings = {"model": args.guard, "data": str(path), "template": args.template, "seed": 0,
+                "k": 1, "temperature": 0, "max_new_tokens": args.max_new_tokens or 32,
+                **{key: getattr(args, key) for key in ("limit", "max_length", "dtype")}}
+    lines = answer_prompts(guard, prompts, file, World(guard.device), settings, args)
     said, named = {}, Counter()
     for (i, task, _), line in zip(questions, lines):
         word, categories = parse_guard(line["samples"][0]["text"])
@@ -277,7 +277,7 @@ def run_address(args, path, dataset):
     it has said nothing, which counts as wrong)."""
     records, file = read_records(path)[:args.limit], Path(args.out) / dataset / "answers.jsonl"
     settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
-    check_settings(file.with_name("settings.json"), settings, 0)
+    check_settings(file.with_name("settings.json"), settings, World(pick_device("cpu")))
 
     def answer(row):
         messages = [{"role": "system", "content": INSTRUCTION + "\n" + REPLY},
@@ -322,6 +322,7 @@ def parse_arguments(argv):
     p.add_argument("--limit", type=int, help="use the first N records of each file only")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of LLaMA Guard")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.set_defaults(block=256, kv_tokens=None, no_share=False, format=None)      # for answer_prompts
     args = p.parse_args(argv)
     if bool(args.guard) == bool(args.url) or bool(args.url) != bool(args.model):
         p.error("give either --guard DIR, or --url ADDRESS and --model NAME")
@@ -334,18 +335,13 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.guard:
-        tokenizer = Tokenizer.from_pretrained(args.guard)
+        guard = LazyModel(args, args.guard, pick_device(args.device))
         if args.template == TEMPLATE:
             print("LLaMA Guard is asked in our words; --template: in those of its training", file=sys.stderr)
 
-        @lru_cache
-        def load():
-            device = pick_device(args.device)
-            return Llama.from_pretrained(args.guard, device, pick_dtype(device, args.dtype)), tokenizer
-
     for path in args.data:
         name = args.dataset or Path(path).stem
-        lines = run_guard(args, path, name, load, tokenizer) if args.guard else run_address(args, path, name)
+        lines = run_guard(args, path, name, guard) if args.guard else run_address(args, path, name)
         if lines:
             target = Path(args.out) / name / "generated_predictions.jsonl"
             write_lines(target, lines)

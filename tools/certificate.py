@@ -1,7 +1,7 @@
 """What the toy corpus claims, checked from its text alone. Ends in PASS and FAIL lines; FAIL: exit status 1.
 
-    python tests/certificate.py                the files of toy/
-    python tests/certificate.py --toy DIR      another corpus of the same kind
+    python tools/certificate.py                the files of toy/
+    python tools/certificate.py --toy DIR      another corpus of the same kind
 
 1  solvable      a few patterns and the written rule give every verdict, so 100% can be reached
 2  no shortcut   logistic regression on words stays near the majority class (word pairs: shown)

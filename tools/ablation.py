@@ -1,7 +1,7 @@
 """The paper's Table 7 on the embedded corpus, with the controls it lacks (`make ablation`).
 
-    python tests/ablation.py --out out/ablation              corpus seeds that no default was chosen on
-    python tests/ablation.py --out DIR --skips 0.25 --variants r_sft hs_dpo swapped
+    python tools/ablation.py --out out/ablation         corpus seeds that no default was chosen on
+    python tools/ablation.py --out DIR --skips 0.25 --variants r_sft hs_dpo swapped
 
 For each corpus seed, training seed and share s of traces that skip a check, every variant is trained
 from the same base model and answers the same test records greedily. The figure is the mean of the three
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import certificate  # noqa: E402
 import eval as evaluation  # noqa: E402
 import make_toy  # noqa: E402
@@ -50,9 +50,8 @@ import mine_hard  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
-from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict, read_records,  # noqa: E402
-                  split_input)
-from model import read_json, write_json  # noqa: E402
+from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict,  # noqa: E402
+                  read_json, read_records, split_input, write_json)
 
 VARIANTS = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8", "ensemble",
             "swapped"]

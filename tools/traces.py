@@ -1,6 +1,7 @@
 """Saved predictions become training records: the reasoning of another guard, kept where its verdict is right.
 
-    python tests/traces.py PREDICTIONS... --out traces.json [--limit N] [--seed S] [--most-characters M] [--labels]
+    python tools/traces.py PREDICTIONS... --out traces.json
+        [--limit N] [--seed S] [--most-characters M] [--labels]
 
 PREDICTIONS are JSON lines {"prompt", "label", "predict"} as the released models' files are; a record is
 kept if every verdict that its label names is right, each prompt once, in seeded order. --labels leaves the
@@ -13,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import HUMAN, INSTRUCTION, format_answers, gold_verdict, parse_records, parse_verdict  # noqa: E402
+from data import (HUMAN, INSTRUCTION, InputError, format_answers, gold_verdict,  # noqa: E402
+                  parse_records, parse_verdict, write_json)
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
-from model import InputError, write_json  # noqa: E402
 
 
 def right_traces(path, counts):

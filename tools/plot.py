@@ -1,7 +1,7 @@
 """Pictures of runs: metrics.jsonl and results.json become two SVG files, with the standard library alone.
 
-    python tests/plot.py                                         the demo's, into tests/pictures
-    python tests/plot.py --metrics FILE... --results FILE... --out DIR
+    python tools/plot.py                                         the demo's, into docs
+    python tools/plot.py --metrics FILE... --results FILE... --out DIR
 
     OUT/curves.svg    loss of each run by step, and margin and accuracy of those that train on pairs
     OUT/f1.svg        F1 of each data set and task with its 95% interval, a bar for each results.json
@@ -16,9 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import parse_records  # noqa: E402
+from data import InputError, parse_records, read_json, write_whole  # noqa: E402
 from eval import TITLES  # noqa: E402
-from model import InputError, read_json, write_whole  # noqa: E402
 
 GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a"]
 
@@ -156,7 +155,7 @@ def main(argv=None):
                    default=["out/sft/metrics.jsonl", "out/dpo/metrics.jsonl"])
     p.add_argument("--results", nargs="*", metavar="FILE", help="results.json of evaluations",
                    default=["out/eval_sft/results.json", "out/eval_dpo/results.json"])
-    p.add_argument("--out", type=Path, default=ROOT / "tests/pictures", help="folder to write")
+    p.add_argument("--out", type=Path, default=ROOT / "docs", help="folder to write")
     args = p.parse_args(argv)
     if args.metrics:
         curves(read_runs(args.metrics), args.out / "curves.svg")

@@ -1,7 +1,7 @@
 """The first step of the paper: a strong model writes the reasoning for exchanges whose labels are known.
 
-    python tests/synthesize.py --url http://localhost:8000/v1 --model NAME --data FILE... --out DIR
-    python tests/synthesize.py --table toy/train_*.json         only the paper's Table 1, for these files
+    python tools/synthesize.py --url http://localhost:8000/v1 --model NAME --data FILE... --out DIR
+    python tools/synthesize.py --table toy/train_*.json    the paper's Table 1 only, of these files
 
     labelled exchanges -> OUT/NAME.json, records {"instruction", "input", "output"} for train_sft.py
 
@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import answer_rows, ask  # noqa: E402
-from data import (INSTRUCTION, VERDICTS, format_answers, format_input, gold_verdict,  # noqa: E402
-                  parse_records, parse_verdict, read_records, split_input)
+from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input,  # noqa: E402
+                  gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
 from mine_hard import check_settings  # noqa: E402
-from model import InputError, write_json  # noqa: E402
+from model import World, pick_device  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
 # paper, Table 1: source -> samples, reasoning steps; and of all: mean characters of a step
@@ -240,7 +240,7 @@ def main(argv=None):
         settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
                     "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
         folder = Path(args.out) / name
-        check_settings(folder / "settings.json", settings, 0)
+        check_settings(folder / "settings.json", settings, World(pick_device("cpu")))
         lines = synthesize(args, exchanges, folder / "answers.jsonl")
         inputs = [format_input(prompt, response) for prompt, response, _ in exchanges]
         records = [{"instruction": INSTRUCTION, "input": inputs[row], "output": line["output"]}

@@ -1,4 +1,4 @@
-"""What tests/bench.py compares with: transformers, TRL and torch's own kernels, as a plain user has them.
+"""What bench.py compares with: transformers, TRL and torch's own kernels, as a plain user has them.
 
 Each takes the same Bench (see there) and the same batches. The packages are imported inside: none is needed
 before --peers asks for it, and one that is absent is named. Padded peers compute ROWS rows at once.
@@ -37,10 +37,10 @@ def sft(b):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
 
     def step(batch):
-        count, loss = sum(len(s.answers[0]) for s in batch), 0.0
+        count, loss = sum(len(e.answers[0]) for e in batch), 0.0
         for some in (batch[i:i + ROWS] for i in range(0, len(batch), ROWS)):
-            rows = [s.prompt + s.answers[0] for s in some]
-            labels = padded([[-100] * len(s.prompt) + s.answers[0] for s in some], -100)
+            rows = [e.prompt + e.answers[0] for e in some]
+            labels = padded([[-100] * len(e.prompt) + e.answers[0] for e in some], -100)
             mask = padded([[1] * len(row) for row in rows], 0)
             part = model(input_ids=padded(rows, 0).to(b.device), attention_mask=mask.to(b.device),
                          labels=labels.to(b.device), use_cache=False, num_items_in_batch=count).loss
@@ -57,8 +57,9 @@ def sft(b):
 def trl_rows(b, batches, records, pairs):
     """What a TRL trainer is given: our token ids for SFT, or the text of pairs."""
     if not pairs:                                                  # twice: packing may need more
-        return [{"input_ids": s.prompt + s.answers[0], "labels": [-100] * len(s.prompt) + s.answers[0]}
-                for some in batches * 2 for s in some]
+        return [{"input_ids": e.prompt + e.answers[0],
+                 "labels": [-100] * len(e.prompt) + e.answers[0]}
+                for some in batches * 2 for e in some]
     t = Tokenizer.from_pretrained(b.args.model)
     head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
     return [{"prompt": head + r["instruction"] + "\n" + r["input"] + tail, "chosen": r["chosen"] + t.end,
@@ -116,7 +117,8 @@ def trl(b, pairs, **options):
     trainer.train()
     if options.get("precompute_ref_log_probs") and not clock["reference"]:
         raise RuntimeError("this TRL computes its reference elsewhere: time it there")
-    timed, tokens = [s for some in batches[warm:] for s in some], sum(seen[warm * each:len(batches) * each])
+    timed = [e for some in batches[warm:] for e in some]
+    tokens = sum(seen[warm * each:len(batches) * each])
     result = b.trained(timed, 8, "pairs") if pairs else b.trained(timed, 6, "tokens")
     if packing:                                                    # the packer chose other sequences
         result.update(units=tokens, tokens=tokens, flops=6 * b.parameters * tokens)
@@ -190,7 +192,7 @@ def logprobs(hidden, head, targets):
     return -F.cross_entropy((hidden @ head.to(hidden.dtype).T).float(), targets, reduction="none")
 
 
-def nucleus(logits, key, position, temperature, top_p):
+def nucleus(logits, seed, position, temperature, top_p):
     """Top-p by sorting every row."""
     p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0

@@ -1,6 +1,6 @@
 """Say what is odd about data files: duplicates, conflicting labels, overlap, gaps, leaks.
 
-    python tests/audit.py FILE...      later files are compared with the earlier ones
+    python tools/audit.py FILE...      later files are compared with the earlier ones
 """
 import re
 import sys

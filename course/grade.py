@@ -1,9 +1,9 @@
 """Grade a student's copy made by make_assignment.py.
 
-    python tests/grade.py STUDENT                       points of each exercise, of each set, and the total
-    python tests/grade.py STUDENT --sets 1 2 --seed 7   only these sets; other random cases
-    python tests/grade.py STUDENT --only dpo_loss       one exercise, with the output of its tests
-    python tests/grade.py --self-check                  0 for blanks and mistakes, all points for our code
+    python course/grade.py STUDENT                       points of each exercise, each set, and all
+    python course/grade.py STUDENT --sets 1 2 --seed 7   only these sets; other random cases
+    python course/grade.py STUDENT --only dpo_loss       one exercise, with the output of its tests
+    python course/grade.py --self-check                  0 for blanks and mistakes, all for our code
 
 Every exercise is graded in a copy of *our* checkout in which only that function is the student's (with what
 else their file has at top level that ours has not: helpers, imports). So a blank or broken function costs its
@@ -105,15 +105,17 @@ def child(folder, exercise, seed, seconds, result):
     with open(folder.parent / "log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    elsewhere = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests", ROOT / "toy")]
-    sys.path[:] = [str(folder), str(folder / "tests"), str(folder / "toy"), *elsewhere]
+    parts = ("", "tests", "toy", "tools", "course")
+    ours = [ROOT / part for part in parts]
+    elsewhere = [p for p in sys.path if Path(p or ".").resolve() not in ours]
+    sys.path[:] = [*(str(folder / part) for part in parts), *elsewhere]
     os.chdir(folder)
     sys.dont_write_bytecode, options = True, []
     if exercise.set == 5:                               # before Triton is imported
         os.environ["TRITON_INTERPRET"], options = "1", ["-o", "python_functions=check_*"]
     try:
-        import course_cases
-        course_cases.run(exercise.name, seed)
+        import cases
+        cases.run(exercise.name, seed)
         import pytest
         options += ["-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(folder)]
         options += ["--basetemp", str(folder.parent / "tmp")]
@@ -212,7 +214,7 @@ def grade(folder, exercises, seed, seconds, show=False):
 
 def self_check(exercises, seed, seconds):
     """Each exercise blank, with our body, and with a known mistake; returns how many come out otherwise."""
-    from course_cases import WRONG
+    from cases import WRONG
     surprises = 0
     for e in exercises:
         ours, start = (ROOT / e.file).read_text(encoding="utf-8"), time.time()

@@ -1,11 +1,11 @@
 """A student's copy of the repository: functions blanked out in problem sets, and a handout that lists them.
 
-    python tests/make_assignment.py OUT              all sets, and the voluntary fifth
-    python tests/make_assignment.py OUT --sets 2     this one; everything else stays as it is
+    python course/make_assignment.py OUT              all sets, and the voluntary fifth
+    python course/make_assignment.py OUT --sets 2     this one; everything else stays as it is
 
 A blanked function keeps its signature, its docstring (which is the exercise) and comments above its first
 statement; its body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is made from the table below, and
-`python tests/grade.py OUT` grades. What would give solutions away is kept back: see KEPT_BACK.
+`python course/grade.py OUT` grades. What would give solutions away is kept back: see KEPT_BACK.
 """
 import argparse
 import ast
@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["model.py", "data.py", "train_sft.py", "mine_hard.py", "train_dpo.py", "eval.py"]
-PARTS = [*SCRIPTS, "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "toy", "tests"]
-KEPT_BACK = ["make_assignment.py", "grade.py", "course_cases.py", "test_course.py", "mutants.py",
+PARTS = [*SCRIPTS, "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore",
+         "toy", "tests", "tools", "docs", "course"]
+KEPT_BACK = ["make_assignment.py", "grade.py", "cases.py", "test_course.py", "mutants.py",
              "test_forks.py", "forks"]
 
 # set -> (title, hours, prerequisites, what to read first, what to do beside the functions)
@@ -51,17 +52,18 @@ EXERCISES = [Exercise(*row) for row in [
     ("rms_norm", M, 1, 2, "test_model.py", "rms_norm_by_hand"),
     ("rope_frequencies", M, 1, 3, "test_model.py", "slows_long_waves"),
     ("apply_rope", M, 1, 2, "test_model.py", "halves_of_a_head or distance_only"),
-    ("attention_by_mask", M, 1, 4, "test_model.py", "by_blocks"),
+    ("attention_by_mask", M, 1, 4, "test_model.py", "by_tiles"),
     ("Attention.forward", M, 1, 3, "test_model.py", "logits_equal_transformers"),
     ("MLP.forward", M, 1, 2, "test_model.py", "logits_equal_transformers"),
-    ("Block.forward", M, 1, 1, "test_model.py", "logits_equal_transformers"),
+    ("Layer.forward", M, 1, 1, "test_model.py", "logits_equal_transformers"),
 
-    ("tree_plan", M, 2, 5, "test_model.py", "plan_of_the_readme_example or does_not_nest or by_blocks"),
-    ("row_blocks", M, 2, 5, "test_model.py", "by_blocks or blocks_end"),
-    ("BlockAttention.backward", M, 2, 4, "test_model.py", "by_blocks"),
+    ("tree_plan", M, 2, 5, "test_model.py",
+     "plan_of_the_readme_example or does_not_nest or by_tiles"),
+    ("row_tiles", M, 2, 5, "test_model.py", "by_tiles or tiles_end"),
+    ("TileAttention.backward", M, 2, 4, "test_model.py", "by_tiles"),
     ("TokenLogprobs.forward", M, 2, 3, "test_model.py", "token_logprobs", ("TokenLogprobs.backward",)),
     ("TokenLogprobs.backward", M, 2, 4, "test_model.py", "token_logprobs", ("TokenLogprobs.forward",)),
-    ("common_prefix", M, 2, 1, "test_model.py", "common_prefix"),
+    ("common_prefix", D, 2, 1, "test_data.py", "common_prefix"),
     ("lay_out", D, 2, 5, "test_data.py", "pack_of_the_readme_example or scores_every"),
     ("pack", D, 2, 4, "test_data.py", "pack_of_the_readme_example or scores_every"),
     ("sft_loss", S, 2, 1, "test_train.py", "whole_step"),
@@ -138,7 +140,8 @@ def blank(source, names):
     for name in names:
         node = find(tree, name)
         if node is None or not statements(node):
-            raise SystemExit(f"no function {name} to blank; correct the table in tests/make_assignment.py")
+            raise SystemExit(f"no function {name} to blank; correct the table in "
+                             "course/make_assignment.py")
         nodes.append(node)
     # from below: line numbers above stay right
     for node in sorted(nodes, key=lambda node: -node.lineno):
@@ -169,7 +172,7 @@ NOTES = {                                               # where a function has n
                          "`attend(q, k, v)` gives what each head reads, (T, H, E); the heads side by side go "
                          "through `o_proj`",
     "MLP.forward": "see the docstring of the class; x (T, D) -> (T, D)",
-    "Block.forward": "see the docstring of the class; x (T, D) -> (T, D)",
+    "Layer.forward": "see the docstring of the class; x (T, D) -> (T, D)",
     "TokenLogprobs.forward": "see the docstring of the class; as many rows at a time as have LOGITS logits. "
                              "Save hidden, head, targets and the log-sum-exp of every row",
     "TokenLogprobs.backward": "see the docstring of the class; gradients of hidden and head, in their shapes"}
@@ -197,8 +200,8 @@ the named tests and by random cases of the instructor. A function gives all its 
 signatures, and put helpers at the top level of the same file; changes elsewhere, and to tests, are not looked
 at.
 
-Before you begin, ask yourself the ten questions of tests/QUESTIONS.md: README.md and an hour of reading answer
-them.
+Before you begin, ask yourself the ten questions of course/QUESTIONS.md: README.md and an hour of
+reading answer them.
 """
 
 

@@ -1,9 +1,9 @@
 """Speed and memory of training, generation and kernels on this device, beside peers in the same run.
 
-    python tests/bench.py                                                  the toy model and its corpus
-    python tests/bench.py --model DIR --sft FILE --dpo FILE --peers --repeat 3 --json FILE
-    python tests/bench.py --shape 1b --peers --minutes 9 --json FILE       random weights, on a GPU
-    python tests/bench.py --shape 1b --memory-cap 22                       can a 24 GB card train it?
+    python tools/bench.py                                               the toy model and its corpus
+    python tools/bench.py --model DIR --sft FILE --dpo FILE --peers --repeat 3 --json FILE
+    python tools/bench.py --shape 1b --peers --minutes 9 --json FILE    random weights, on a GPU
+    python tools/bench.py --shape 1b --memory-cap 22                    can a 24 GB card train it?
 
 Every item (measure.py: ours, peers.py: others) runs in a process of its own, so that peak memory is its own.
 A round runs all items in turn, as machines drift; the table shows medians over rounds, "ours/this" the median
@@ -31,11 +31,12 @@ from statistics import median
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import measure  # noqa: E402
 import peers  # noqa: E402
+from data import InputError, at_least, write_json  # noqa: E402
 from measure import twin  # noqa: E402
-from model import InputError, at_least, attention_by_mask, write_json  # noqa: E402
+from model import attention_by_mask  # noqa: E402
 
 sft, dpo, sample, attend, score = measure.sft, measure.dpo, measure.sample, measure.attend, measure.score
 by_mask = partial(attend, prepare=lambda plan: partial(attention_by_mask, plan=plan))
