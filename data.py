@@ -13,6 +13,7 @@ This file is read first and imports nothing of ours. Simpler than elsewhere: one
 answer; no system prompt; byte-level BPE only.
 """
 import argparse
+import ast
 import base64
 import contextlib
 import json
@@ -63,12 +64,17 @@ def format_input(prompt, response=None):
     return f"{HUMAN}{prompt}{ASSISTANT}{answer}\n\n"
 
 
+def is_formatted(text):
+    """Is this an exchange as format_input writes it?"""
+    return text.startswith(HUMAN) and ASSISTANT in text
+
+
 def split_input(text):
-    """(prompt, response or None) of a formatted input;
-    a marker typed into the request is part of it."""
-    prompt, found, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
-    if not found or not prompt.startswith(HUMAN):
+    """(prompt, response or None) of an exchange; a marker typed into the request is part of it.
+    Any other text is a prompt."""
+    if not is_formatted(text):
         return text, None
+    prompt, _, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if response.strip() == "None":
         response = None
     return prompt.removeprefix(HUMAN), response
@@ -77,15 +83,35 @@ def split_input(text):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    A verdict is the word after the task's name in the last line that begins with it (the Answers
-    block ends a text). Case does not matter, and any word but the two allowed ones is no verdict:
-    "Request: harmful\\nResponse: unsure" -> request harmful, completion None, response None."""
+    A verdict is what follows the task's name in the first line of the last Answers block that
+    begins with it; where the block has no such line, or there is no block, in the last such line of
+    the text. Case and markdown do not matter; verdict_word says what counts as one."""
+    *before, block = re.split("answers:", text, flags=re.IGNORECASE)
     verdict = {}
     for name, words in VERDICTS.items():
-        found = re.findall(rf"^[^\w\n]*{name}:\W*(\w+)", text, re.IGNORECASE | re.MULTILINE)
-        word = found[-1].lower() if found else None
-        verdict[name] = word if word in words else None
+        line = re.compile(rf"^[^\w\n]*{name}:\s*(.*)", re.IGNORECASE | re.MULTILINE)
+        in_block = line.findall(block) if before else []
+        said = in_block[:1] or line.findall(text)[-1:]
+        verdict[name] = verdict_word(said[0], words) if said else None
     return verdict
+
+
+def verdict_word(said, words):
+    """The one of these two words that the text begins with, in lower case, or None.
+
+    None too where the word is negated ("not harmful", "harmful: no") or joined to another one by a
+    slash or "or" ("harmful/unharmful"), and where the other word follows in the same line."""
+    found = re.match(rf"([\W_]*)({'|'.join(words)})(?![^\W_])(.*)", said, re.IGNORECASE)
+    if not found:
+        return None
+    before = found[1]
+    word = found[2].lower()
+    rest = found[3].lower()
+    other = words[1] if word == words[0] else words[0]
+    negated = re.search(r"[!~\u00ac\u2260-]", before)
+    doubted = re.match(r"[-'\u2019]\w|[^\w/|\\]*([/|\\][\W_]*\w|(or|no|not|false|none)\b)", rest)
+    contradicted = re.search(rf"\b{other}\b", rest)
+    return None if negated or doubted or contradicted else word
 
 
 def format_answers(request=None, completion=None, response=None):
@@ -112,20 +138,20 @@ def gold_verdict(record):
 def read_records(path, fields=("instruction", "input", "output")):
     """The records of a JSON array or JSON-lines file that have text in these fields.
 
-    Label columns (as in WildGuardTest) make an output; records with an empty field are skipped and
-    counted on stderr. InputError names a record that is no object or lacks a field."""
+    Where `output` is absent or blank, label columns (as in WildGuardTest) make one. Records with an
+    empty field are skipped and counted on stderr. InputError names a record that is no object,
+    lacks a field, or has an unknown word in a label column."""
     records = []
     empty = Counter()
     for place, record in parse_records(path):
         if not isinstance(record, dict):
             raise InputError(f"{path}: {place} is not a JSON object")
-        labels = [record.get(column) for column in LABEL_COLUMNS]
-        if any(labels) and "Answers:" not in str(record.get("output")):
-            record["output"] = format_answers(*labels)
+        if "output" in fields and is_blank(record.get("output")):
+            record.update(output_of_columns(f"{path}: {place}", record))
         for name in fields:
             if not isinstance(record.get(name), str):
                 raise InputError(f"{path}: {place} has no text in field {name!r}")
-        blank = [name for name in fields if not record[name].strip()]
+        blank = [name for name in fields if is_blank(record[name])]
         if blank:
             empty[blank[0]] += 1
         else:
@@ -135,6 +161,28 @@ def read_records(path, fields=("instruction", "input", "output")):
     if not records:
         raise InputError(f"{path}: no usable record")
     return records
+
+
+def is_blank(value):
+    """Is this null, NaN, or a text of nothing but spaces?"""
+    return value is None or value != value or isinstance(value, str) and not value.strip()
+
+
+def output_of_columns(place, record):
+    """{"output": an Answers block} by the label columns of a record, blank where none has a label;
+    {} where there are no such columns. InputError where a label is none of the known words."""
+    labels = []
+    for column, words in zip(LABEL_COLUMNS, VERDICTS.values()):
+        value = record.get(column)
+        if is_blank(value):
+            labels.append(None)
+        elif isinstance(value, str) and value.strip().lower() in words:
+            labels.append(value.strip().lower())
+        else:
+            raise InputError(f"{place}: {column} is {value!r}, neither {words[0]} nor {words[1]}")
+    if not any(column in record for column in LABEL_COLUMNS):
+        return {}
+    return {"output": format_answers(*labels) if any(labels) else ""}
 
 
 def parse_records(path):
@@ -177,25 +225,32 @@ STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endofte
 @dataclass
 class Vocabulary:
     """What a tokenizer file holds."""
-    tokens: dict        # bytes -> id
-    order: list         # the bytes of all tokens, by merge priority
-    pattern: str        # the regular expression that splits text before merging
-    special: dict       # control token -> id
+    tokens: dict            # bytes -> id
+    order: list             # the bytes of all tokens, by merge priority
+    pattern: str            # the regular expression that splits text before merging
+    special: dict           # control token -> id
+    words: dict             # text that is one token wherever it stands, and no control token -> id
 
 
 class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text
     that looks like one, typed by an attacker, is encoded as plain text."""
 
-    def __init__(self, vocabulary, format, folder):
+    def __init__(self, vocabulary, format, folder, size=math.inf):
         tokens = vocabulary.tokens
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(vocabulary.order + missing)}
-        self.bpe = tiktoken.Encoding("guard", pat_str=vocabulary.pattern, special_tokens={},
-                                     mergeable_ranks=ranks)
+        try:
+            self.bpe = tiktoken.Encoding("guard", pat_str=vocabulary.pattern, special_tokens={},
+                                         mergeable_ranks=ranks)
+        except ValueError as error:
+            raise InputError(f"{folder}: the tokenizer's regular expression: {error}") from None
         self.ids = [tokens.get(token) for token in ranks]           # tiktoken's rank -> id
         self.text = {id: token for token, id in tokens.items()}     # id -> bytes
+        self.text.update({id: word.encode() for word, id in vocabulary.words.items()})
+        self.words = vocabulary.words
         self.special = vocabulary.special
+        self.size = size                                            # ids that the model has
         self.format = format
         self.folder = folder
         self.missing = frozenset(token[0] for token in missing)     # bytes that no token spells
@@ -204,44 +259,100 @@ class Tokenizer:
         self.use_template(FORMATS[format])
 
     def use_template(self, template):
-        """Set the control tokens around turns and at the end of answers, as far as they exist."""
-        self.start = template.start if template.start in self.special else ""
-        self.head = template.head
-        self.close = template.close
-        self.end = next((mark for mark in template.ends if mark in self.special), None)
-        if self.end is None:
-            raise InputError(f"{self.folder}: the vocabulary has no {template.ends[0]}; "
-                             "try another --format")
+        """Set what stands before and after a user's text, and the end marks, as far as they
+        exist."""
+        start = template.start if template.start in self.special else ""
+        self.before = start + template.head.format("user")
+        self.after = template.close + template.head.format("assistant")
+        self.trim = False                                           # spaces around the user's text?
+        self.jinja = jinja_of(start, template)
+        ends = [mark for mark in template.ends if mark in self.special]
+        if not ends:
+            raise InputError(f"{self.folder}: the vocabulary has no control token "
+                             f"{template.ends[0]}; try another --format")
+        self.end = ends[0]
+        self.check_control(self.before + self.after + self.end)
         others = [mark for mark in STOPS if mark in self.special and mark != self.end]
-        self.stop = [self.special[mark] for mark in (self.end, *others)]
+        ids = [self.special[mark] for mark in (self.end, *others)]
+        self.stop = [id for id in ids if id < self.size]
+
+    def check_control(self, text):
+        """InputError where a control token in this text of a template has no row in the model."""
+        for piece in self.split_control(text):
+            id = self.special.get(piece, 0)
+            if id >= self.size:
+                raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
+                                 f"vocab_size {self.size}")
 
     @classmethod
     def from_pretrained(cls, folder, format=None):
         """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
-        format: llama3, chatml or raw; default: what the folder says.
-        InputError names what is missing."""
+
+        format: llama3, chatml or raw; default: what the folder says, by its chat template first.
+        InputError names what is missing or not known."""
         folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            vocabulary = read_tokenizer_json(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").exists():
-            vocabulary = read_tokenizer_model(folder / "tokenizer.model")
+        vocabulary = read_vocabulary(folder)
+        size = check_vocabulary_size(folder, vocabulary)
+        template = read_chat_template(folder)
+        name = format or find_format(template, vocabulary.special)
+        tokenizer = cls(vocabulary, name, folder, size)
+        if template and not format:
+            tokenizer.follow(template)
+        check_round_trip(tokenizer)
+        return tokenizer
+
+    def follow(self, template):
+        """Write what the folder's own chat template writes around a turn, where that is no more
+        than control tokens and roles; else say on stderr that our prompt is another one."""
+        request = "REQUEST"
+        try:
+            rendered = render_turn(template, request)
+            trimmed = render_turn(template, request + "\n\n") == rendered
+        except NotKnown as error:
+            rendered = f"what is not understood here: {error}"
+            trimmed = False
+        before, found, after = rendered.partition(request)
+        words = [piece for piece in self.split_control(before + after) if piece not in self.special]
+        if found and set("".join(words).split()) <= {"user", "assistant"}:
+            self.check_control(before + after)
+            self.before = before
+            self.after = after
+            self.trim = trimmed
+            self.jinja = template["chat_template"]
         else:
-            raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-        check_vocabulary_size(folder, vocabulary)
-        return cls(vocabulary, format or find_format(folder, vocabulary.special), folder)
+            print(f"{self.folder}: its chat template writes {rendered!r}, our prompts are "
+                  f"{self.before + request + self.after!r}", file=sys.stderr)
+
+    def split_control(self, text):
+        """The pieces of a template's text: control tokens, and what stands between them."""
+        return split_at(self.special, text)
 
     def encode(self, text):
         """Ids of plain text; a character that the vocabulary cannot spell becomes U+FFFD and is
         counted in `lost`."""
-        text = re.sub("[\ud800-\udfff]", self.replace, text)        # half of a surrogate pair
-        if self.missing and not self.missing.isdisjoint(text.encode()):
-            text = "".join(c if self.missing.isdisjoint(c.encode()) else self.replace(c)
-                           for c in text)
+        ids = []
+        for piece in split_at(self.words, self.spellable(text)):
+            if piece in self.words:
+                ids.append(self.words[piece])
+            else:
+                ids += self.merge(piece)
+        return ids
+
+    def merge(self, text):
+        """Ids of text in which no added word stands."""
         ids = []
         for start in range(0, len(text), 100_000):                  # tiktoken's stack has an end
             ranks = self.bpe.encode_ordinary(text[start:start + 100_000])
             ids += [self.ids[rank] for rank in ranks]
         return ids
+
+    def spellable(self, text):
+        """The text, with a substitute for each character that the vocabulary cannot spell."""
+        text = re.sub("[\ud800-\udfff]", self.replace, text)        # half of a surrogate pair
+        if self.missing and not self.missing.isdisjoint(text.encode()):
+            text = "".join(c if self.missing.isdisjoint(c.encode()) else self.replace(c)
+                           for c in text)
+        return text
 
     def replace(self, _):
         """What stands in for a character that cannot be encoded; counts it."""
@@ -254,17 +365,19 @@ class Tokenizer:
         return spelled.decode("utf-8", errors="replace")
 
     def prompt_ids(self, instruction, input):
-        """Ids of a whole prompt, ready for the answer:
-        template around instruction, newline, input."""
+        """Ids of a whole prompt, ready for the answer: template around instruction, newline,
+        input."""
+        *first, before = self.split_control(self.before)            # the template alone is split
+        after, *last = self.split_control(self.after)
         text = instruction + "\n" + input
-        template = (self.start + self.head.format("user") + "{}" + self.close
-                    + self.head.format("assistant"))
+        text = before + (text.strip() if self.trim else text) + after
+        return self.template_ids(first) + self.encode(text) + self.template_ids(last)
+
+    def template_ids(self, pieces):
+        """Ids of pieces of a template, as split_control makes them."""
         ids = []
-        for piece in re.split(r"(<\|\w+\|>)", template):            # the template alone is split
-            if piece in self.special:
-                ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece.replace("{}", text))
+        for piece in pieces:
+            ids += [self.special[piece]] if piece in self.special else self.encode(piece)
         return ids
 
     def answer_ids(self, text):
@@ -283,16 +396,18 @@ class Tokenizer:
         config = (read_json(path) if path.exists()
                   else {"tokenizer_class": "PreTrainedTokenizerFast"})
         config["eos_token"] = self.end
-        config["chat_template"] = self.chat_template()
+        config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "generation_config.json",
                    {"eos_token_id": self.stop, "do_sample": False})
 
-    def chat_template(self):
-        """The template in Jinja, as Hugging Face folders hold it."""
-        turn = self.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + self.close
-        ask = "{% if add_generation_prompt %}" + self.head.format("assistant") + "{% endif %}"
-        return self.start + "{% for m in messages %}" + turn + "{% endfor %}" + ask
+
+def split_at(marks, text):
+    """Split a text at these marks, the longest where several begin; the marks are pieces, too."""
+    if not marks:
+        return [text]
+    longest_first = sorted(map(re.escape, marks), key=len, reverse=True)
+    return re.split(f"({'|'.join(longest_first)})", text)
 
 
 # ------------------------------------------------------------------ examples
@@ -350,7 +465,9 @@ def fit_prompt(tokenizer, record, room):
     def shortened(most):
         """The prompt with at most so many characters of each text."""
         request, response = (text and text[:most] for text in texts)
-        return tokenizer.prompt_ids(instruction, format_input(request, response))
+        if is_formatted(record["input"]):
+            request = format_input(request, response)
+        return tokenizer.prompt_ids(instruction, request)
 
     fits = 0                                                # so many characters do, as it will be
     too_many = max(len(text or "") for text in texts)       # so many do not
@@ -530,31 +647,113 @@ def byte_letters():
     return letters
 
 
+def read_vocabulary(folder):
+    """The Vocabulary of a model folder, from Hugging Face's file or Meta's."""
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").exists():
+        return read_tokenizer_model(folder / "tokenizer.model")
+    raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+
+
 def read_tokenizer_json(path):
     """The Vocabulary of a byte-level BPE tokenizer.json; InputError for other kinds."""
     raw = read_json(path)
-    model = raw.get("model", {})
-    splitter = raw.get("pre_tokenizer") or {}
-    splitters = {s["type"]: s for s in splitter.get("pretokenizers", [splitter]) if "type" in s}
-    if model.get("type") != "BPE" or "ByteLevel" not in splitters or raw.get("normalizer"):
+    try:
+        return vocabulary_of(path, raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not as a tokenizer.json should be "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def vocabulary_of(path, raw):
+    """The Vocabulary that a tokenizer.json holds."""
+    model = raw["model"]
+    options = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    unusual = [name for name in options if model.get(name)]
+    if model.get("type") != "BPE" or raw.get("normalizer") or unusual:
         raise InputError(f"{path}: only byte-level BPE without a normalizer is known "
                          "(LLaMA 3, SmolLM2)")
+    pattern = split_pattern(path, raw.get("pre_tokenizer") or {})
+    special, words = added_tokens(path, raw.get("added_tokens") or [])
     letters = byte_letters()
 
     def spell(word):
+        """The bytes that a word of the file stands for."""
+        if not letters.keys() >= set(word):
+            raise InputError(f"{path}: {word!r} is not spelled in byte-level letters")
         return bytes(letters[c] for c in word)
 
-    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    tokens = {spell(word): id for word, id in model["vocab"].items() if word not in special}
-    order = sorted(tokens, key=tokens.get)              # made from a tiktoken file: id = priority
+    tokens = {spell(word): id for word, id in model["vocab"].items()
+              if word not in special and word not in words}
+    order = sorted(tokens, key=tokens.get)  # made from a tiktoken file: id = priority
     if not model.get("ignore_merges"):
-        merged = [spell("".join(pair).replace(" ", "")) for pair in model["merges"]]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = [spell(left) + spell(right) for left, right in pairs]
         single = [token for token in tokens if len(token) == 1]
-        order = list(dict.fromkeys(single + merged))    # merges are "a b" or ["a", "b"]
-    pattern = DIGIT_PATTERN if "Digits" in splitters else GPT2_PATTERN
-    if "Split" in splitters:
-        pattern = splitters["Split"]["pattern"]["Regex"]
-    return Vocabulary(tokens, order, pattern, special)
+        order = list(dict.fromkeys(single + merged))
+    for token in order:
+        if not isinstance(tokens.get(token), int):
+            raise InputError(f"{path}: {token!r} is merged, but has no id in the vocabulary")
+    return Vocabulary(tokens, order, pattern, special, words)
+
+
+def added_tokens(path, entries):
+    """({control token: id}, {word: id}) of a tokenizer.json's added tokens. Those that are not
+    `special` are text, found before anything is merged."""
+    special = {}
+    words = {}
+    for entry in entries:
+        name = entry["content"]
+        if entry.get("special"):
+            special[name] = entry["id"]
+        elif entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
+            raise InputError(f"{path}: the added token {name!r} depends on the spaces around it, "
+                             "which is not known here")
+        else:
+            words[name] = entry["id"]
+    return special, words
+
+
+def split_pattern(path, splitter):
+    """The regular expression whose matches are the pieces into which the file's pre_tokenizer
+    splits a text before merging. InputError for a pre_tokenizer that is not known."""
+    *first, last = splitter.get("pretokenizers") or [splitter]
+    to_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True)
+    as_gpt2 = last.get("use_regex", True)
+    kinds = [step.get("type") for step in first]
+    if to_bytes and as_gpt2 and not kinds:
+        return GPT2_PATTERN
+    if to_bytes and as_gpt2 and kinds == ["Digits"] and first[0].get("individual_digits"):
+        return DIGIT_PATTERN
+    if to_bytes and not as_gpt2 and kinds == ["Split"]:
+        pattern = first[0]["pattern"].get("Regex")
+        behavior = (first[0].get("behavior"), bool(first[0].get("invert")))
+        if pattern and behavior == ("Isolated", False):     # what it does not match is a piece, too
+            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
+        if pattern and behavior == ("Removed", True):       # check_round_trip sees what it drops
+            return pattern
+    raise InputError(f"{path}: this pre_tokenizer is not known: {json.dumps(splitter)[:300]}")
+
+
+# of every script and kind of character: text that a pattern drops is text that the guard never sees
+EVERY_SCRIPT = (
+    "Plain text, 'it's' 12345 and x=3.14; \t\ttabs  two   three\n\n\nlines\r\nCRLF \r end "
+    "Žluťoučký naïve Straße İı Ελληνικά Кириллица Հայերեն ქართული עברית العربية ۱۲۳ हिन्दी १२३ "
+    "বাংলা தமிழ் తెలుగు ಕನ್ನಡ മലയാളം සිංහල ไทย ລາວ မြန်မာ ខ្មែរ བོད་ አማርኛ ᏣᎳᎩ 한국어 日本語 カタカナ "
+    "漢字，。！ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ①②½² \u00a0\u200b\u200d\ufeff é ☃ 👩\u200d👧 🏳️\u200d🌈 ∑∫√≠ ←→ €£¥ «»„“‚‘’—… "
+    "\x00\x01\x1f\x7f\x85\u2028 \ue000 \U0010fffd _under_ a/b\\c {}[]()<>|`~^&*%$#@!?\n ")
+
+
+def check_round_trip(tokenizer):
+    """InputError unless decode(encode(text)) is the text again, for text in every script."""
+    text = tokenizer.spellable(EVERY_SCRIPT)
+    again = tokenizer.decode(tokenizer.encode(text))
+    if again != text:
+        place = next((i for i, (a, b) in enumerate(zip(text, again)) if a != b), len(again))
+        raise InputError(f"{tokenizer.folder}: its tokenizer does not give back the text "
+                         f"{text[place:place + 12]!r}: not known")
+    tokenizer.lost = 0
 
 
 def read_tokenizer_model(path):
@@ -569,31 +768,192 @@ def read_tokenizer_model(path):
         raise InputError(f"{path}: not a Llama 3 tokenizer.model "
                          "(older LLaMAs had another kind)") from None
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
-    return Vocabulary(tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special)
+    return Vocabulary(tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special, {})
 
 
 def check_vocabulary_size(folder, vocabulary):
-    """InputError where the tokenizer has ids that the model of the same folder has no row for."""
+    """How many ids the model of this folder has, by config.json; InputError where text can have
+    more. (Control tokens that no template uses may lie beyond.)"""
     config = folder / "config.json"
-    if not config.exists():
-        return
-    size = read_json(config).get("vocab_size", math.inf)
-    if max(vocabulary.tokens.values(), default=0) >= size:
+    size = read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
+    ids = [*vocabulary.tokens.values(), *vocabulary.words.values()]
+    if not isinstance(size, (int, float)) or max(ids, default=0) >= size:
         raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: "
                          "not its own")
+    return size
 
 
-def find_format(folder, special):
-    """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
-    template = folder / "chat_template.jinja"
+# ------------------------------------------------------------------ the folder's own chat template
+# It is written in Jinja, whose expressions are nearly Python's: Python parses them, and the kinds
+# of node that chat templates use are evaluated here. A filter, `x | trim`, is read as `x.trim`.
+class NotKnown(Exception):
+    """A piece of Jinja that is not evaluated here."""
+
+
+def jinja_of(start, template):
+    """A Template in Jinja, as Hugging Face folders hold it."""
+    turn = template.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + template.close
+    ask = "{% if add_generation_prompt %}" + template.head.format("assistant") + "{% endif %}"
+    return start + "{% for m in messages %}" + turn + "{% endfor %}" + ask
+
+
+def read_chat_template(folder):
+    """{"chat_template", "bos_token", "eos_token"} of a folder, or {} where it has no template."""
+    file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
-    says = read_text(template) if template.exists() else ""
-    if not says and config.exists():
-        says = read_json(config).get("chat_template")
-    known = str(says or special)
+    told = read_json(config) if config.exists() else {}
+    text = (read_text(file) if file.exists() else "") or told.get("chat_template")
+    if isinstance(text, list):                              # several, each with a name
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+    if not text:
+        return {}
+    found = {"chat_template": text}
+    for name in ("bos_token", "eos_token"):
+        token = told.get(name) or ""
+        found[name] = token["content"] if isinstance(token, dict) else token
+    return found
+
+
+def find_format(template, special):
+    """llama3, chatml or raw: what the chat template says, else which control tokens exist."""
+    known = str(template.get("chat_template") or special)
     if "<|start_header_id|>" in known:
         return "llama3"
     return "chatml" if "<|im_start|>" in known else "raw"
+
+
+def render_turn(template, request):
+    """What a chat template makes of one user's turn, ready for the answer; NotKnown where it holds
+    what is not evaluated here. template: as read_chat_template gives it."""
+    names = {**template, "messages": [{"role": "user", "content": request}],
+             "add_generation_prompt": True, "true": True, "false": False, "none": None}
+    text = template["chat_template"]
+    text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
+    text = re.sub(r"([%#]\})\n", r"\1", text)   # lines of tags leave none
+    text = re.sub(r"\s*(\{[{%#])-", r"\1", text)
+    text = re.sub(r"-([}%#]\})\s*", r"\1", text)
+    tokens = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
+    nodes, _ = parse_template(iter(tokens), ("",))
+    return "".join(run_template(nodes, names))
+
+
+def parse_template(tokens, until):
+    """(nodes, the tag that ended them): tokens are read up to a tag whose first word is in `until`.
+    A node is (kind, text, branches), a branch (condition, nodes)."""
+    nodes = []
+    for token in tokens:
+        inner = token[2:-2].strip()
+        word, _, rest = inner.partition(" ")
+        if token.startswith("{{"):
+            nodes.append(("print", inner, []))
+        elif token.startswith("{#"):
+            continue
+        elif not token.startswith("{%"):
+            nodes.append(("text", token, []))
+        elif word in until:
+            return nodes, inner
+        elif word == "set":
+            nodes.append(("set", rest, []))
+        elif word == "for":
+            body, _ = parse_template(tokens, ("endfor",))
+            nodes.append(("for", rest, [("", body)]))
+        elif word == "if":
+            branches = []
+            while word != "endif":
+                body, tag = parse_template(tokens, ("elif", "else", "endif"))
+                branches.append((rest if word != "else" else "true", body))
+                word, _, rest = tag.partition(" ")
+            nodes.append(("if", "", branches))
+        else:
+            raise NotKnown(token)
+    if until != ("",):
+        raise NotKnown(f"no {until[-1]}")
+    return nodes, ""
+
+
+def run_template(nodes, names):
+    """Yield the text of these nodes; names: the variables, which `set` and `for` change."""
+    for kind, text, branches in nodes:
+        if kind == "text":
+            yield text
+        elif kind == "print":
+            yield str(evaluate(text, names))
+        elif kind == "set":
+            name, _, expression = text.partition("=")
+            names[name.strip()] = evaluate(expression, names)
+        elif kind == "if":
+            chosen = [body for condition, body in branches if evaluate(condition, names)][:1]
+            for body in chosen:
+                yield from run_template(body, names)
+        else:
+            name, _, expression = text.partition(" in ")
+            values = evaluate(expression, names)
+            for index, value in enumerate(values):
+                last = index == len(values) - 1
+                loop = {"first": index == 0, "last": last, "index0": index, "index": index + 1}
+                names.update({"loop": loop, name.strip(): value})
+                yield from run_template(branches[0][1], names)
+
+
+def evaluate(expression, names):
+    """The value of a Jinja expression; NotKnown where it holds more than chat templates use."""
+    pieces = re.split(r"('[^']*'|\"[^\"]*\")", " ".join(["", expression.strip(), ""]))
+    pieces[0::2] = [re.sub(r"\s*\|\s*(\w+)", r".\1", code) for code in pieces[0::2]]     # filters
+    pieces[1::2] = [text.replace("\n", "\\n") for text in pieces[1::2]]                   # in quotes
+    try:
+        return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, names)
+    except (SyntaxError, TypeError, LookupError, AttributeError):
+        raise NotKnown(expression.strip()[:60]) from None
+
+
+def value_of(node, names):
+    """The value of a node of Python's syntax tree, read as Jinja; a name that is not defined:
+    None."""
+    def value(inner):
+        return value_of(inner, names)
+
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and node.attr == "trim":
+        return value(node.value).strip()
+    if isinstance(node, ast.Attribute):
+        return value(node.value).get(node.attr)
+    if isinstance(node, ast.Slice):
+        return slice(node.lower and value(node.lower), node.upper and value(node.upper))
+    if isinstance(node, ast.Subscript):
+        whole = value(node.value)
+        key = value(node.slice)
+        return whole.get(key) if isinstance(whole, dict) else whole[key]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return value(node.left) + value(node.right)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not value(node.operand)
+    if isinstance(node, ast.BoolOp):
+        test = any if isinstance(node.op, ast.Or) else all
+        return test(value(inner) for inner in node.values)
+    if isinstance(node, ast.IfExp):
+        return value(node.body) if value(node.test) else value(node.orelse)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return compare(value(node.left), node.ops[0], node.comparators[0], value)
+    raise NotKnown(ast.unparse(node)[:60])
+
+
+def compare(left, operator, right, value):
+    """left == right and the like; `is` is followed by the name of a test."""
+    if isinstance(operator, (ast.Is, ast.IsNot)):
+        tests = {"defined": left is not None, "none": left is None, "None": left is None,
+                 "string": isinstance(left, str), "mapping": isinstance(left, dict)}
+        return tests[ast.unparse(right)] == isinstance(operator, ast.Is)
+    right = value(right)
+    if isinstance(operator, (ast.Eq, ast.NotEq)):
+        return (left == right) == isinstance(operator, ast.Eq)
+    if isinstance(operator, (ast.In, ast.NotIn)):
+        return (left in right) == isinstance(operator, ast.In)
+    if isinstance(operator, ast.Gt):
+        return left > right
+    raise NotKnown(type(operator).__name__)
 
 
 # ---------------------------------------------------------------- errors and files, for all scripts
@@ -607,13 +967,14 @@ def warn(count, what):
         print(f"{count} {what}", file=sys.stderr)
 
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number that is not below `low`."""
+def at_least(low, kind=int, most=math.inf):
+    """An argparse type: a finite number that is not below `low`, nor above `most`."""
     def number(text):
         value = kind(text)
-        if low <= value < math.inf:
+        if low <= value <= most and value < math.inf:
             return value
-        raise argparse.ArgumentTypeError(f"must be at least {low}")
+        bounds = f"at least {low}" if most == math.inf else f"from {low} to {most}"
+        raise argparse.ArgumentTypeError(f"must be {bounds}")
     return number
 
 

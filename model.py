@@ -80,7 +80,8 @@ class LlamaConfig:
         raw["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "float32"
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
                                       or raw.get("num_attention_heads"))
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        names = [f.name for f in fields(cls)]
+        known = {name: raw[name] for name in names if name in raw}
         try:
             config = cls(**known)
             rope_frequencies(config)
@@ -91,8 +92,13 @@ class LlamaConfig:
 
     def to_json(self):
         """The dict to store as config.json, loadable by transformers and vLLM."""
-        stored = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-                  "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **vars(self)}
+        stored = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **vars(self)}
         if self.rope_scaling:
             stored["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling}
         return stored
@@ -100,12 +106,14 @@ class LlamaConfig:
 
 def check_llama(path, raw):
     """InputError where config.json describes what this file does not compute."""
-    if raw.get("model_type") != "llama":
-        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, only 'llama' is known")
+    kind = raw.get("model_type")
+    if kind != "llama":
+        raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")
     usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     for name, value in usual.items():
-        if (raw.get(name) or value) != value:
-            raise InputError(f"{path}: {name} is {raw[name]!r}, only {value!r} is known")
+        given = raw.get(name) or value
+        if given != value:
+            raise InputError(f"{path}: {name} is {given!r}, only {value!r} is known")
 
 
 # ------------------------------------------------------------------ the plain operations
@@ -136,16 +144,23 @@ def rope_frequencies(config, device="cpu"):
         return frequency
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    original = scaling["original_max_position_embeddings"]
+    turns = original * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)       # 1: a short wave, 0: a long one
-    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    slowed = (1 - keep) * frequency / scaling["factor"]
+    return keep * frequency + slowed
 
 
 def rope_tables(config, position, dtype):
     """cos and sin (T, 1, E/2) of position (T,) x frequency (E/2,), for apply_rope."""
-    exact = position.cpu() if position.device.type == "mps" else position   # MPS has no float64
-    angle = exact.double()[:, None, None] * rope_frequencies(config, exact.device)
-    return angle.cos().to(position.device, dtype), angle.sin().to(position.device, dtype)
+    exact = position
+    if position.device.type == "mps":                       # which has no float64
+        exact = position.cpu()
+    frequency = rope_frequencies(config, exact.device)
+    angle = exact.double()[:, None, None] * frequency
+    cos = angle.cos().to(position.device, dtype)
+    sin = angle.sin().to(position.device, dtype)
+    return cos, sin
 
 
 def apply_rope(x, cos, sin):
@@ -153,7 +168,9 @@ def apply_rope(x, cos, sin):
     x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E). Hugging Face weights pair the two *halves* of
     a head; Meta's original weights pair neighbours instead, and are not what these files hold."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat([turned_a, turned_b], -1)
 
 
 # ------------------------------------------------------------------ the prefix tree
@@ -199,8 +216,11 @@ def attention_by_mask(q, k, v, plan):
     q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole mask at once, to read and for tests."""
     i = torch.arange(len(q), device=q.device)[:, None]
     j = torch.arange(len(k), device=q.device)[None, :]
-    sees = (j <= i) & (i < plan.end.to(q.device)[None, :])
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))        # (H or G, T, E)
+    end = plan.end.to(q.device)[None, :]
+    sees = (j <= i) & (i < end)                             # (T, T)
+    q = q.transpose(0, 1)                                   # (H, T, E)
+    k = k.transpose(0, 1)                                   # (G, T, E)
+    v = v.transpose(0, 1)                                   # (G, T, E)
     out = functional.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True)
     return out.transpose(0, 1)
 
@@ -216,7 +236,8 @@ def attention(q, k, v, plan):
 def token_logprobs_at_once(hidden, head, targets):
     """log p(target) = z[target] - log sum exp(z),  z = head @ h, with all logits: for tests."""
     z = hidden @ head.to(hidden.dtype).T                    # (N, V)
-    return full_precision(z).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    log_p = full_precision(z).log_softmax(-1)               # (N, V)
+    return log_p.gather(-1, targets[:, None])[:, 0]
 
 
 def token_logprobs(hidden, head, targets):
@@ -325,8 +346,9 @@ class Llama(nn.Module):
     @property
     def head(self):
         """The output matrix (V, D): the embedding itself where the two are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model["embed_tokens"].weight if tied else self.lm_head.weight
+        if self.config.tie_word_embeddings:
+            return self.model["embed_tokens"].weight
+        return self.lm_head.weight
 
     @property
     def product_dtype(self):
@@ -352,7 +374,11 @@ class Llama(nn.Module):
         With rows (N,) and targets (N,): log p(targets[n] | what rows[n] sees), (N,) in nats. It is
         computed inside the module, where the weights of a sharded model are whole."""
         plan = tree_plan(end, device=tokens.device)
-        x = self.hidden(tokens, plan.position, lambda n, q, k, v: attention(q, k, v, plan))
+
+        def attend(n, q, k, v):                             # the same in every layer n
+            return attention(q, k, v, plan)
+
+        x = self.hidden(tokens, plan.position, attend)
         if rows is None:
             return x
         return token_logprobs(x[rows], self.head, targets)
@@ -484,11 +510,14 @@ def draw_token(logits, seed, position, temperature, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     V = logits.shape[1]
-    scaled = full_precision(logits) if temperature == 1 else full_precision(logits) / temperature
-    p = scaled.softmax(-1)
+    scaled = full_precision(logits)
+    if temperature != 1:
+        scaled = scaled / temperature
+    p = scaled.softmax(-1)                                  # (B, V)
     if V % BUCKET:
         p = functional.pad(p, (0, -V % BUCKET))     # whole buckets: zeros that nothing draws
-    below = functional.pad(p.unflatten(1, (-1, BUCKET)).sum(-1).cumsum(-1), (1, 0))
+    in_bucket = p.unflatten(1, (-1, BUCKET)).sum(-1)        # (B, V / 256)
+    below = functional.pad(in_bucket.cumsum(-1), (1, 0))    # (B, V / 256 + 1)
     token = torch.empty_like(seed)
     left = torch.arange(len(p), device=p.device)            # rows without a token so far
     attempt = 0
@@ -513,13 +542,17 @@ def token_at(u, p, below):
         p         | . . . . | . . . . . . . | . . |     inside it, the token that passes 0.20
 
     u (B,), p (B, V) in whole buckets, below (B, V / 256 + 1): the mass before each -> (B,)"""
-    u = u[:, None] * below[:, -1:]
-    bucket = torch.searchsorted(below, u, right=True).clamp(max=below.shape[1] - 1) - 1
+    u = u[:, None] * below[:, -1:]                          # (B, 1)
+    buckets = below.shape[1] - 1
+    after = torch.searchsorted(below, u, right=True)
+    bucket = after.clamp(max=buckets) - 1                   # (B, 1)
     rest = u - below.gather(1, bucket)
     rows = torch.arange(len(p), device=p.device)
-    inside = p.unflatten(1, (-1, BUCKET))[rows, bucket[:, 0]].cumsum(-1)       # (B, 256)
+    by_bucket = p.unflatten(1, (-1, BUCKET))                # (B, V / 256, 256)
+    inside = by_bucket[rows, bucket[:, 0]].cumsum(-1)       # (B, 256)
     place = torch.searchsorted(inside, rest, right=True).clamp(max=BUCKET - 1)
-    return (bucket * BUCKET + place)[:, 0]
+    token = bucket * BUCKET + place
+    return token[:, 0]
 
 
 @torch.inference_mode()
@@ -536,7 +569,8 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
             while len(answer) < max_new_tokens and not (answer and answer[-1] in stop):
                 tokens = torch.tensor(prompt + answer, device=device)
                 T = len(tokens)
-                last = model(tokens, torch.full((T,), T))[-1:]                 # (1, D)
+                end = torch.full((T,), T)
+                last = model(tokens, end)[-1:]                                 # (1, D)
                 logits = last @ model.head.to(last.dtype).T                    # (1, V)
                 position = torch.tensor([T], device=device)
                 token = draw_token(logits, own_seed, position, temperature, top_p)
@@ -594,8 +628,10 @@ def pick_and_sum(z, target, picked, log_sum):
     """Write z[target] and log sum exp(z) of logits z (N, V) into picked and log_sum, both (N,)."""
     if use_triton(z):
         return launch_row_totals(z, target, picked, log_sum)
-    picked.copy_(z.gather(-1, target[:, None])[:, 0])
-    for some_z, some_sum in zip(z.split(CACHED_ROWS), log_sum.split(CACHED_ROWS)):
+    at_target = z.gather(-1, target[:, None])               # (N, 1)
+    picked.copy_(at_target[:, 0])
+    parts = zip(z.split(CACHED_ROWS), log_sum.split(CACHED_ROWS))
+    for some_z, some_sum in parts:
         some_sum.copy_(full_precision(some_z).logsumexp(-1))
 
 
@@ -608,7 +644,8 @@ def logit_gradients(z, target, log_sum, grad):
     hit = grad * (inside == target)
     for start in range(0, len(z), CACHED_ROWS):
         some = slice(start, start + CACHED_ROWS)
-        p = (full_precision(z[some]) - log_sum[some, None]).exp_()
+        p = full_precision(z[some]) - log_sum[some, None]
+        p.exp_()
         p.mul_(-grad[some, None])
         p.scatter_add_(-1, inside[some, None], hit[some, None])
         z[some] = p
@@ -648,7 +685,9 @@ def tile_stop(start, end):
     """The row after the tile that begins at `start`. It ends with a subtree where it can: then no
     row of the next tile has to hide that subtree's keys. But products of few rows are slow, so only
     where the tile is at least a quarter full. Else it is full, or the stream is over."""
-    within = end[(end - start > TILE_ROWS // 4) & (end - start <= TILE_ROWS)]
+    size = end - start                                      # of a tile that stops at this end
+    fits = (size > TILE_ROWS // 4) & (size <= TILE_ROWS)
+    within = end[fits]
     if len(within):
         return within.max().item()
     return min(start + TILE_ROWS, len(end))
@@ -664,7 +703,8 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def by_group(x, G):
         """(T, H, E) -> (G, R, T, E): side by side the R query heads that share a key head."""
-        return x.unflatten(1, (G, -1)).permute(1, 2, 0, 3).contiguous()
+        grouped = x.unflatten(1, (G, -1))                           # (T, G, R, E)
+        return grouped.permute(1, 2, 0, 3).contiguous()
 
     @staticmethod
     def by_row(x):
@@ -688,9 +728,10 @@ class TileAttention(torch.autograd.Function):
         v = v.transpose(0, 1).contiguous()
         out = torch.empty_like(q)
         for rows, keys, masked in row_tiles(plan):
-            p = TileAttention.probabilities(q[:, :, rows], k[:, keys], masked)
+            some_q = q[:, :, rows]                                  # (G, R, n, E)
+            p = TileAttention.probabilities(some_q, k[:, keys], masked)
             some_out = p.flatten(1, 2) @ v[:, keys]                 # (G, R n, E)
-            out[:, :, rows] = some_out.unflatten(1, p.shape[1:3])
+            out[:, :, rows] = some_out.view_as(some_q)
         out = TileAttention.by_row(out)
         ctx.save_for_backward(q, k, v, out)
         ctx.plan = plan
@@ -699,8 +740,9 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, out = ctx.saved_tensors
-        G = len(k)
-        delta = TileAttention.by_group((do * out).sum(-1, keepdim=True), G)
+        G, R = q.shape[:2]
+        delta = (do * out).sum(-1, keepdim=True)                    # (T, H, 1)
+        delta = TileAttention.by_group(delta, G)
         do = TileAttention.by_group(do, G)
         dq = torch.empty_like(q)
         dk = full_precision(torch.zeros_like(k))
@@ -710,9 +752,12 @@ class TileAttention(torch.autograd.Function):
             some_do = do[:, :, rows].flatten(1, 2)
             some_delta = delta[:, :, rows].flatten(1, 2)            # (G, R n, 1)
             some_k = k[:, keys]                                     # (G, m, E)
-            p = TileAttention.probabilities(q[:, :, rows], some_k, masked).flatten(1, 2)
-            ds = (some_do @ v[:, keys].mT).sub_(some_delta).mul_(p)
-            dq[:, :, rows] = (ds @ some_k).unflatten(1, (q.shape[1], -1))
+            p = TileAttention.probabilities(q[:, :, rows], some_k, masked)
+            p = p.flatten(1, 2)                                     # (G, R n, m)
+            dp = some_do @ v[:, keys].mT
+            ds = dp.sub_(some_delta).mul_(p)
+            some_dq = ds @ some_k                                   # (G, R n, E)
+            dq[:, :, rows] = some_dq.unflatten(1, (R, -1))
             dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))
             dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))
         dq = TileAttention.by_row(dq * q.shape[-1] ** -0.5)
@@ -756,6 +801,11 @@ def use_triton(x):
     return KERNELS == "triton" and runs and known
 
 
+def cdiv(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def launch(kernel, grid, width, x, *args):
     """Run a kernel whose tiles are `width` wide on the device of x, which need not be the current
     one. A warp for 16 columns, from four to eight: with more, each would have too few numbers."""
@@ -767,14 +817,16 @@ def launch(kernel, grid, width, x, *args):
 @jit
 def load_rows(X, rows, N, head, heads: constexpr, E: constexpr):
     """These rows (B,) of one head of X (N, heads, E): (B, E), zero from row N on."""
-    at = (rows[:, None] * heads + head) * E + tl.arange(0, E)
+    begin = (rows[:, None] * heads + head) * E
+    at = begin + tl.arange(0, E)
     return tl.load(X + at, mask=rows[:, None] < N, other=0.0)
 
 
 @jit
 def store_rows(X, x, rows, N, head, heads: constexpr, E: constexpr):
     """The reverse of load_rows: rows from N on are not written."""
-    at = (rows[:, None] * heads + head) * E + tl.arange(0, E)
+    begin = (rows[:, None] * heads + head) * E
+    at = begin + tl.arange(0, E)
     tl.store(X + at, x, mask=rows[:, None] < N)
 
 
@@ -782,13 +834,15 @@ def store_rows(X, x, rows, N, head, heads: constexpr, E: constexpr):
 def scores(q, k, sees):
     """q k' / sqrt(E), times log2(e) so that powers of two do; -inf where a row does not see."""
     log2_e = 1.4426950408889634
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (log2_e / q.shape[1] ** 0.5)
+    scale = log2_e / q.shape[1] ** 0.5
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     return tl.where(sees, s, float("-inf"))
 
 
 @jit
-def tree_forward(Q, K, V, OUT, LSE, END, FIRST, TILES, N, T,
-                 H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+def tree_forward(Q, K, V, OUT, LSE,
+                 END, FIRST, TILES,
+                 N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row tile a, head h). Of the keys
     # so far: top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v
     # (Milakov & Gimelshein 2018)
@@ -801,7 +855,9 @@ def tree_forward(Q, K, V, OUT, LSE, END, FIRST, TILES, N, T,
     top = tl.full((B,), -1e30, tl.float32)              # finite: -inf less -inf is not a number
     total = tl.zeros((B,), tl.float32)
     out = tl.zeros((B, E), tl.float32)
-    for n in range(tl.load(FIRST + a), tl.load(FIRST + a + 1)):
+    first = tl.load(FIRST + a)
+    stop = tl.load(FIRST + a + 1)
+    for n in range(first, stop):
         j = tl.load(TILES + n) * B + tl.arange(0, B)
         end = tl.load(END + j)
         k = load_rows(K, j, T, g, G, E)
@@ -811,16 +867,20 @@ def tree_forward(Q, K, V, OUT, LSE, END, FIRST, TILES, N, T,
         new = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new[:, None])
         shrink = tl.exp2(top - new)
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        out = out * shrink[:, None]
+        out = tl.dot(p.to(v.dtype), v, out, input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new
-    store_rows(OUT, out / total[:, None], row, N, h, H, E)
-    tl.store(LSE + h * N + row, top + tl.log2(total), mask=row < N)
+    out = out / total[:, None]
+    store_rows(OUT, out, row, N, h, H, E)
+    lse = top + tl.log2(total)
+    tl.store(LSE + h * N + row, lse, mask=row < N)
 
 
 @jit
-def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, TILES, N, T,
-                    H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ,
+                    END, FIRST, TILES,
+                    N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # dq = ds k / sqrt(E),  ds = p (do v' - delta),  p = 2^(s - lse),  delta = sum(do out):
     # program (row tile a, head h)
     a = tl.program_id(0)
@@ -835,7 +895,9 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, TILES, N, T,
     tl.store(DELTA + h * N + row, delta, mask=row < N)  # for tree_backward_kv
     lse = tl.load(LSE + h * N + row, mask=row < N, other=0.0)
     dq = tl.zeros((B, E), tl.float32)
-    for n in range(tl.load(FIRST + a), tl.load(FIRST + a + 1)):
+    first = tl.load(FIRST + a)
+    stop = tl.load(FIRST + a + 1)
+    for n in range(first, stop):
         j = tl.load(TILES + n) * B + tl.arange(0, B)
         end = tl.load(END + j)
         k = load_rows(K, j, T, g, G, E)
@@ -845,12 +907,13 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ, END, FIRST, TILES, N, T,
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_rows(DQ, dq * (1 / E ** 0.5), row, N, h, H, E)
+    dq = dq * (1 / E ** 0.5)
+    store_rows(DQ, dq, row, N, h, H, E)
 
 
 @jit
-def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
-                     H: constexpr, G: constexpr, E: constexpr, B: constexpr):
+def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
+                     N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # dv = p' do,  dk = ds' q / sqrt(E), what head h adds to them: program (key tile b, head h).
     # Depth first, the rows that see a key are neighbours: from the key itself to its end
     b = tl.program_id(0)
@@ -864,7 +927,8 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
     dv = tl.zeros((B, E), tl.float32)
     before = T - N                                      # keys without a row that asks
     first = tl.maximum(b * B - before, 0) // B          # tile of the first row that sees a key of b
-    stop = tl.cdiv(tl.maximum(tl.max(end, 0) - before, 0), B)
+    last_end = tl.max(end, 0)
+    stop = tl.cdiv(tl.maximum(last_end - before, 0), B)
     for a in range(first, stop):
         row = a * B + tl.arange(0, B)
         i = (row + before)[None]
@@ -878,7 +942,8 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END, N, T,
         ds = p * (dp - delta[None])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    store_rows(DK, dk * (1 / E ** 0.5), j, T, h, H, E)
+    dk = dk * (1 / E ** 0.5)
+    store_rows(DK, dk, j, T, h, H, E)
     store_rows(DV, dv, j, T, h, H, E)
 
 
@@ -893,7 +958,8 @@ def tree_tiles(plan, B):
     first_key = torch.arange(0, T, B)                               # of each key tile
     last_end = end.view(-1, B).amax(1)
     sees = (first_key < first_row + B) & (first_row < last_end)     # (row tiles, key tiles)
-    first = functional.pad(sees.sum(1).cumsum(0), (1, 0))
+    count = sees.sum(1)                                             # of each row tile's key tiles
+    first = functional.pad(count.cumsum(0), (1, 0))
     tiles = sees.nonzero()[:, 1]
     return [x.to(device, torch.int32) for x in (end, first, tiles)]
 
@@ -907,8 +973,11 @@ class TreeAttention(torch.autograd.Function):
         N, H, E = q.shape
         T, G, _ = k.shape
         assert k.shape == v.shape == (len(plan.end), G, E)
-        assert N == T - plan.skip and H % G == 0 and E in KERNEL_WIDTHS
-        assert q.dtype == k.dtype == v.dtype and use_triton(q)
+        assert N == T - plan.skip
+        assert H % G == 0
+        assert E in KERNEL_WIDTHS
+        assert q.dtype == k.dtype == v.dtype
+        assert use_triton(q)
         assert T * H * E < 2 ** 31, "places in a tensor are 32-bit numbers"
         q = q.contiguous()
         k = k.contiguous()
@@ -918,8 +987,10 @@ class TreeAttention(torch.autograd.Function):
         ctx.sizes = N, T, H, G, E, B
         out = torch.empty_like(q)
         lse = q.new_empty(H, N, dtype=torch.float32)
-        launch(tree_forward, (-(-N // B), H), E,
-               q, k, v, out, lse, ctx.end, ctx.first, ctx.tiles, *ctx.sizes)
+        launch(tree_forward, (cdiv(N, B), H), E,
+               q, k, v, out, lse,
+               ctx.end, ctx.first, ctx.tiles,
+               *ctx.sizes)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -930,11 +1001,14 @@ class TreeAttention(torch.autograd.Function):
         do = do.contiguous()
         dq = torch.empty_like(q)
         delta = torch.empty_like(lse)
-        launch(tree_backward_q, (-(-N // B), H), E,
-               q, k, v, do, out, lse, delta, dq, ctx.end, ctx.first, ctx.tiles, *ctx.sizes)
+        launch(tree_backward_q, (cdiv(N, B), H), E,
+               q, k, v, do, out, lse, delta, dq,
+               ctx.end, ctx.first, ctx.tiles,
+               *ctx.sizes)
         dk, dv = q.new_empty(2, T, H, E, dtype=torch.float32)
-        launch(tree_backward_kv, (-(-T // B), H), E,
-               q, k, v, do, lse, delta, dk, dv, ctx.end, *ctx.sizes)
+        launch(tree_backward_kv, (cdiv(T, B), H), E,
+               q, k, v, do, lse, delta, dk, dv, ctx.end,
+               *ctx.sizes)
         dk = dk.unflatten(1, (G, -1)).sum(2)                # over the heads that share a key
         dv = dv.unflatten(1, (G, -1)).sum(2)
         return dq, dk.to(k.dtype), dv.to(k.dtype), None
@@ -949,12 +1023,16 @@ def row_totals(Z, TARGET, PICKED, TOTAL, V, C: constexpr):
     total = 0.0
     for start in range(0, V, C):
         v = start + tl.arange(0, C)
-        z = tl.load(Z + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        z = tl.load(Z + v, mask=v < V, other=float("-inf"))
+        z = z.to(tl.float32)
         new = tl.maximum(top, tl.max(z, 0))
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
+        shrink = tl.exp(top - new)
+        p = tl.exp(z - new)
+        total = total * shrink + tl.sum(p, 0)
         top = new
     target = tl.load(TARGET + n)
-    tl.store(PICKED + n, tl.load(Z + target).to(tl.float32))
+    picked = tl.load(Z + target)
+    tl.store(PICKED + n, picked.to(tl.float32))
     tl.store(TOTAL + n, top + tl.log(total))
 
 
@@ -964,23 +1042,32 @@ def row_gradients(Z, TARGET, TOTAL, GRAD, V, C: constexpr):
     n = tl.program_id(0)
     v = tl.program_id(1) * C + tl.arange(0, C)
     Z += n.to(tl.int64) * V
-    z = tl.load(Z + v, mask=v < V, other=0.0).to(tl.float32)
-    p = tl.exp(z - tl.load(TOTAL + n))
-    one = tl.where(v == tl.load(TARGET + n), 1.0, 0.0)
-    tl.store(Z + v, tl.load(GRAD + n) * (one - p), mask=v < V)
+    z = tl.load(Z + v, mask=v < V, other=0.0)
+    z = z.to(tl.float32)
+    total = tl.load(TOTAL + n)
+    p = tl.exp(z - total)
+    target = tl.load(TARGET + n)
+    one = tl.where(v == target, 1.0, 0.0)
+    g = tl.load(GRAD + n)
+    tl.store(Z + v, g * (one - p), mask=v < V)
 
 
 def launch_row_totals(z, target, picked, log_sum):
     """pick_and_sum by row_totals: one program a row."""
+    N, V = z.shape
     C = LOGITS_AT_ONCE
-    launch(row_totals, (len(z),), C, z, target, picked, log_sum, z.shape[1], C)
+    launch(row_totals, (N,), C,
+           z, target, picked, log_sum,
+           V, C)
 
 
 def launch_row_gradients(z, target, log_sum, grad):
     """logit_gradients by row_gradients: one program for C logits of each row."""
+    N, V = z.shape
     C = LOGITS_AT_ONCE
-    grid = (len(z), -(-z.shape[1] // C))
-    launch(row_gradients, grid, C, z, target, log_sum, grad, z.shape[1], C)
+    launch(row_gradients, (N, cdiv(V, C)), C,
+           z, target, log_sum, grad,
+           V, C)
     return z
 
 
@@ -990,20 +1077,26 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
     # attend_pages: program (page and key head n, M of its W queries)
     n = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, P)
-    row = n * W + tl.program_id(1) * M + tl.arange(0, M)
+    start = n * W + tl.program_id(1) * M
+    row = start + tl.arange(0, M)
     stop = (n + 1) * W
     q = load_rows(Q, row, stop, 0, 1, E)
-    k = load_rows(K, n * P + j, (n + 1) * P, 0, 1, E)
-    v = load_rows(V, n * P + j, (n + 1) * P, 0, 1, E)
-    filled = tl.load(BIAS + n // G * P + j) == 0
+    key = n * P + j
+    key_stop = (n + 1) * P
+    k = load_rows(K, key, key_stop, 0, 1, E)
+    v = load_rows(V, key, key_stop, 0, 1, E)
+    bias = tl.load(BIAS + n // G * P + j)
+    filled = bias == 0
     s = scores(q, k, filled[None])                      # (queries, keys)
     top = tl.maximum(tl.max(s, 1), -1e30)
     p = tl.exp2(s - top[:, None])
     total = tl.maximum(tl.sum(p, 1), 1.0)               # less only where no key is
-    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    out = out / total[:, None]
     store_rows(OUT, out, row, stop, 0, 1, E)
     ln_2 = 0.6931471805599453
-    tl.store(LSE + row, (top + tl.log2(total)) * ln_2, mask=row < stop)
+    lse = (top + tl.log2(total)) * ln_2
+    tl.store(LSE + row, lse, mask=row < stop)
 
 
 # ================================================================== part III: the sampling engine
@@ -1028,12 +1121,13 @@ NO_KEY = -3e4               # added to the score of a key that is not there; fin
 
 def pages_for(tokens):
     """How many pages hold so many keys."""
-    return -(-tokens // PAGE)
+    return cdiv(tokens, PAGE)
 
 
 def places_in(pages, count):
     """Where the first `count` keys go that fill these pages: [(page, offset)]."""
-    return [(page, offset) for page in pages for offset in range(PAGE)][:count]
+    places = [(page, offset) for page in pages for offset in range(PAGE)]
+    return places[:count]
 
 
 def number_reads(groups):
@@ -1058,11 +1152,13 @@ def number_reads(groups):
         if not pages:
             continue
         first = min(pages)
-        readers = [[0] * w for _ in range(first, max(pages) + 1)]
+        last = max(pages)
+        readers = [[0] * w for _ in range(first, last + 1)]
         for slot, (own, reader) in enumerate(reads):
             for page in own:
-                readers[page - first][reader] = slot
-                results[slot].append(number + (page - first) * w + reader)
+                place = page - first
+                readers[place][reader] = slot
+                results[slot].append(number + place * w + reader)
         tables.append((first, readers))
         number += len(readers) * w
     return tables, results
@@ -1116,10 +1212,13 @@ def attend_pages(q, k, v, bias):
     fits = E * q.element_size() < 512                       # else too much for a T4's shared memory
     if use_triton(q) and E in KERNEL_WIDTHS and fits:
         return launch_page_kernel(q, k, v, bias)
-    s = ((q * E ** -0.5) @ k.mT).add_(bias[:, None, None])
-    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32))
+    s = (q * E ** -0.5) @ k.mT                              # (p, G, W, 64)
+    s.add_(bias[:, None, None])
+    wide = torch.promote_types(s.dtype, torch.float32)
+    p = s.softmax(-1, dtype=wide)
     lse = s.amax(-1) - p.amax(-1).log()                     # as the largest p is exp(max s - lse)
-    return lse, p.to(v.dtype) @ v
+    out = p.to(v.dtype) @ v
+    return lse, out
 
 
 def launch_page_kernel(q, k, v, bias):
@@ -1128,8 +1227,9 @@ def launch_page_kernel(q, k, v, bias):
     M = 16 if W <= 16 or q.element_size() == 4 else 64      # 64 float32 rows would spill registers
     out = q.new_empty(q.shape, dtype=torch.float32)
     lse = out.new_empty(p, G, W)
-    grid = (p * G, -(-W // M))
-    launch(page_kernel, grid, E, q.contiguous(), k.contiguous(), v.contiguous(), bias, out, lse,
+    launch(page_kernel, (p * G, cdiv(W, M)), E,
+           q.contiguous(), k.contiguous(), v.contiguous(), bias,
+           out, lse,
            W, G, E, PAGE, M)
     return lse, out
 
@@ -1233,8 +1333,9 @@ class Engine:
 
     def fits(self, job):
         """Is there room for a job: its slots, its prompt, and a first page of every answer?"""
-        pages = pages_for(len(job.prompt) - self.cached) + len(job.samples)
-        return len(self.free_slots) >= len(job.samples) and len(self.pool.free) >= pages
+        slots = len(job.samples)
+        pages = pages_for(len(job.prompt) - self.cached) + slots
+        return len(self.free_slots) >= slots and len(self.pool.free) >= pages
 
     def place(self, job):
         """Give a job its slots and pages."""
@@ -1269,13 +1370,16 @@ class Engine:
         page, offset = self.ints(places).T
         self.pool.fill(page, offset)
         C = self.cached
-        whole = [C + len(tokens)] * C + [C + stop for stop in end]
+        T = C + len(tokens)
+        whole = [T] * C + [C + stop for stop in end]
         plan = tree_plan(torch.tensor(whole), skip=C, device=self.device)
 
         def attend(n, q, k, v):
             self.pool.write(n, page, offset, k, v)
             before_k, before_v = self.pool.first(n, len(self.shared), C)
-            return attention(q, torch.cat([before_k, k]), torch.cat([before_v, v]), plan)
+            k = torch.cat([before_k, k])                    # (T, G, E)
+            v = torch.cat([before_v, v])
+            return attention(q, k, v, plan)
 
         return self.model.hidden(self.ints(tokens), plan.position[C:], attend)
 
@@ -1283,8 +1387,9 @@ class Engine:
         """Draw the next token of each slot, its number `drawn`, after a prompt of `length` tokens:
         hidden (B, D), slot and length (B,), drawn a number or (B,)."""
         logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
+        position = length + drawn
         s = self.sampling
-        token = draw_token(logits, self.seeds[slot], length + drawn, s.temperature, s.top_p)
+        token = draw_token(logits, self.seeds[slot], position, s.temperature, s.top_p)
         self.history[slot, drawn] = token
 
     # ---- reserve
@@ -1296,10 +1401,12 @@ class Engine:
         for job in list(self.jobs):
             need = pages_for(job.drawn + self.capacity.poll)
             for slot in list(job.slots):
-                more = need - len(self.owned.get(slot, ()))
+                own = self.owned.get(slot, ())
+                more = need - len(own)
                 while job.slots and more > len(self.pool.free):
-                    put_back.append(self.jobs[-1])
-                    self.release(list(self.jobs[-1].slots))
+                    youngest = self.jobs[-1]
+                    put_back.append(youngest)
+                    self.release(list(youngest.slots))
                 if job.slots and more > 0:
                     self.owned[slot] += self.pool.take_highest(more)
         return put_back
@@ -1311,7 +1418,8 @@ class Engine:
             pages += self.owned.pop(slot)
         self.free_slots += slots
         for job in self.jobs:
-            job.slots = {slot: sample for slot, sample in job.slots.items() if slot in self.owned}
+            job.slots = {slot: sample for slot, sample in job.slots.items()
+                         if slot in self.owned}
             if not job.slots:
                 pages += job.pages
         self.jobs = [job for job in self.jobs if job.slots]
@@ -1335,7 +1443,8 @@ class Engine:
     def step(self, batch):
         """Feed the last drawn token of each slot, and store its key: hidden states (B, D)."""
         last = batch.drawn - 1
-        page = batch.own.gather(1, last[:, None] // PAGE)[:, 0]
+        place = last // PAGE                                # among the slot's own pages
+        page = batch.own.gather(1, place[:, None])[:, 0]
         offset = last % PAGE
         self.pool.fill(page, offset)
 
@@ -1356,55 +1465,76 @@ class Engine:
         for group in batch.groups:
             p, w = group.readers.shape
             some_q = heads[group.readers].transpose(1, 2).flatten(2, 3)            # (p, G, w R, E)
-            pages = group.pages
-            some_lse, some_out = attend_pages(some_q, self.pool.k[n, pages], self.pool.v[n, pages],
-                                              self.pool.bias[pages])
+            k = self.pool.k[n, group.pages]                                        # (p, G, 64, E)
+            v = self.pool.v[n, group.pages]
+            bias = self.pool.bias[group.pages]                                     # (p, 64)
+            some_lse, some_out = attend_pages(some_q, k, v, bias)
             by_reader = some_lse.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R)
             lse[group.results].unflatten(0, (p, w)).copy_(by_reader)
             by_reader = some_out.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R, E)
             out[group.results].unflatten(0, (p, w)).copy_(by_reader)
         weight = lse.flatten()[batch.terms].softmax(-1)                            # (B H, S)
-        joined = functional.embedding_bag(batch.terms, out.flatten(0, 2), mode="sum",
-                                          per_sample_weights=weight)               # (B H, E)
+        joined = functional.embedding_bag(
+            batch.terms,
+            out.flatten(0, 2),                                                     # (results H, E)
+            mode="sum",
+            per_sample_weights=weight)                                             # (B H, E)
         return joined.view_as(q).to(q.dtype)
 
     def make_batch(self):
         """The Batch of all live slots."""
-        live = [(slot, len(job.prompt), job.drawn) for job in self.jobs for slot in job.slots]
+        live = [(slot, len(job.prompt), job.drawn)
+                for job in self.jobs
+                for slot in job.slots]
         slot, length, drawn = self.ints(live).T
         owned = [self.owned[slot] for slot, _, _ in live]
         most = max(map(len, owned))
-        own = self.ints([pages + pages[-1:] * (most - len(pages)) for pages in owned])
+        filled = [pages + pages[-1:] * (most - len(pages)) for pages in owned]
         tables, results = number_reads(self.page_reads(owned))
         groups = []
         number = 1
         for first, readers in tables:
+            pages = slice(first, first + len(readers))
             stop = number + len(readers) * len(readers[0])
-            groups.append(PageGroup(slice(first, first + len(readers)), self.ints(readers),
-                                    slice(number, stop)))
+            group = PageGroup(pages, self.ints(readers), slice(number, stop))
+            groups.append(group)
             number = stop
-        return Batch(slot, length, drawn.clone(), own, groups, number, self.make_terms(results))
+        return Batch(
+            slot=slot,
+            length=length,
+            drawn=drawn.clone(),
+            own=self.ints(filled),
+            groups=groups,
+            results=number,
+            terms=self.make_terms(results))
 
     def page_reads(self, owned):
         """The groups for number_reads: who reads the instruction, the prompts, and the slots' own
         pages `owned`, in the order of the batch."""
         instruction = [(self.shared, place) for place in range(len(owned))]
-        prompts = [(job.pages, reader) for job in self.jobs for reader in range(len(job.slots))]
+        prompts = [(job.pages, reader)
+                   for job in self.jobs
+                   for reader in range(len(job.slots))]
         samples = [(pages, 0) for pages in owned]
-        return [(len(owned), instruction), (self.capacity.width, prompts), (1, samples)]
+        return [(len(owned), instruction),
+                (self.capacity.width, prompts),
+                (1, samples)]
 
     def make_terms(self, results):
         """(B H, S) of each slot's results, filled up with the empty one: result r of query head h
         of all H is number r H + h, as results lie in memory (results, G, R)."""
         H = self.G * self.R
         S = max(map(len, results))
-        results = self.ints([numbers + [0] * (S - len(numbers)) for numbers in results])   # (B, S)
-        head = torch.arange(H, device=self.device)[:, None]                                # (H, 1)
-        return (results[:, None] * H + head).flatten(0, 1)
+        filled = [numbers + [0] * (S - len(numbers)) for numbers in results]
+        results = self.ints(filled)                                 # (B, S)
+        head = torch.arange(H, device=self.device)[:, None]         # (H, 1)
+        terms = results[:, None] * H + head                         # (B, H, S)
+        return terms.flatten(0, 1)
 
     def record(self, step):
         """`step`, on CUDA as a graph: the same kernels on the same memory, without Python."""
-        if not (self.pool.k.is_cuda and use_triton(self.pool.k)):
+        keys = self.pool.k
+        if not (keys.is_cuda and use_triton(keys)):
             return step
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
@@ -1422,9 +1552,11 @@ class Engine:
         slots = list(self.owned)
         history = self.history[slots]                       # (B, longest)
         column = torch.arange(history.shape[1], device=self.device)
-        full = (column >= self.sampling.max_new_tokens - 1) & (history >= 0)
+        limit = self.sampling.max_new_tokens - 1
+        full = (column >= limit) & (history >= 0)
         is_last = torch.isin(history, self.stop) | full
-        length = torch.where(is_last.any(1), is_last.int().argmax(1) + 1, 0)
+        place = is_last.int().argmax(1)                     # of the id that ends the answer
+        length = torch.where(is_last.any(1), place + 1, 0)  # 0: not done
         done = {slot: n for slot, n in zip(slots, length.tolist()) if n}
         answers = []
         for job in self.jobs:
@@ -1454,7 +1586,9 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     else:
         instruction = []
         groups = [[sample] for sample in range(k)]
-    jobs = [Job(number, ids, group) for number, ids in enumerate(prompts) for group in groups]
+    jobs = [Job(number, ids, group)
+            for number, ids in enumerate(prompts)
+            for group in groups]
     capacity = plan_capacity(model, jobs, len(instruction), max_new_tokens, kv_tokens, max_slots)
     engine = Engine(model, instruction, sampling, capacity)
     waiting = jobs[::-1]                                    # a stack: the next job on top
@@ -1464,17 +1598,23 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         waiting += engine.reserve()
         engine.decode()
         for number, sample, ids in engine.finish():
-            answers[number][sample] = ids
-            if len(answers[number]) == k:
-                yield number, [answers[number][sample] for sample in range(k)]
+            own = answers[number]
+            own[sample] = ids
+            if len(own) == k:
+                yield number, [own[sample] for sample in range(k)]
 
 
 def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):
     """The Capacity for these jobs, whose prompts share `shared` tokens; InputError where kv_tokens
     cannot hold the largest of them alone."""
-    on_gpu = model.head.is_cuda
+    if model.head.is_cuda:
+        poll = 32
+        slots = 1024
+    else:
+        poll = 4
+        slots = 128
+    poll = max(1, min(poll, max_new_tokens - 1))
     width = len(jobs[0].samples)
-    poll = max(1, min(32 if on_gpu else 4, max_new_tokens - 1))
     answer = width * pages_for(max_new_tokens + poll)
     pages = [pages_for(len(job.prompt) - shared) + answer for job in jobs]         # at most
     kv_tokens = kv_tokens or default_kv_tokens(model)
@@ -1485,7 +1625,7 @@ def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):
         raise InputError(f"--kv-tokens {kv_tokens}: a prompt of {longest} tokens and its samples "
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
     held = min(held, pages_for(shared) + sum(pages))
-    slots = max(width, max_slots or (1024 if on_gpu else 128))
+    slots = max(width, max_slots or slots)
     return Capacity(held, slots, width, poll)
 
 
@@ -1495,14 +1635,17 @@ def default_kv_tokens(model):
     memory = 2 ** 31
     if model.head.is_cuda:
         torch.cuda.empty_cache()                            # what torch keeps for later is free
-        memory = torch.cuda.mem_get_info(model.head.device)[0] * 0.7
+        free, _ = torch.cuda.mem_get_info(model.head.device)
+        memory = free * 0.7
     numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim         # a token
-    return int(memory / (numbers * model.product_dtype.itemsize))
+    size = numbers * model.product_dtype.itemsize
+    return int(memory / size)
 
 
 def generate(model, prompts, k=1, **options):
     """For each prompt k lists of new ids; see generate_iter for the options."""
-    return [answers for _, answers in sorted(generate_iter(model, prompts, k, **options))]
+    finished = generate_iter(model, prompts, k, **options)
+    return [answers for _, answers in sorted(finished)]
 
 
 # ================================================================== machinery
@@ -1545,7 +1688,9 @@ class World:
         if self.ranks > 1:
             total = total.to(self.device, copy=True)        # all_reduce writes into it
             dist.all_reduce(total)
-        return total.cpu() if total.dim() else total.item()
+        if total.dim():
+            return total.cpu()
+        return total.item()
 
     def wait(self):
         """Go on when all ranks have come here."""
@@ -1580,9 +1725,11 @@ def check_memory(need, device, advice):
         torch.cuda.empty_cache()                            # what torch keeps for later is free
         there, _ = torch.cuda.mem_get_info(device)
     else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pages = os.sysconf("SC_PHYS_PAGES")
+        there = pages * os.sysconf("SC_PAGE_SIZE")
     if need > there:
-        raise InputError(f"needs {need / GIB:.1f} GiB, {there / GIB:.1f} are there: {advice}")
+        raise InputError(f"needs {need / GIB:.1f} GiB, "
+                         f"{there / GIB:.1f} are there: {advice}")
 
 
 @torch.no_grad()
@@ -1602,7 +1749,8 @@ def answer_logprobs(model, packs, count, world):
 def read_arguments(p, argv, **demo):
     """The arguments of a script whose own are in p: those that mean the same everywhere are added
     here. Only without --data, the values in `demo` take the place of the paper's as defaults."""
-    p.add_argument("--seed", type=at_least(0), default=42, help="of all that is drawn (paper: 42)")
+    p.add_argument("--seed", type=at_least(0), default=42,
+                   help="of all that is drawn (paper: 42)")
     p.add_argument("--limit", type=at_least(1),
                    help="use the first N records (generating: of each file)")
     p.add_argument("--format", choices=FORMATS,
@@ -1611,7 +1759,8 @@ def read_arguments(p, argv, **demo):
                    help="of products (default: bfloat16 where the hardware has it; "
                    "training keeps fp32 weights)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--kernels", choices=sorted({"torch", KERNELS}), default=KERNELS,
+    p.add_argument("--kernels", default=KERNELS,
+                   choices=sorted({"torch", KERNELS}),
                    help="triton: on CUDA")
     p.add_argument("--no-share", action="store_true",
                    help="give every answer its own copy of the prompt")
@@ -1619,7 +1768,8 @@ def read_arguments(p, argv, **demo):
     if demo and not args.data:
         if args.model != p.get_default("model"):
             p.error("--data FILE... is missing (the demo runs without --model and --data)")
-        corpus = sorted(map(str, Path("toy").glob("train_*.json")))
+        files = Path("toy").glob("train_*.json")
+        corpus = sorted(map(str, files))
         p.set_defaults(data=corpus or ["toy/train_*.json"])
         p.set_defaults(**demo)
         args = p.parse_args(argv)
