@@ -236,7 +236,7 @@ class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text
     that looks like one, typed by an attacker, is encoded as plain text."""
 
-    def __init__(self, vocabulary, format, folder, size=math.inf):
+    def __init__(self, vocabulary, format, folder, size=math.inf, context=math.inf):
         tokens = vocabulary.tokens
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(vocabulary.order + missing)}
@@ -251,6 +251,7 @@ class Tokenizer:
         self.words = vocabulary.words
         self.special = vocabulary.special
         self.size = size                                            # ids that the model has
+        self.context = context                                      # tokens it was made for
         self.format = format
         self.folder = folder
         self.missing = frozenset(token[0] for token in missing)     # bytes that no token spells
@@ -292,10 +293,10 @@ class Tokenizer:
         InputError names what is missing or not known."""
         folder = Path(folder)
         vocabulary = read_vocabulary(folder)
-        size = check_vocabulary_size(folder, vocabulary)
+        size, context = read_sizes(folder, vocabulary)
         template = read_chat_template(folder)
         name = format or find_format(template, vocabulary.special)
-        tokenizer = cls(vocabulary, name, folder, size)
+        tokenizer = cls(vocabulary, name, folder, size, context)
         if template and not format:
             tokenizer.follow(template)
         check_round_trip(tokenizer)
@@ -380,6 +381,13 @@ class Tokenizer:
             ids += [self.special[piece]] if piece in self.special else self.encode(piece)
         return ids
 
+    def limit(self, max_length):
+        """(how many tokens a sequence may have, why): --max-length, or less in a smaller
+        context."""
+        if self.context < max_length:
+            return self.context, f"the model's context of {self.context} tokens"
+        return max_length, f"--max-length {max_length}"
+
     def answer_ids(self, text):
         """Ids of an answer with its end mark. Encoded apart from the prompt:
         no token spans the two."""
@@ -429,9 +437,10 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     kept = []
     cuts = 0
     same_instruction = defaultdict(list)
+    limit, why = tokenizer.limit(max_length)
     for record in records:
         answer_ids = [tokenizer.answer_ids(record[name]) for name in answers]
-        room = max_length - max(map(len, answer_ids))
+        room = limit - max(map(len, answer_ids))
         prompt, cut = fit_prompt(tokenizer, record, room)
         if prompt is None:
             continue
@@ -443,12 +452,12 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
         root = common_prefix([example.prompt for example in group])
         for example in group:
             example.root = root
-    warn(cuts, f"prompts cut inside the user's text (--max-length {max_length})")
-    warn(len(records) - len(kept), f"records left out (--max-length {max_length})")
+    warn(cuts, f"prompts cut inside the user's text ({why})")
+    warn(len(records) - len(kept), f"records left out ({why})")
     warn(tokenizer.lost, "characters not in the vocabulary, replaced")
     tokenizer.lost = 0
     if records and not examples:
-        raise InputError(f"--max-length {max_length} is too short: no record fits")
+        raise InputError(f"{why} is too short: no record fits")
     return examples, kept
 
 
@@ -771,16 +780,21 @@ def read_tokenizer_model(path):
     return Vocabulary(tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special, {})
 
 
-def check_vocabulary_size(folder, vocabulary):
-    """How many ids the model of this folder has, by config.json; InputError where text can have
-    more. (Control tokens that no template uses may lie beyond.)"""
-    config = folder / "config.json"
-    size = read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
+def read_sizes(folder, vocabulary):
+    """(vocab_size, max_position_embeddings) of this folder's model, infinite where they are not
+    told; InputError where text can have more ids. (Control tokens that no template uses may lie
+    beyond.)"""
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    size = config.get("vocab_size", math.inf)
+    context = config.get("max_position_embeddings", math.inf)
+    if not isinstance(size, (int, float)) or not isinstance(context, (int, float)):
+        raise InputError(f"{path}: vocab_size and max_position_embeddings must be numbers")
     ids = [*vocabulary.tokens.values(), *vocabulary.words.values()]
-    if not isinstance(size, (int, float)) or max(ids, default=0) >= size:
+    if max(ids, default=0) >= size:
         raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: "
                          "not its own")
-    return size
+    return size, context
 
 
 # ------------------------------------------------------------------ the folder's own chat template
@@ -899,7 +913,7 @@ def evaluate(expression, names):
     """The value of a Jinja expression; NotKnown where it holds more than chat templates use."""
     pieces = re.split(r"('[^']*'|\"[^\"]*\")", " ".join(["", expression.strip(), ""]))
     pieces[0::2] = [re.sub(r"\s*\|\s*(\w+)", r".\1", code) for code in pieces[0::2]]     # filters
-    pieces[1::2] = [text.replace("\n", "\\n") for text in pieces[1::2]]                   # in quotes
+    pieces[1::2] = [text.replace("\n", "\\n") for text in pieces[1::2]]     # in quotes
     try:
         return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, names)
     except (SyntaxError, TypeError, LookupError, AttributeError):

@@ -21,9 +21,12 @@ were used.
     machinery                          answering files, reading answers, tables, the paper's figures
 """
 import argparse
+import itertools
 import json
+import queue
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,11 +34,11 @@ from pathlib import Path
 import numpy as np
 
 from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, at_least, common_prefix,
-                  format_input, gold_verdict, pack, parse_lines, parse_records, parse_verdict,
-                  read_records, write_json)
+                  format_input, gold_verdict, pack, parse_records, parse_verdict, read_records,
+                  warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, encode_prompts, generation_arguments,
                        generation_settings, write_lines)
-from model import World, answer_logprobs, generate, join_ranks, read_arguments
+from model import World, answer_logprobs, generate_iter, join_ranks, read_arguments
 
 
 # ------------------------------------------------------------------ the figures
@@ -135,10 +138,21 @@ def legacy_pairs(gold, texts, name):
     return pairs
 
 
+def calibration_error(positive, score, bins=10):
+    """ECE in percent: the mean, weighted by rows, of |share of positives - mean score| over bins of
+    equal width   (Guo et al. 2017, Eq. 3)   positive (n,) bool, score (n,): P(positive class)."""
+    hit = np.asarray(positive, float)
+    score = np.asarray(score)
+    bin = np.minimum((score * bins).astype(int), bins - 1)
+    gap = np.bincount(bin, hit - score, bins)                       # (bins,) sums of hit - score
+    return 100 * float(np.abs(gap).sum() / len(score))
+
+
 def score(rows, dataset, legacy=False, fpr=None):
     """One result for each task that the rows are labelled for. A row has gold and verdict (dicts as
-    parse_verdict gives them), text, file, and where known tokens, ms, and p, {task: P(positive)}.
-    fpr: also the recall at this false-positive rate."""
+    parse_verdict gives them), text, file; where known tokens, ms, latency_ms, forced (verdicts of
+    an answer without an end), and p, {task: P(positive)}. fpr: also the recall at this rate of
+    false positives."""
     results = []
     for task in VERDICTS:
         labelled = [row for row in rows if row["gold"][task]]
@@ -150,15 +164,10 @@ def score(rows, dataset, legacy=False, fpr=None):
             pairs = list(zip(gold, predicted))
         if not pairs:
             continue
-        result = {"file": rows[0]["file"], "dataset": dataset,
-                  "task": task, "n": len(pairs)}
-        result.update(counted(pairs, task),
-                      unparsable=predicted.count(None),
+        result = {"file": rows[0]["file"], "dataset": dataset, "task": task, "n": len(pairs)}
+        result.update(counted(pairs, task), unparsable=predicted.count(None),
                       reasoning_disagrees=disagreements(labelled, task))
-        for key in ("tokens", "ms"):
-            if all(key in row for row in labelled):
-                values = [row[key] for row in labelled]
-                result[f"{key}_per_query"] = float(np.mean(values))
+        result.update(costs(labelled), **closed(labelled, task))
         if not legacy and all(task in row.get("p", {}) for row in labelled):
             result.update(scored(labelled, task, fpr))
         results.append(result)
@@ -173,23 +182,55 @@ def counted(pairs, task):
     return {"f1": float(f1_of(*cells)),
             "precision": 100 * tp / max(tp + fp, 1),
             "recall": 100 * tp / max(tp + fn, 1),
+            "false_positive_rate": 100 * fp / max(fp + tn, 1),
             "ci95": bootstrap(cells),
             "tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
 
+def costs(rows):
+    """Tokens and milliseconds a query, as far as the rows know them: mean, median, 95th
+    percentile."""
+    figures = {}
+    for key in ("tokens", "ms", "latency_ms"):
+        values = [row[key] for row in rows if key in row]
+        if len(values) < len(rows):
+            continue
+        if key != "latency_ms":
+            figures[f"{key}_per_query"] = float(np.mean(values))
+        if key != "ms":
+            figures[f"{key}_p50"], figures[f"{key}_p95"] = np.percentile(values, [50, 95]).tolist()
+    return figures
+
+
+def closed(rows, task):
+    """How many answers had no end, and F1 if the verdicts that they were closed with did count."""
+    forced = sum("forced" in row for row in rows)
+    if not forced:
+        return {}
+    gold = [row["gold"][task] for row in rows]
+    said = [row.get("forced", row["verdict"])[task] for row in rows]
+    return {"forced": forced, "f1_with_forced": f1(gold, said, VERDICTS[task][0])}
+
+
 def scored(rows, task, fpr):
     """What a result says of probabilities."""
-    positive = np.array([row["gold"][task] == VERDICTS[task][0]
-                         for row in rows])
+    positive = np.array([row["gold"][task] == VERDICTS[task][0] for row in rows])
     p = np.array([row["p"][task] for row in rows])
-    figures = {"auprc": auprc(positive, p)}
+    figures = {"auprc": auprc(positive, p), "ece": calibration_error(positive, p),
+               "recall_at_1": recall_at(positive, p, 0.01)[0],
+               "recall_at_5": recall_at(positive, p, 0.05)[0]}
     if fpr is not None:
-        threshold = threshold_for(positive, p, fpr)
-        found = (p[positive] >= threshold).sum()
-        figures["threshold"] = threshold
-        recall = found / max(positive.sum(), 1)
-        figures["recall_at_threshold"] = 100 * float(recall)
+        recall, threshold = recall_at(positive, p, fpr)
+        figures.update(threshold=threshold, recall_at_threshold=recall)
     return figures
+
+
+def recall_at(positive, score, rate):
+    """(recall in percent, threshold) where at most `rate` of the negatives are taken for
+    positive."""
+    threshold = threshold_for(positive, score, rate)
+    found = (score[positive] >= threshold).sum()
+    return 100 * float(found / max(positive.sum(), 1)), threshold
 
 
 def disagreements(rows, task):
@@ -200,6 +241,15 @@ def disagreements(rows, task):
         said = row["verdict"][task]
         count += bool(concluded and said and concluded != said)
     return count
+
+
+def by_column(rows, dataset, fpr):
+    """Results of the rows of each value of the column that --by names, apart."""
+    results = []
+    for value in sorted({row["slice"] for row in rows if "slice" in row}):
+        some = [row for row in rows if row.get("slice") == value]
+        results += [{**result, "slice": value} for result in score(some, dataset, fpr=fpr)]
+    return results
 
 
 # ------------------------------------------------------------------ asking the model
@@ -229,18 +279,34 @@ def up_to_verdict(text, name):
     return "".join(before) + block[:found.end()]
 
 
-def answer_fast(model, tokenizer, prompts, world):
-    """No reasoning: each verdict is the likelier word right after the prompt;
-    [(text, {task: p})]."""
-    texts = ["Answers: \n" for _ in prompts]
+def choose_verdicts(model, tokenizer, prompts, texts, world):
+    """Write an Answers block after each text, with the likelier word of each task:
+    [(the block, {task: P(positive class)})]."""
+    blocks = ["Answers: \n" for _ in prompts]
     probabilities = [{} for _ in prompts]
     for name, (positive, other) in VERDICTS.items():
-        texts = [f"{text}{name.capitalize()}:" for text in texts]
-        values = verdict_probability(model, tokenizer, prompts, texts, name, world)
+        blocks = [f"{block}{name.capitalize()}:" for block in blocks]
+        starts = [text + block for text, block in zip(texts, blocks)]
+        values = verdict_probability(model, tokenizer, prompts, starts, name, world)
         for i, p in enumerate(values):
             probabilities[i][name] = p
-            texts[i] += f" {positive if p > 0.5 else other}\n"
-    return list(zip(texts, probabilities))
+            blocks[i] += f" {positive if p > 0.5 else other}\n"
+    return list(zip(blocks, probabilities))
+
+
+def answer_fast(model, tokenizer, prompts, world):
+    """No reasoning: choose_verdicts right after the prompt."""
+    return choose_verdicts(model, tokenizer, prompts, ["" for _ in prompts], world)
+
+
+def close_by_force(model, tokenizer, prompts, texts, world):
+    """choose_verdicts after answers that never ended; an Answers block that was begun is begun
+    anew."""
+    reasoning = []
+    for text in texts:
+        *before, last = re.split("(?=answers:)", text, flags=re.I)
+        reasoning.append(("".join(before) or last).rstrip() + "\n\n")
+    return choose_verdicts(model, tokenizer, prompts, reasoning, world)
 
 
 def majority(verdicts):
@@ -253,36 +319,53 @@ def majority(verdicts):
     return winner
 
 
-def moderate(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, **options):
-    """Verdicts on exchanges [{"prompt", "response" or None}]: a list of dicts with request,
-    completion, response, parsed, cut (its end was not read), p_harmful (of request and response)
-    and reasoning. An answer without a needed verdict has parsed=False and None there, or
-    on_unparsable: never a safe one."""
-    records = [{"instruction": INSTRUCTION,
-                "input": format_input(e["prompt"], e.get("response"))}
+def moderate(model, tokenizer, exchanges, **options):
+    """Verdicts on exchanges [{"prompt", "response" or None}], in their order; see moderate_iter."""
+    return [verdict for _, verdict in sorted(moderate_iter(model, tokenizer, exchanges, **options),
+                                             key=lambda numbered: numbered[0])]
+
+
+def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, **options):
+    """Yield (number of the exchange, its verdict) as answers are done. A verdict is a dict of
+
+    request, completion, response; parsed: are all that are needed there?; forced: the answer had no
+    end, and its verdicts are the likelier words after what was written; cut: the end of the
+    exchange was not read; p_harmful of request and response; reasoning. What is not parsed is None
+    (forced: the likelier word), or on_unparsable where that is given: never a safe verdict
+    unseen."""
+    records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
     prompts, cuts = encode_prompts(tokenizer, records, max_length)
-    options = {"max_new_tokens": 2048, "temperature": 0,
-               "stop": tokenizer.stop, **options}
-    answers = generate(model, prompts, **options)
-    texts = [tokenizer.decode(ids) for ids, in answers]
-    p = {}
-    for name in ("request", "response"):
-        starts = [up_to_verdict(text, name) for text in texts]
-        p[name] = verdict_probability(model, tokenizer, prompts, starts, name,
-                                      World(model.head.device))
-    results = []
-    for i, (text, exchange) in enumerate(zip(texts, exchanges)):
+    options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
+    for number, (ids,) in generate_iter(model, prompts, **options):
+        has_response = exchanges[number].get("response") is not None
+        verdict = conclude(model, tokenizer, prompts[number], ids, has_response)
+        for name in verdict["p_harmful"]:
+            if verdict["forced"] or verdict[name] is None:
+                verdict[name] = on_unparsable or verdict[name]
+        yield number, {**verdict, "cut": cuts[number]}
+
+
+def conclude(model, tokenizer, prompt, ids, has_response):
+    """What moderate_iter says of an answer, without `cut` and on_unparsable."""
+    alone = World(model.head.device)
+    needed = list(VERDICTS) if has_response else ["request"]
+    harmful = [name for name in ("request", "response") if name in needed]
+    text = tokenizer.decode(ids)
+    forced = ids[-1] not in tokenizer.stop
+    if forced:
+        (block, p), = close_by_force(model, tokenizer, [prompt], [text], alone)
+        verdict = parse_verdict(block)
+    else:
         verdict = parse_verdict(text)
-        needed = ["request"] if exchange.get("response") is None else list(VERDICTS)
-        parsed = all(verdict[name] for name in needed)
-        harmful = {name: round(p[name][i], 4)
-                   for name in p if name in needed}
-        for name in harmful:
-            verdict[name] = verdict[name] or on_unparsable
-        results.append({**verdict, "parsed": parsed, "cut": cuts[i], "p_harmful": harmful,
-                        "reasoning": text})
-    return results
+        starts = [up_to_verdict(text, name) for name in harmful]
+        values = verdict_probability(model, tokenizer, [prompt] * len(harmful), starts, "request",
+                                     alone)                 # both tasks have the same two words
+        p = dict(zip(harmful, values))
+    verdict.update((name, None) for name in VERDICTS if name not in needed)
+    return {**verdict, "parsed": not forced and all(verdict[name] for name in needed),
+            "forced": forced, "p_harmful": {name: round(p[name], 4) for name in harmful},
+            "reasoning": text}
 
 
 # ------------------------------------------------------------------ the script
@@ -305,16 +388,23 @@ def parse_arguments(argv):
                    help="verdicts right after the prompt, no reasoning")
     p.add_argument("--scores", action="store_true",
                    help="also P(verdict) for AUPRC (paper, Table 6)")
-    p.add_argument("--fpr", type=at_least(0, float),
+    p.add_argument("--fpr", type=at_least(0, float, 1),
                    help="with --scores: recall at this false-positive rate")
+    p.add_argument("--by", metavar="COLUMN",
+                   help="score the rows of each value of this column apart, too")
     p.add_argument("--prompt", help="moderate this request")
     p.add_argument("--response", help="... and this response to it")
     p.add_argument("--moderate", action="store_true",
                    help='JSON lines {"prompt", "response"} to verdicts')
+    p.add_argument("--batch", type=at_least(1), default=64, metavar="N",
+                   help="with --moderate: judge up to N lines that are there together")
     p.add_argument("--on-unparsable", choices=["harmful"],
                    help="say this where an answer has no verdict")
     generation_arguments(p)
+    p.set_defaults(max_new_tokens=None)
     args = read_arguments(p, argv)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 512 if args.moderate or args.prompt is not None else 2048
     for is_wrong, message in contradictions(args):
         if is_wrong:
             p.error(message)
@@ -343,8 +433,8 @@ def main(argv=None):
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
-        rows = read_predictions(path, dataset)
-        results += score(rows, dataset, args.legacy)
+        rows = read_predictions(path, dataset, args.by)
+        results += score(rows, dataset, args.legacy) + by_column(rows, dataset, args.fpr)
     if args.model:
         guard = LazyModel(args, args.model, world.device)
         if args.prompt is not None or args.moderate:
@@ -353,6 +443,7 @@ def main(argv=None):
             dataset = args.dataset or Path(path).stem
             rows = evaluate_file(args, path, dataset, guard, world)
             results += score(rows, dataset, args.legacy, args.fpr)
+            results += by_column(rows, dataset, args.fpr)
     if world.rank == 0:
         averages = print_tables(results)
         if args.out:
@@ -374,37 +465,118 @@ def demo():
 
 
 def moderate_lines(args, guard):
-    """Read exchanges from --prompt or standard input, print a verdict for each, in order."""
+    """Print a verdict on --prompt, or on each line of standard input, in order."""
     names = ("max_new_tokens", "max_length", "kv_tokens", "on_unparsable")
     options = {name: getattr(args, name) for name in names}
-    exchanges = parse_lines("--moderate", sys.stdin)
-    if args.prompt is not None:
-        exchanges = [("--prompt", {"prompt": args.prompt, "response": args.response})]
     guard.model                                             # before the first line is waited for
-    for _, exchange in exchanges:
-        if not is_exchange(exchange):
-            raise InputError('--moderate: a line must be an object of texts, "prompt" and '
-                             'maybe "response"')
-        verdict, = moderate(guard.model, guard.tokenizer, [exchange], **options)
-        print(json.dumps(verdict, ensure_ascii=False), flush=True)
+    if args.prompt is not None:
+        exchange = {"prompt": args.prompt, "response": args.response}
+        groups = [[json.dumps(exchange)]]
+    else:
+        groups = lines_at_hand(getattr(sys.stdin, "buffer", sys.stdin), args.batch)
+    number = 0
+    for lines in groups:
+        for verdict in judge_lines(lines, number, guard, options):
+            print(json.dumps(verdict), flush=True)          # ASCII, whatever the output's encoding
+        number += len(lines)
 
 
-def is_exchange(value):
-    """Is this a dict with the text `prompt`, and maybe the text `response`?"""
-    return (isinstance(value, dict)
-            and isinstance(value.get("prompt"), str)
-            and isinstance(value.get("response"), (str, type(None))))
+def judge_lines(lines, before, guard, options):
+    """Yield a verdict on each line, in order, as soon as it and those before it are known. A line
+    that is no exchange gets {"parsed": false, "error"}. before: how many lines came before
+    these."""
+    results = {}
+    exchanges = {}
+    for i, line in enumerate(lines):
+        try:
+            exchanges[i] = parse_exchange(line)
+        except (ValueError, RecursionError) as error:
+            results[i] = refusal(f"line {before + i + 1}: {error}", options["on_unparsable"])
+    numbers = list(exchanges)
+    shown = 0
+    answered = moderate_iter(guard.model, guard.tokenizer, list(exchanges.values()), **options)
+    for number, verdict in itertools.chain([(None, None)], answered):
+        if number is not None:
+            results[numbers[number]] = verdict
+        while shown in results:
+            yield results.pop(shown)
+            shown += 1
+
+
+def refusal(error, on_unparsable):
+    """The answer to a line that cannot be judged."""
+    return {"request": on_unparsable, "completion": None, "response": on_unparsable,
+            "parsed": False, "error": error}
+
+
+def parse_exchange(line):
+    """{"prompt", "response" or None} of a line, bytes or text; ValueError says what is wrong with
+    it."""
+    text = line.decode("utf-8") if isinstance(line, bytes) else line
+    text = text.strip().removeprefix("\ufeff")              # a byte order mark
+    if not text:
+        raise ValueError("is empty")
+    exchange = json.loads(text, object_pairs_hook=without_repeats)
+    if not isinstance(exchange, dict):
+        raise ValueError("is no JSON object")
+    unknown = exchange.keys() - {"prompt", "response"}
+    if unknown:
+        raise ValueError(f"has the unknown field {min(unknown)!r}; known are prompt and response")
+    prompt = exchange.get("prompt")
+    response = exchange.get("response")
+    if not isinstance(prompt, str) or not isinstance(response, (str, type(None))):
+        raise ValueError('must have the text "prompt", and may have the text "response"')
+    return {"prompt": prompt, "response": response}
+
+
+def without_repeats(pairs):
+    """A JSON object's dict; ValueError where a name stands twice, as readers differ in which they
+    take."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("has a field twice")
+    return dict(pairs)
+
+
+def lines_at_hand(stream, most):
+    """Yield lists of lines: each time those that are there, at least one and at most `most`."""
+    waiting = queue.Queue(maxsize=4 * most)
+
+    def read():
+        for line in stream:
+            waiting.put(line)
+        waiting.put(None)                                   # the end
+
+    threading.Thread(target=read, daemon=True).start()
+    line = waiting.get()
+    while line is not None:
+        lines = []
+        time.sleep(0.01)                                    # for lines that come together
+        while line is not None:
+            lines.append(line)
+            if len(lines) == most or waiting.empty():
+                break
+            line = waiting.get()
+        yield lines
+        line = waiting.get() if line is not None else None
 
 
 # ================================================================== machinery
 # ------------------------------------------------------------------ answers to score
+def check_labels(path, golds):
+    """The tasks that these labels are about; says how many rows have none. InputError if all."""
+    tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
+    if not tasks:
+        raise InputError(f"{path}: no row has a label (harmful, unharmful, refusal, compliance)")
+    warn(sum(not any(gold.values()) for gold in golds),
+         f"rows have no usable label and are left out: {path}")
+    return tasks
+
+
 def evaluate_file(args, path, dataset, guard, world):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
     records = read_records(path)[:args.limit]
     golds = [labels_of(record, dataset) for record in records]
-    tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
-    if not tasks:
-        raise InputError(f"{path}: no output is a label (harmful, unharmful, refusal, compliance)")
+    tasks = check_labels(path, golds)
     prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length)
     out = Path(args.out) / dataset
     resumed = not args.fast and any(out.glob("answers.jsonl*"))
@@ -416,9 +588,13 @@ def evaluate_file(args, path, dataset, guard, world):
     else:
         answers = reasoned_answers(args, guard, prompts, out / "answers.jsonl", world)
     milliseconds = 1000 * (time.time() - start) / len(records)
-    timing = {} if resumed else {"ms": milliseconds}
-    rows = [{"file": str(path), "gold": gold, **timing, **answer}
-            for gold, answer in zip(golds, answers)]
+    rows = []
+    for record, gold, answer in zip(records, golds, answers):
+        row = {"file": str(path), "gold": gold, **slice_of(record, args.by), **answer}
+        if not resumed:
+            row["ms"] = milliseconds
+        rows.append(row)
+    add_forced(rows, guard, prompts, world)
     if args.scores and not args.fast:
         add_probabilities(rows, guard, prompts, tasks, world)
     if world.rank == 0:
@@ -430,6 +606,11 @@ def evaluate_file(args, path, dataset, guard, world):
     return rows
 
 
+def slice_of(record, column):
+    """{"slice": "column=value"} of a record that has the column, else {}."""
+    return {"slice": f"{column}={record[column]}"} if column in record else {}
+
+
 def fast_answers(guard, prompts, world):
     """Of each prompt: text, tokens, verdict and p, by answer_fast."""
     return [{"text": text, "tokens": 0, "verdict": parse_verdict(text), "p": p}
@@ -437,30 +618,53 @@ def fast_answers(guard, prompts, world):
 
 
 def reasoned_answers(args, guard, prompts, path, world):
-    """Of each prompt: text, tokens, verdict (with --k the majority's) and more, by generation."""
+    """Of each prompt: text, tokens, verdict (with --k the majority's), all texts, and where they
+    were timed latency_ms, by generation. An answer without an end has no verdict."""
     temperature = 1.0 if args.k > 1 else 0
     settings = generation_settings(args, args.model, temperature)
+    seconds = {}
     answers = []
-    for line in answer_prompts(guard, prompts, path, world, settings, args):
+    for line in answer_prompts(guard, prompts, path, world, settings, args, seconds):
         samples = line["samples"]
-        verdict = majority([s["verdict"] for s in samples])
+        ended = [s["verdict"] for s in samples if s["finish"] == "stop"]
+        verdict = majority(ended)
         agrees = max(samples, key=lambda s: s["verdict"] == verdict)       # the first that does
-        tokens = sum(s["tokens"] for s in samples)
-        answers.append({**agrees, "verdict": verdict, "tokens": tokens})
+        answer = {**agrees, "verdict": verdict, "tokens": sum(s["tokens"] for s in samples),
+                  "texts": [s["text"] for s in samples], "ended": bool(ended)}
+        if len(seconds) == len(prompts):
+            answer["latency_ms"] = 1000 * seconds[line["prompt"]]
+        answers.append(answer)
     return answers
 
 
+def add_forced(rows, guard, prompts, world):
+    """Set `forced` of each row whose answer had no end: the verdicts it was closed with by
+    force."""
+    numbers = [i for i, row in enumerate(rows) if not row.get("ended", True)]
+    if not numbers:
+        return
+    texts = [rows[i]["text"] for i in numbers]
+    some = [prompts[i] for i in numbers]
+    blocks = close_by_force(guard.model, guard.tokenizer, some, texts, world)
+    for i, (block, _) in zip(numbers, blocks):
+        rows[i]["forced"] = parse_verdict(block)
+
+
 def add_probabilities(rows, guard, prompts, tasks, world):
-    """Set p of each row: the probability of the positive class after the row's own reasoning."""
+    """Set p of each row: the probability of the positive class after the row's own reasoning, the
+    mean over its answers."""
+    owner = [i for i, row in enumerate(rows) for _ in row["texts"]]
     for task in tasks:
-        texts = [up_to_verdict(row["text"], task) for row in rows]
-        values = verdict_probability(guard.model, guard.tokenizer, prompts, texts, task, world)
-        for row, p in zip(rows, values):
+        texts = [up_to_verdict(text, task) for row in rows for text in row["texts"]]
+        values = verdict_probability(guard.model, guard.tokenizer, [prompts[i] for i in owner],
+                                     texts, task, world)
+        means = np.bincount(owner, values) / np.bincount(owner)
+        for row, p in zip(rows, means.tolist()):
             row.setdefault("p", {})[task] = p
 
 
-def read_predictions(path, dataset):
-    """Rows for `score` from a file of {"prompt", "label", "predict"} lines."""
+def read_predictions(path, dataset, column=None):
+    """Rows for `score` from a file of {"prompt", "label", "predict"} lines; column: see --by."""
     rows = []
     for place, line in parse_records(path):
         fields = line if isinstance(line, dict) else {}
@@ -471,9 +675,8 @@ def read_predictions(path, dataset):
         gold = labels_of({"input": exchange, "output": line["label"]}, dataset)
         text = line["predict"]
         rows.append({"file": str(path), "gold": gold,
-                     "verdict": parse_verdict(text), "text": text})
-    if not any(any(row["gold"].values()) for row in rows):
-        raise InputError(f"{path}: no line has a label (harmful, unharmful, refusal, compliance)")
+                     "verdict": parse_verdict(text), "text": text, **slice_of(line, column)})
+    check_labels(path, [row["gold"] for row in rows])
     return rows
 
 
@@ -497,40 +700,66 @@ TITLES = {
 def print_tables(results):
     """The paper's three tables for what was scored, beside its figures; returns the averages."""
     averages = []
+    whole = [result for result in results if "slice" not in result]
     for task, title in TITLES.items():
-        some = [result for result in results if result["task"] == task]
+        some = [result for result in whole if result["task"] == task]
         if not some:
             continue
-        print(f"\n{title:24}     n      F1   95% interval   precision  recall  none   AUPRC    "
+        print(f"\n{title:24}     n      F1   95% interval   precision  recall   FPR  none   "
               "paper 1B / 3B / 8B")
-        for result in some:
-            print(table_line(result))
+        for result in results:
+            if result["task"] == task:
+                print(table_line(result))
         counts = [result["n"] for result in some]
         scores = [result["f1"] for result in some]
-        average = weighted_average(scores, counts)
-        averages.append({"task": task, "weighted_f1": average})
-        print(f"{'weighted average':24} {sum(counts):5}  {average:6.2f}")
+        average = {"task": task, "weighted_f1": weighted_average(scores, counts),
+                   "macro_f1": float(np.mean(scores))}
+        averages.append(average)
+        print(f"{'weighted average':24} {sum(counts):5}  {average['weighted_f1']:6.2f}   "
+              f"macro average {average['macro_f1']:6.2f}")
     if len(averages) == 3:
-        mean = float(np.mean([average["weighted_f1"] for average in averages]))
-        averages.append({"task": "mean", "weighted_f1": mean})
-        print(f"\nmean of the three tasks         {mean:6.2f}")
-    disagree = sum(result["reasoning_disagrees"] for result in results)
-    unparsable = sum(result["unparsable"] for result in results)
-    print(f"\n{disagree} answers contradict the conclusion of their own reasoning; "
-          f"{unparsable} have no verdict")
+        mean = {name: float(np.mean([average[name] for average in averages]))
+                for name in ("weighted_f1", "macro_f1")}
+        averages.append({"task": "mean", **mean})
+        print(f"\nmean of the three tasks         {mean['weighted_f1']:6.2f}   "
+              f"macro average {mean['macro_f1']:6.2f}")
+    print_notes(whole)
     return averages
+
+
+def print_notes(results):
+    """What the tables do not say: probabilities, costs, and answers that are no verdict."""
+    print()
+    for r in results:
+        name = f"{r['dataset']}, {TITLES[r['task']]}"
+        if "auprc" in r:
+            print(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
+                  f"{r['recall_at_5']:.1f} at 5% false positives, calibration error {r['ece']:.1f}")
+    first = results[0] if results else {}
+    if "latency_ms_p50" in first:
+        print(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), answered "
+              f"{first['latency_ms_p50'] / 1000:.1f} s (95%: {first['latency_ms_p95'] / 1000:.1f}) "
+              "after their block began")
+    forced = [r for r in results if "forced" in r]
+    for r in forced:
+        print(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end and count as "
+              f"no verdict; closed by force, F1 would be {r['f1_with_forced']:.2f}")
+    disagree = sum(r["reasoning_disagrees"] for r in results)
+    unparsable = sum(r["unparsable"] for r in results)
+    print(f"{disagree} answers contradict the conclusion of their own reasoning; "
+          f"{unparsable} have no verdict")
 
 
 def table_line(r):
     """One result, and the paper's figures for its data set."""
     low, high = r["ci95"]
-    area = f"{r['auprc']:6.2f}" if "auprc" in r else "     -"
-    figures = paper_row(r["task"], r["dataset"])[2:]
+    name = f"  {r['slice']}" if "slice" in r else r["dataset"]
+    figures = [] if "slice" in r else paper_row(r["task"], r["dataset"])[2:]
     paper = "  /  ".join(f"{f1:.2f}" for f1 in figures)
-    return (f"{r['dataset'][:24]:24} {r['n']:5}  {r['f1']:6.2f}   "
+    return (f"{name[:24]:24} {r['n']:5}  {r['f1']:6.2f}   "
             f"{low:5.1f} - {high:5.1f}   "
-            f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['unparsable']:5}  "
-            f"{area}    {paper}")
+            f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['false_positive_rate']:5.1f} "
+            f"{r['unparsable']:5}   {paper}")
 
 
 def paper_row(task, dataset):

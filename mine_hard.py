@@ -28,8 +28,8 @@ from pathlib import Path
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict,
                   parse_records, parse_verdict, read_json, read_records, warn, write_json,
                   write_whole)
-from model import (Llama, generate_iter, hash32, join_ranks, pick_dtype, read_arguments,
-                   weights_time)
+from model import (Llama, generate_iter, fingerprint, join_ranks, pick_dtype, read_arguments,
+                   weights_hash)
 
 
 # ------------------------------------------------------------------ the method
@@ -136,7 +136,7 @@ def parse_arguments(argv):
                    help="answers to each prompt (released code: 4)")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0,
                    help="paper: 1.0; released code: 0.7")
-    p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95,
+    p.add_argument("--top-p", type=at_least(0, float, 1), default=0.95,
                    help="nucleus (paper: 0.95)")
     p.add_argument("--judge", choices=["all", "field"], default="all",
                    help="an output is correct if all labelled verdicts are, "
@@ -144,7 +144,7 @@ def parse_arguments(argv):
     p.add_argument("--pair", choices=["random", "longest"], default="random",
                    help="which correct and which incorrect output make the pair "
                         "(released: longest)")
-    p.add_argument("--gamma", type=at_least(0, float), default=0.2,
+    p.add_argument("--gamma", type=at_least(0, float, 1), default=0.2,
                    help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
@@ -164,6 +164,7 @@ def main(argv=None):
         some = read_records(path)[:args.limit]
         records += some
         sources += [Path(path).stem] * len(some)
+    check_labels(args.data, records)
     answers = []
     for number, folder in enumerate(args.model):
         name = "samples.jsonl" if len(args.model) == 1 else f"samples-{number}.jsonl"
@@ -181,6 +182,15 @@ def main(argv=None):
         spread = ", ".join(f"{weight:.2f} x {n}"
                            for weight, n in sorted(weights.items()))
         print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
+
+
+def check_labels(paths, records):
+    """Say how many records have no usable label, so that no answer is right; InputError if all."""
+    unlabelled = sum(not any(gold_verdict(record).values()) for record in records)
+    if unlabelled == len(records):
+        raise InputError(f"{' '.join(paths)}: no output is a label "
+                         "(harmful, unharmful, refusal, compliance)")
+    warn(unlabelled, "records have no usable label: all answers to them count as wrong")
 
 
 def report(count, n, k):
@@ -208,7 +218,7 @@ def generation_arguments(p):
 
 def generation_settings(args, folder, temperature, **sampling):
     """What a file of answers depends on, beside its prompts."""
-    return dict(model=str(folder), weights=weights_time(folder), limit=args.limit,
+    return dict(model=str(folder), weights_hash=weights_hash(folder), limit=args.limit,
                 max_length=args.max_length, format=args.format, dtype=args.dtype,
                 k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
                 temperature=temperature, **sampling)
@@ -234,21 +244,23 @@ def encode_prompts(tokenizer, records, max_length):
     InputError where not even an empty exchange fits."""
     prompts = []
     cuts = []
+    limit, why = tokenizer.limit(max_length)
     for record in records:
-        ids, cut = fit_prompt(tokenizer, record, max_length)
+        ids, cut = fit_prompt(tokenizer, record, limit)
         if ids is None:
-            raise InputError(f"--max-length {max_length} is too short for the template itself")
+            raise InputError(f"{why} is too short for the template itself")
         prompts.append(ids)
         cuts.append(cut)
-    warn(sum(cuts), f"prompts cut inside the user's text (--max-length {max_length})")
+    warn(sum(cuts), f"prompts cut inside the user's text ({why})")
     return prompts, cuts
 
 
-def answer_prompts(guard, prompts, path, world, settings, args):
+def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
 
     guard: a LazyModel, whose weights are read only if something is left to do. settings: see
-    generation_settings; InputError where the file that is there was made with others."""
+    generation_settings; InputError where the file that is there was made with others. seconds: a
+    dict that gets, for each prompt answered now, the time since its block began."""
     folder = Path(f"{path}.parts")
     size = args.block or (1024 if world.device.type == "cuda" else 256)
     settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
@@ -259,7 +271,7 @@ def answer_prompts(guard, prompts, path, world, settings, args):
         mine = list(parts)[world.rank::world.ranks]
         todo = [first for first in mine if not parts[first].exists()]
         left = sum(len(prompts[first:first + size]) for first in todo)
-        meter = Meter(left, f"{path}: ", world)
+        meter = Meter(left, f"{path}: ", world, seconds)
         for first in todo:
             block = prompts[first:first + size]
             write_lines(parts[first], answer_block(guard, block, first, settings, args, meter))
@@ -283,11 +295,12 @@ def answer_block(guard, prompts, first, settings, args, meter):
     answered = generate_iter(guard.model, prompts, stop=tokenizer.stop, kv_tokens=args.kv_tokens,
                              share=not args.no_share, **options)
     lines = [None] * len(prompts)
+    meter.begin_block()
     for number, answers in answered:
         samples = [describe(tokenizer, ids) for ids in answers]
         lines[number] = dict(prompt=first + number, model=settings["model"], seed=settings["seed"],
                              samples=samples)
-        meter.add(sum(map(len, answers)))
+        meter.add(first + number, sum(map(len, answers)))
     return lines
 
 
@@ -298,11 +311,6 @@ def describe(tokenizer, ids):
     return {"text": text, "finish": finish, "tokens": len(ids), "verdict": parse_verdict(text)}
 
 
-def fingerprint(sequences):
-    """A number of 32 bits that depends on every id of these sequences."""
-    return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
-
-
 def check_settings(path, settings, world):
     """Remember what a file is made with; refuse to continue it with something else."""
     if not path.exists():
@@ -311,7 +319,7 @@ def check_settings(path, settings, world):
         return
     before = read_json(path)
     for name, now in settings.items():
-        was = before.get(name)
+        was = before.get(name, now)                         # older files have fewer settings
         if was != now:
             raise InputError(f"{path}: was made with {name} = {was!r}, not {now!r}; "
                              "choose another --out")
@@ -327,16 +335,21 @@ def write_lines(path, lines):
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
 
-    def __init__(self, total, label, world):
+    def __init__(self, total, label, world, seconds=None):
         self.total = total
         self.label = label
         self.world = world
         self.done = 0
         self.tokens = 0
         self.start = time.time()
+        self.seconds = {} if seconds is None else seconds   # of a prompt: since its block began
 
-    def add(self, tokens):
-        """One more prompt is answered, with so many tokens."""
+    def begin_block(self):
+        self.block_start = time.time()
+
+    def add(self, number, tokens):
+        """The prompt of this number is answered, with so many tokens."""
+        self.seconds[number] = time.time() - self.block_start
         self.done += 1
         self.tokens += tokens
         left = self.total - self.done

@@ -25,8 +25,8 @@ import atexit
 import hashlib
 import math
 import os
-import time
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -43,6 +43,9 @@ from data import (FORMATS, InputError, at_least, common_prefix, deal, read_json,
                   write_whole)
 
 # ================================================================== part I: the model
+
+
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")       # what a model is stored in
 
 
 @dataclass
@@ -77,7 +80,10 @@ class LlamaConfig:
             raise InputError(f"{path}: rope scaling {kind!r} is unknown, only 'llama3' is")
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         raw["rope_scaling"] = rope if kind == "llama3" else None
-        raw["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "float32"
+        dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+        if dtype not in STORED_DTYPES:
+            raise InputError(f"{path}: dtype {dtype!r} is unknown, only {STORED_DTYPES} are")
+        raw["torch_dtype"] = dtype
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
                                       or raw.get("num_attention_heads"))
         names = [f.name for f in fields(cls)]
@@ -85,10 +91,22 @@ class LlamaConfig:
         try:
             config = cls(**known)
             rope_frequencies(config)
-        except (TypeError, KeyError) as error:
+            fits = config.is_consistent()
+        except (TypeError, KeyError, ValueError, ArithmeticError) as error:
             what = str(error).split("__init__() ")[-1]
             raise InputError(f"{path}: {what} (absent or of another type)") from None
+        if not fits:
+            raise InputError(f"{path}: sizes must be whole numbers from 1 on, heads a multiple of "
+                             "key/value heads, and head_dim even")
         return config
+
+    def is_consistent(self):
+        """Can there be a model of these sizes?"""
+        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers,
+                 self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+        whole = all(isinstance(size, int) and size > 0 for size in sizes)
+        divides = self.num_attention_heads % self.num_key_value_heads == 0
+        return whole and divides and self.head_dim % 2 == 0
 
     def to_json(self):
         """The dict to store as config.json, loadable by transformers and vLLM."""
@@ -109,7 +127,10 @@ def check_llama(path, raw):
     kind = raw.get("model_type")
     if kind != "llama":
         raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")
-    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    if raw.get("quantization_config"):
+        raise InputError(f"{path}: has a quantization_config; quantized weights are not known")
+    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+             "rope_interleaved": False, "partial_rotary_factor": 1.0}
     for name, value in usual.items():
         given = raw.get(name) or value
         if given != value:
@@ -181,7 +202,8 @@ class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) on the host
     position: torch.Tensor      # (T,) how many keys a row sees before its own
-    skip: int                   # the first `skip` tokens are cached: keys that ask nothing
+    skip: int                   # the keys of the first `skip` tokens come from a cache: only
+                                # later tokens have a query
 
 
 def tree_plan(end, skip=0, device=None):
@@ -195,7 +217,8 @@ def tree_plan(end, skip=0, device=None):
     T = len(end)
     end = end.cpu()                                         # FSDP moves it to a GPU
     check_nesting(end.tolist())
-    closed = torch.bincount(end, minlength=T + 1).cumsum(0)[:T]
+    ending = torch.bincount(end, minlength=T + 1)           # how many keys have end = i
+    closed = ending.cumsum(0)[:T]                           # end <= i: i sees them no longer
     position = torch.arange(T) - closed
     return TreePlan(end, position.to(device), skip)
 
@@ -213,7 +236,9 @@ def check_nesting(end):
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that a row sees   (Vaswani et al. 2017, Eq. 1)
-    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole mask at once, to read and for tests."""
+    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole mask at once, to read and for tests; all
+    tokens have a query here, whatever plan.skip is."""
+    assert len(q) == len(k)
     i = torch.arange(len(q), device=q.device)[:, None]
     j = torch.arange(len(k), device=q.device)[None, :]
     end = plan.end.to(q.device)[None, :]
@@ -226,8 +251,8 @@ def attention_by_mask(q, k, v, plan):
 
 
 def attention(q, k, v, plan):
-    """What attention_by_mask computes, by one of its fast twins of part II, for the rows that ask:
-    q (T - skip, H, E), k and v (T, G, E) -> (T - skip, H, E)."""
+    """What attention_by_mask computes, by one of its fast twins of part II, for tokens that have a
+    query: q (T - skip, H, E), k and v (T, G, E) -> (T - skip, H, E)."""
     if use_triton(q) and q.shape[-1] in KERNEL_WIDTHS:
         return TreeAttention.apply(q, k, v, plan)
     return TileAttention.apply(q, k, v, plan)
@@ -248,8 +273,9 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 def recomputed(f, *inputs):
-    """f(*inputs), of which only the inputs are kept for the backward pass. It runs f again, as far
-    as the last tensor that was not kept: a matrix product that ends f is not done twice."""
+    """f(*inputs), of which only the inputs are kept for the backward pass. It runs f again, up to
+    the last tensor that a gradient needs: of MLP.down only silu(gate) * up, not the product with
+    down_proj that ends it."""
     if not torch.is_grad_enabled():
         return f(*inputs)
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -397,7 +423,7 @@ class Llama(nn.Module):
     def from_pretrained(cls, folder, device=None, dtype=None):
         """Load a Hugging Face folder, strictly by name, one tensor at a time.
         dtype is both storage and products (default: pick_dtype). InputError names the file and the
-        tensor that is missing, unexpected, cut short or of another shape."""
+        tensor that is missing, unexpected, cut short, quantized, or of another shape."""
         folder = Path(folder)
         device = pick_device(device)
         dtype = dtype or pick_dtype(device)
@@ -410,10 +436,15 @@ class Llama(nn.Module):
         found = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path):
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue                                # a copy that some files carry
-                check_tensor(path, name, tensor, wanted)
+                if name.endswith("rotary_emb.inv_freq"):    # follows from config.json
+                    check_frequencies(path, name, tensor, config)
+                    continue
+                check_tensor(path, name, tensor, wanted, config)
+                if name in found:
+                    raise InputError(f"{path}: tensor {name} is in another file, too")
                 found[name] = tensor.to(device, dtype)
+        if config.tie_word_embeddings:
+            join_tied(folder, found)
         missing = sorted(wanted.keys() - found.keys())
         if missing:
             raise InputError(f"{folder}: {len(missing)} tensors are missing, "
@@ -436,18 +467,34 @@ class Llama(nn.Module):
 
 
 def weight_files(folder):
-    """The safetensors files of a folder: one file, or the shards its index names."""
+    """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
+    whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return [folder / "model.safetensors"]
-    names = set(read_json(index)["weight_map"].values())
+        return [whole]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: has no weight_map")
+    names = set(weight_map.values())
+    if whole.exists() and names != {whole.name}:
+        print(f"{folder}: two sets of weights; {whole.name} is read, and not the files that "
+              f"{index.name} names", file=sys.stderr)
+        return [whole]
     return [folder / name for name in sorted(names)]
 
 
-def weights_time(folder):
-    """When the weights of a folder were written, in UTC: at another time, other weights."""
-    times = [path.stat().st_mtime for path in Path(folder).glob("*.safetensors")]
-    return time.asctime(time.gmtime(max(times, default=0)))
+def weights_hash(folder):
+    """A fingerprint of the weights of a folder: of what is in the files, not of when they were
+    written."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in weight_files(Path(folder)):
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(2 ** 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(f"{path}: cannot read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def read_tensors(path):
@@ -463,14 +510,45 @@ def read_tensors(path):
                          "fetch or write it again") from None
 
 
-def check_tensor(path, name, tensor, wanted):
-    """InputError where a file's tensor is none of the model's, or has another shape."""
+def check_tensor(path, name, tensor, wanted, config):
+    """InputError where a file's tensor is none of the model's, has another shape, is quantized, or
+    holds what is no number."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        wanted = {name: wanted[EMBEDDING]}                  # the embedding under another name
     if name not in wanted:
         raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
     shape = list(tensor.shape)
     told = list(wanted[name].shape)
     if shape != told:
         raise InputError(f"{path}: tensor {name} has shape {shape}, config.json says {told}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in STORED_DTYPES:
+        raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: tensor {name} holds NaN or infinity; fetch or train it again")
+
+
+def check_frequencies(path, name, tensor, config):
+    """InputError where the frequencies in a file, (E/2,), are not those of config.json, stretched
+    or not (some files hold them as they were before)."""
+    plain = replace(config, rope_scaling=None)
+    for known in (rope_frequencies(config), rope_frequencies(plain)):
+        if tensor.shape == known.shape and torch.allclose(tensor.double(), known, rtol=0.02):
+            return
+    raise InputError(f"{path}: {name} does not follow from config.json (rope_theta, head_dim)")
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def join_tied(folder, found):
+    """Where embedding and head are one matrix: it may be stored under either name, or twice."""
+    head = found.pop("lm_head.weight", None)
+    if head is None:
+        return
+    if not torch.equal(found.setdefault(EMBEDDING, head), head):
+        raise InputError(f"{folder}: config.json says tie_word_embeddings, but {EMBEDDING} and "
+                         "lm_head.weight differ")
 
 
 # ------------------------------------------------------------------ sampling
@@ -481,6 +559,11 @@ def hash32(*numbers):
     return int.from_bytes(digest, "little")
 
 
+def fingerprint(sequences):
+    """A number of 32 bits that depends on every id of these sequences."""
+    return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
+
+
 def sample_seed(seed, prompt, sample):
     """The seed of one sampled answer, by the run's seed, the prompt's ids, the sample's number."""
     return hash32(seed, sample, *prompt)
@@ -488,26 +571,28 @@ def sample_seed(seed, prompt, sample):
 
 def uniform(seed, position, attempt):
     """Numbers in (0, 1), (B,), that depend on nothing but seed (B,), position (B,) and attempt.
-    A 32-bit integer mixer in int64 arithmetic: the same bits on every device, in any batch."""
+    Integer arithmetic: the same bits on every device, in any batch. The mixer is lowbias32 (Wellons
+    2018) with all shifts 16: x ^= x >> 16 and a multiplication, twice, and a last x ^= x >> 16."""
     x = seed + position * 0x9E3779B9 + attempt * 0x85EBCA6B
-    for multiplier in (0x7FEB352D, 0x846CA68B, 1):
-        x = x & 0xFFFFFFFF
+    for multiplier in (0x7FEB352D, 0x846CA68B, 1):          # 1: the last shift stands alone
+        x = x & 0xFFFFFFFF                                  # 32 bits of an int64
         x = (x ^ (x >> 16)) * multiplier
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     return (x.to(exact) + 0.5) / 2 ** 32
 
 
+NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves the likeliest token alone
 BUCKET = 256        # tokens whose probabilities are added up first: a draw is found in two looks
 
 
 def draw_token(logits, seed, position, temperature, top_p):
     """One token a row from the nucleus: the likeliest tokens that together reach top_p
-    (Holtzman et al. 2020), without sorting; temperature 0 is argmax.
+    (Holtzman et al. 2020), without sorting; a temperature or top_p of (nearly) 0 is argmax.
 
     logits (B, V), seed (B,), position (B,) -> (B,). Draw from the full softmax by inverting its sum
     at one uniform number; accept if the mass of strictly likelier tokens is below top_p; else draw
     again. An accepted token is in the nucleus and has its right relative probability there."""
-    if temperature == 0:
+    if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
     V = logits.shape[1]
     scaled = full_precision(logits)
@@ -522,7 +607,9 @@ def draw_token(logits, seed, position, temperature, top_p):
     left = torch.arange(len(p), device=p.device)            # rows without a token so far
     attempt = 0
     while len(left):
-        some = left if len(left) < len(p) else slice(None)  # all at first, without a copy
+        some = left                                         # the rows to draw for
+        if len(left) == len(p):                             # as at first: all of them, by a slice,
+            some = slice(None)                              # which does not copy p
         u = uniform(seed[some], position[some], attempt).to(p.dtype)
         p_some = p[some]
         pick = token_at(u, p_some, below[some]).clamp(max=V - 1)
@@ -536,22 +623,23 @@ def draw_token(logits, seed, position, temperature, top_p):
 
 
 def token_at(u, p, below):
-    """The token at which the running sum of p passes u times the whole sum, found in two looks:
+    """The token at which the running sum of p passes its goal, u times the whole; in two looks:
 
-        below     0        0.30            0.75   1     u = 0.5: bucket 1 begins at 0.30, so
+        below     0        0.30            0.75   1     goal 0.5: bucket 1 begins at 0.30, so
         p         | . . . . | . . . . . . . | . . |     inside it, the token that passes 0.20
 
-    u (B,), p (B, V) in whole buckets, below (B, V / 256 + 1): the mass before each -> (B,)"""
-    u = u[:, None] * below[:, -1:]                          # (B, 1)
+    u (B,), p (B, V) in whole buckets, below (B, V / 256 + 1): the mass before each -> (B,). Both
+    looks are clamped, as rounding can put `goal` at the end of all, or `rest` past its bucket."""
+    goal = u[:, None] * below[:, -1:]                       # (B, 1), a mass
     buckets = below.shape[1] - 1
-    after = torch.searchsorted(below, u, right=True)
+    after = torch.searchsorted(below, goal, right=True)
     bucket = after.clamp(max=buckets) - 1                   # (B, 1)
-    rest = u - below.gather(1, bucket)
+    rest = goal - below.gather(1, bucket)
     rows = torch.arange(len(p), device=p.device)
     by_bucket = p.unflatten(1, (-1, BUCKET))                # (B, V / 256, 256)
     inside = by_bucket[rows, bucket[:, 0]].cumsum(-1)       # (B, 256)
-    place = torch.searchsorted(inside, rest, right=True).clamp(max=BUCKET - 1)
-    token = bucket * BUCKET + place
+    nth = torch.searchsorted(inside, rest, right=True).clamp(max=BUCKET - 1)
+    token = bucket * BUCKET + nth
     return token[:, 0]
 
 
@@ -641,7 +729,7 @@ def logit_gradients(z, target, log_sum, grad):
     if use_triton(z):
         return launch_row_gradients(z, target, log_sum, grad)
     inside = target.clamp(0, z.shape[1] - 1)
-    hit = grad * (inside == target)
+    hit = grad * (inside == target)                         # grad onehot(target): 0 if outside
     for start in range(0, len(z), CACHED_ROWS):
         some = slice(start, start + CACHED_ROWS)
         p = full_precision(z[some]) - log_sum[some, None]
@@ -660,8 +748,18 @@ TILE_ROWS = 128         # of a tile at most: large products, yet few of their sc
 def row_tiles(plan):
     """The rows that ask, cut into tiles: [(rows, keys, masked)].
 
-    rows: a slice of n of them, counted from plan.skip on. keys (m,): all that any of them sees; the
-    first m - h are seen by all. masked (n, h), bool: the last h keys that a row does not see."""
+    rows: a slice of n of them, counted from plan.skip on. keys (m,): all that any of them sees,
+    beginning with the m - h that all see. masked (n, h), bool: the last h that a row does not see.
+    The example of tree_plan in one tile, where n = m = 7 and h = 6 (#: True):
+
+        keys         I   p q a b x y
+        masked   I       # # # # # #
+                 p       . # # # # #
+                 q       . . # # # #
+                 a       . . . # # #
+                 b       . . . . # #
+                 x       . . # # . #     x skips the sibling, a b
+                 y       . . # # . ."""
     end = plan.end
     device = plan.position.device
     tiles = []
@@ -713,7 +811,7 @@ class TileAttention(torch.autograd.Function):
 
     @staticmethod
     def probabilities(q, k, masked):
-        """p (G, R, n, m) of q (G, R, n, E), k (G, m, E); masked (n, h): of the last h keys."""
+        """p (G, R, n, m) of q (G, R, n, E), k (G, m, E), masked (n, h): keys as in row_tiles."""
         s = q.flatten(1, 2) @ k.mT                                  # (G, R n, m)
         s = s.unflatten(1, q.shape[1:3])
         seen_by_all = s.shape[-1] - masked.shape[1]
@@ -926,10 +1024,10 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
     dk = tl.zeros((B, E), tl.float32)
     dv = tl.zeros((B, E), tl.float32)
     before = T - N                                      # keys without a row that asks
-    first = tl.maximum(b * B - before, 0) // B          # tile of the first row that sees a key of b
+    first_tile = tl.maximum(b * B - before, 0) // B     # of the first row that sees a key of b
     last_end = tl.max(end, 0)
-    stop = tl.cdiv(tl.maximum(last_end - before, 0), B)
-    for a in range(first, stop):
+    stop_tile = tl.cdiv(tl.maximum(last_end - before, 0), B)
+    for a in range(first_tile, stop_tile):
         row = a * B + tl.arange(0, B)
         i = (row + before)[None]
         q = load_rows(Q, row, N, h, H, E)
@@ -937,7 +1035,7 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
         lse = tl.load(LSE + h * N + row, mask=row < N, other=0.0)
         delta = tl.load(DELTA + h * N + row, mask=row < N, other=0.0)
         sees = (j[:, None] <= i) & (i < end[:, None])
-        p = tl.exp2(scores(k, q, sees) - lse[None])     # (keys, rows)
+        p = tl.exp2(scores(k, q, sees) - lse[None])     # scores, transposed: (keys, rows)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -1113,7 +1211,7 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
 #
 # In a step each page is taken once, for all its readers: a softmax over its keys gives each reader
 # one *result*, a log-sum-exp and a mean of values. A second softmax, over the results of a slot
-# (slot 0: numbers 1, 5 and 12), joins them to what attention over all its keys would give. Result 0
+# (slot 0: results 1, 5 and 12), joins them to what attention over all its keys would give. Result 0
 # is the empty one, of weight 0: it fills up the lists of slots that read fewer pages.
 PAGE = 64                   # keys of a page
 NO_KEY = -3e4               # added to the score of a key that is not there; finite: no nan
@@ -1134,9 +1232,10 @@ def number_reads(groups):
     """Number the results of a step: which slot reads which page, and where its results lie.
 
     groups: [(w, reads)] of the pages of instruction, prompts and samples; at most w slots read one
-    page; reads: for each slot of the batch (its pages, which of their readers it is).
+    page; reads: for each slot, counted in the order of the batch, (its pages, which of their
+    readers it is).
     -> (tables, results): for each group that has pages (first page, [for each page up to the last
-    slots that read it, slot 0 where fewer than w do]); for each slot the numbers of its results.
+    slots that read it, slot 0 where fewer than w do]); for each slot its results.
     The drawing above:
         groups   (4, [([0], 0), ([0], 1), ([0], 2), ([0], 3)])
                  (2, [([1], 0), ([1], 1), ([2], 0), ([2], 1)])
@@ -1146,8 +1245,9 @@ def number_reads(groups):
     slots = len(groups[0][1])
     tables = []
     results = [[] for _ in range(slots)]
-    number = 1
+    next_result = 1
     for w, reads in groups:
+        assert len(reads) == slots
         pages = {page for own, _ in reads for page in own}
         if not pages:
             continue
@@ -1156,16 +1256,17 @@ def number_reads(groups):
         readers = [[0] * w for _ in range(first, last + 1)]
         for slot, (own, reader) in enumerate(reads):
             for page in own:
-                place = page - first
-                readers[place][reader] = slot
-                results[slot].append(number + place * w + reader)
+                line = page - first
+                readers[line][reader] = slot
+                results[slot].append(next_result + line * w + reader)
         tables.append((first, readers))
-        number += len(readers) * w
+        next_result += len(readers) * w
     return tables, results
 
 
 class PagePool:
-    """Keys and values in pages: k and v (layers, pages, G, 64, E), bias (pages, 64)."""
+    """Keys and values in pages: k and v (layers, pages, G, 64, E), bias (pages, 64). A page is free
+    or has one owner: the instruction, a job, or a slot."""
 
     def __init__(self, config, pages, dtype, device):
         c = config
@@ -1173,7 +1274,7 @@ class PagePool:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.bias = self.k.new_full((pages, PAGE), NO_KEY)  # 0 where a key is
-        self.free = list(range(pages))                      # sorted
+        self.free = list(range(pages))                      # always sorted
 
     def take_lowest(self, count):
         """Claim pages for the instruction or a prompt: pages of many readers lie together ..."""
@@ -1187,6 +1288,7 @@ class PagePool:
         """Pages that nobody reads any more, empty again."""
         self.bias[pages] = NO_KEY
         self.free = sorted(self.free + pages)
+        assert len(set(self.free)) == len(self.free), "a page had two owners"
 
     def fill(self, page, offset):
         """From now on there are keys at these places; page, offset: (n,)."""
@@ -1268,8 +1370,8 @@ class Job:
 class PageGroup:
     """Neighbouring pages, taken together in a step for w readers each."""
     pages: slice
-    readers: torch.Tensor       # (pages, w): places in the batch, see number_reads
-    results: slice              # pages x w numbers of results
+    readers: torch.Tensor       # (pages, w) which slots of the batch, see number_reads
+    results: slice              # where the pages x w results lie
 
 
 @dataclass
@@ -1278,7 +1380,7 @@ class Batch:
     slot: torch.Tensor          # (B,)
     length: torch.Tensor        # (B,) of the prompt
     drawn: torch.Tensor         # (B,) tokens drawn so far
-    own: torch.Tensor           # (B, most) the slot's own pages, the last repeated
+    own: torch.Tensor           # (B, most) the slot's own pages; the last fills up, never read
     groups: list                # of PageGroup
     results: int                # of a step, the empty one included
     terms: torch.Tensor         # (B H, S) which (result, query head) each query head adds up
@@ -1302,6 +1404,7 @@ class Engine:
         self.seeds = self.ints([0] * capacity.slots)        # see sample_seed
         longest = sampling.max_new_tokens + capacity.poll
         self.history = self.seeds[:, None].repeat(1, longest)       # ids drawn; -1: not yet
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # was a logit NaN?
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
         self.jobs = []                                      # under way, the oldest first
@@ -1314,7 +1417,7 @@ class Engine:
             self.cached = T
 
     def ints(self, values):
-        """Python's numbers as int64 on the device."""
+        """Python's ints as int64 on the device."""
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # ---- admit
@@ -1325,7 +1428,7 @@ class Engine:
             tokens = 0
             while waiting and self.fits(waiting[-1]) and tokens < self.PREFILL:
                 job = waiting.pop()
-                self.place(job)
+                self.assign(job)
                 jobs.append(job)
                 tokens += len(job.prompt) - self.cached
             self.jobs += jobs
@@ -1337,7 +1440,7 @@ class Engine:
         pages = pages_for(len(job.prompt) - self.cached) + slots
         return len(self.free_slots) >= slots and len(self.pool.free) >= pages
 
-    def place(self, job):
+    def assign(self, job):
         """Give a job its slots and pages."""
         job.slots = {self.free_slots.pop(): sample for sample in job.samples}
         job.pages = self.pool.take_lowest(pages_for(len(job.prompt) - self.cached))
@@ -1384,9 +1487,10 @@ class Engine:
         return self.model.hidden(self.ints(tokens), plan.position[C:], attend)
 
     def append(self, slot, hidden, length, drawn):
-        """Draw the next token of each slot, its number `drawn`, after a prompt of `length` tokens:
-        hidden (B, D), slot and length (B,), drawn a number or (B,)."""
+        """Draw the next token of each slot, after a prompt of `length` and an answer of `drawn`
+        tokens: hidden (B, D), slot and length (B,), drawn an int or (B,)."""
         logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
+        self.broken |= ~logits.amax().isfinite()
         position = length + drawn
         s = self.sampling
         token = draw_token(logits, self.seeds[slot], position, s.temperature, s.top_p)
@@ -1396,7 +1500,8 @@ class Engine:
     def reserve(self):
         """Give every slot pages for its next `poll` tokens. Where none are left, the youngest jobs
         make room, so that the oldest finish; they are returned, and when one starts again, it draws
-        the same (see sample_seed)."""
+        the same (see sample_seed). The youngest may be the very job that asks: it has no slots then
+        and gets nothing more."""
         put_back = []
         for job in list(self.jobs):
             need = pages_for(job.drawn + self.capacity.poll)
@@ -1427,8 +1532,8 @@ class Engine:
 
     # ---- decode
     def decode(self):
-        """Draw `poll` tokens in every slot. What is drawn changes no shape and no place in memory,
-        only the numbers in `history` and `drawn`; so a step can be recorded and replayed."""
+        """Draw `poll` tokens in every slot. What is drawn changes no shape and no address, only
+        what `history` and `drawn` hold; so a step can be recorded and replayed."""
         batch = self.make_batch()
         step = partial(self.step, batch)
         for n in range(self.capacity.poll):
@@ -1443,8 +1548,8 @@ class Engine:
     def step(self, batch):
         """Feed the last drawn token of each slot, and store its key: hidden states (B, D)."""
         last = batch.drawn - 1
-        place = last // PAGE                                # among the slot's own pages
-        page = batch.own.gather(1, place[:, None])[:, 0]
+        nth = last // PAGE                                  # of the slot's own pages
+        page = batch.own.gather(1, nth[:, None])[:, 0]
         offset = last % PAGE
         self.pool.fill(page, offset)
 
@@ -1474,6 +1579,7 @@ class Engine:
             by_reader = some_out.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R, E)
             out[group.results].unflatten(0, (p, w)).copy_(by_reader)
         weight = lse.flatten()[batch.terms].softmax(-1)                            # (B H, S)
+        # a row of joined is the sum of out's rows in that row of terms, each times its weight
         joined = functional.embedding_bag(
             batch.terms,
             out.flatten(0, 2),                                                     # (results H, E)
@@ -1482,50 +1588,53 @@ class Engine:
         return joined.view_as(q).to(q.dtype)
 
     def make_batch(self):
-        """The Batch of all live slots."""
-        live = [(slot, len(job.prompt), job.drawn)
+        """The Batch of all live slots, in one order everywhere: that of `live`, job by job."""
+        live = [(job, reader, slot)
                 for job in self.jobs
-                for slot in job.slots]
-        slot, length, drawn = self.ints(live).T
-        owned = [self.owned[slot] for slot, _, _ in live]
+                for reader, slot in enumerate(job.slots)]
+        known = [(slot, len(job.prompt), job.drawn) for job, _, slot in live]
+        slot, length, drawn = self.ints(known).T
+        owned = [self.owned[slot] for _, _, slot in live]
         most = max(map(len, owned))
         filled = [pages + pages[-1:] * (most - len(pages)) for pages in owned]
-        tables, results = number_reads(self.page_reads(owned))
+        tables, results = number_reads(self.page_reads(live))
+        for (job, _, _), own, read in zip(live, owned, results, strict=True):
+            assert len(own) >= pages_for(job.drawn + self.capacity.poll), "see reserve"
+            assert len(read) == len(self.shared) + len(job.pages) + len(own), "another order"
         groups = []
-        number = 1
+        next_result = 1
         for first, readers in tables:
             pages = slice(first, first + len(readers))
-            stop = number + len(readers) * len(readers[0])
-            group = PageGroup(pages, self.ints(readers), slice(number, stop))
+            stop = next_result + len(readers) * len(readers[0])
+            group = PageGroup(pages, self.ints(readers), slice(next_result, stop))
             groups.append(group)
-            number = stop
+            next_result = stop
         return Batch(
             slot=slot,
             length=length,
             drawn=drawn.clone(),
             own=self.ints(filled),
             groups=groups,
-            results=number,
+            results=next_result,
             terms=self.make_terms(results))
 
-    def page_reads(self, owned):
-        """The groups for number_reads: who reads the instruction, the prompts, and the slots' own
-        pages `owned`, in the order of the batch."""
-        instruction = [(self.shared, place) for place in range(len(owned))]
-        prompts = [(job.pages, reader)
-                   for job in self.jobs
-                   for reader in range(len(job.slots))]
-        samples = [(pages, 0) for pages in owned]
-        return [(len(owned), instruction),
+    def page_reads(self, live):
+        """The groups for number_reads: who reads the pages of the instruction, of the prompts, and
+        of the slots themselves. live: [(job, which reader of its prompt, slot)]."""
+        instruction = [(self.shared, reader) for reader in range(len(live))]
+        prompts = [(job.pages, reader) for job, reader, _ in live]
+        samples = [(self.owned[slot], 0) for _, _, slot in live]
+        return [(len(live), instruction),
                 (self.capacity.width, prompts),
                 (1, samples)]
 
     def make_terms(self, results):
         """(B H, S) of each slot's results, filled up with the empty one: result r of query head h
-        of all H is number r H + h, as results lie in memory (results, G, R)."""
+        of all H lies at r H + h, as memory holds (results, G, R). Of slot 0 in the drawing, which
+        has results 1, 5, 12, two heads would make two rows: 2 10 24 and 3 11 25."""
         H = self.G * self.R
         S = max(map(len, results))
-        filled = [numbers + [0] * (S - len(numbers)) for numbers in results]
+        filled = [own + [0] * (S - len(own)) for own in results]
         results = self.ints(filled)                                 # (B, S)
         head = torch.arange(H, device=self.device)[:, None]         # (H, 1)
         terms = results[:, None] * H + head                         # (B, H, S)
@@ -1548,15 +1657,19 @@ class Engine:
 
     # ---- finish
     def finish(self):
-        """Take out the samples that are done: [(prompt number, sample number, ids)]."""
+        """Take out the samples that are done: [(prompt number, sample number, ids)].
+        InputError where a logit was no number."""
+        if self.broken:
+            raise InputError("the model's logits are not numbers (NaN or infinity): its weights "
+                             "are broken, or too large for this --dtype")
         slots = list(self.owned)
         history = self.history[slots]                       # (B, longest)
         column = torch.arange(history.shape[1], device=self.device)
         limit = self.sampling.max_new_tokens - 1
         full = (column >= limit) & (history >= 0)
         is_last = torch.isin(history, self.stop) | full
-        place = is_last.int().argmax(1)                     # of the id that ends the answer
-        length = torch.where(is_last.any(1), place + 1, 0)  # 0: not done
+        last = is_last.int().argmax(1)                      # the id that ends the answer
+        length = torch.where(is_last.any(1), last + 1, 0)   # 0: not done
         done = {slot: n for slot, n in zip(slots, length.tolist()) if n}
         answers = []
         for job in self.jobs:
@@ -1637,8 +1750,8 @@ def default_kv_tokens(model):
         torch.cuda.empty_cache()                            # what torch keeps for later is free
         free, _ = torch.cuda.mem_get_info(model.head.device)
         memory = free * 0.7
-    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim         # a token
-    size = numbers * model.product_dtype.itemsize
+    elements = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim        # a token
+    size = elements * model.product_dtype.itemsize
     return int(memory / size)
 
 
@@ -1742,7 +1855,11 @@ def answer_logprobs(model, packs, count, world):
         p = p.to(world.device)
         logprobs = model(p.tokens, p.end, p.rows, p.targets)
         total.index_add_(0, answer, logprobs.cpu().double())
-    return world.sum(total)
+    total = world.sum(total)
+    if not total.isfinite().all():
+        raise InputError("the model's log-probabilities are not numbers (NaN or infinity): its "
+                         "weights are broken, or too large for this --dtype")
+    return total
 
 
 # ------------------------------------------------------------------ arguments

@@ -20,8 +20,9 @@ import math
 import torch
 from torch.nn import functional
 
-from data import InputError, Tokenizer, at_least, deal, encode_records, pack, read_records
-from model import answer_logprobs, join_ranks, read_arguments, weights_time
+from data import (InputError, Tokenizer, at_least, deal, encode_records, pack, read_records,
+                  warn)
+from model import answer_logprobs, join_ranks, read_arguments, weights_hash
 from train_sft import (Interrupts, Log, batches, checkpoint_folder, end_early, is_due,
                        load_for_training, lr_at, make_optimizer, resume, save, save_final,
                        start_run, training_arguments, update)
@@ -90,40 +91,49 @@ def parse_arguments(argv):
 
 
 def read_pairs(tokenizer, args):
-    """(examples with two answers each, chosen and rejected; weights (pairs,) in float64)."""
+    """(examples with two answers each, chosen and rejected; weights (pairs,) in float64).
+    Pairs whose answers are equal, as they are encoded, are left out and counted."""
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data
                for record in read_records(path, fields)]
     examples, records = encode_records(tokenizer, records[:args.limit], args.max_length,
                                        ("chosen", "rejected"))
+    files = " ".join(args.data)
+    pairs = []
     weights = []
-    for record in records:
+    for example, record in zip(examples, records):
         weight = record.get("weight", record.get("sample_weight", 1.0))     # the released name
         if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise InputError(f"{' '.join(args.data)}: a weight is {weight!r}; "
-                             "it must be a number from 0 on")
-        weights.append(weight)
-    return examples, torch.tensor(weights, dtype=torch.float64)
+            raise InputError(f"{files}: a weight is {weight!r}; it must be a number from 0 on")
+        chosen, rejected = example.answers
+        if chosen != rejected:
+            pairs.append(example)
+            weights.append(weight)
+    warn(len(examples) - len(pairs), "pairs left out: their two answers are equal")
+    if not pairs:
+        raise InputError(f"{files}: no pair has two different answers")
+    return pairs, torch.tensor(weights, dtype=torch.float64)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    interrupts = Interrupts()
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     examples, weights = read_pairs(tokenizer, args)
 
-    args.weights = weights_time(args.model)                 # --resume refuses another reference
-    checkpoint = start_run(args, examples)
+    schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
+    schedule = schedule[:args.max_steps]
+    steps = len(schedule)
+    args.weights_hash = weights_hash(args.model)            # --resume refuses another reference
+    checkpoint = start_run(args, examples, schedule, weights.tolist())
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
-    schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
-    schedule = schedule[:args.max_steps]
-    steps = len(schedule)
-    interrupts = Interrupts()
     world.wait()                                            # all have seen that --out is free
+    interrupts.after_step = True
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
         numbers = schedule[step - 1]

@@ -35,8 +35,8 @@ from torch.distributed.checkpoint import state_dict as states
 
 from data import (InputError, Tokenizer, at_least, deal, encode_records, pack, parse_records,
                   read_json, read_records, write_json, write_whole, writing)
-from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, join_ranks,
-                   pick_dtype, read_arguments, read_tensors, weight_files)
+from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory,
+                   fingerprint, join_ranks, pick_dtype, read_arguments, read_tensors, weight_files)
 
 
 def sft_loss(logprobs, count):
@@ -87,22 +87,23 @@ def read_examples(tokenizer, paths, args, limit=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    interrupts = Interrupts()
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     examples = read_examples(tokenizer, args.data, args, args.limit)
     held_out = read_examples(tokenizer, args.eval_data or [], args)
 
-    checkpoint = start_run(args, examples)
-    model = load_for_training(args, world, examples)
-    optimizer = make_optimizer(model, args.lr)
-    done = resume(checkpoint, model, optimizer) if checkpoint else 0
-
     schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     steps_per_epoch = len(schedule) // args.epochs
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    interrupts = Interrupts()
+    checkpoint = start_run(args, examples, schedule)
+    model = load_for_training(args, world, examples)
+    optimizer = make_optimizer(model, args.lr)
+    done = resume(checkpoint, model, optimizer) if checkpoint else 0
+
     world.wait()                                            # all have seen that --out is free
+    interrupts.after_step = True
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
         batch = [examples[i] for i in schedule[step - 1]]
@@ -325,10 +326,16 @@ def resume(folder, model, optimizer):
 
 
 # ------------------------------------------------------------------ a run and its log
-def start_run(args, examples):
+def start_run(args, examples, schedule, weights=()):
     """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None.
-    Sets args.samples, the number of examples, which belongs to a run as its other settings do."""
+
+    What belongs to a run beside its arguments is set in args: samples, how many examples there are;
+    data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates."""
+    ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
+    rates = [lr_at(step, len(schedule), args.lr) for step in range(len(schedule))]
     args.samples = len(examples)
+    args.data_hash = fingerprint([*ids, weights])
+    args.schedule = fingerprint([*schedule, rates])
     log = Path(args.out) / "metrics.jsonl"
     final = Path(args.out) / "config.json"
     if log.exists() and not args.resume or final.exists() and not log.exists():
@@ -345,27 +352,33 @@ def start_run(args, examples):
 
 
 def check_same_run(args, before):
-    """InputError where a setting that shapes the result is not the one that the run began with."""
+    """InputError where a setting that shapes the result is not the one that the run began with.
+    before: the first line of its log; an older one has fewer settings."""
     both = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr"
-    dpo = "beta sft weights"
-    for name in f"{both} {dpo}".split():
-        was = before.get(name)
+    dpo = "beta sft weights_hash"
+    for name in f"{both} data_hash schedule {dpo}".split():
         now = getattr(args, name, None)
+        was = before.get(name, now)
         if was != now:
             raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; "
                              "choose another --out")
 
 
 class Interrupts:
-    """Notices SIGTERM and Ctrl-C, so that a run ends after a whole step. Another Ctrl-C ends it at
-    once; another SIGTERM does nothing, as torchrun passes on what a rank may have had already."""
+    """Notices SIGTERM and Ctrl-C. Before the first step they end the run at once; then it ends
+    after a whole step, which is saved. Another Ctrl-C ends it at once; another SIGTERM does
+    nothing, as torchrun passes on what a rank may have had already."""
 
     def __init__(self):
         self.seen = 0
+        self.after_step = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.notice)
 
     def notice(self, number, frame):
+        if not self.after_step:
+            raise InputError("interrupted before the first step: nothing is lost, "
+                             "and the same command begins again")
         self.seen += 1
         again = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
         signal.signal(number, again)

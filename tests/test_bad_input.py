@@ -90,6 +90,7 @@ def sharded(path):
     path.with_name("b.safetensors").write_bytes(path.with_name("b.safetensors").read_bytes()[:-500])
     where = {name: file for file, some in files.items() for name in some}
     path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    path.unlink()
 
 
 def without_shard(path):
@@ -136,7 +137,7 @@ FILES = [
     ("records.jsonl", lines("a", "b"), "mine", "records.jsonl: line 1 is not a JSON object"),
     ("records.jsonl", lines(RECORD, {**RECORD, "output": None}), "sft", "records.jsonl: line 2 has no text in field 'output'"),
     ("records.jsonl", lines({**RECORD, "output": "  \n"}), "sft", "records.jsonl: no usable record"),
-    ("records.jsonl", lines({**RECORD, "output": "maybe"}), "eval", "records.jsonl: no output is a label .harmful, unharmful"),
+    ("records.jsonl", lines({**RECORD, "output": "maybe"}), "eval", "records.jsonl: no row has a label .harmful, unharmful"),
     ("pairs.jsonl", text(""), "dpo", "pairs.jsonl: no usable record"),
     ("pairs.jsonl", lines({**RECORD, "chosen": ["a"]}), "dpo", "pairs.jsonl: line 1 has no text in field 'chosen'"),
     ("pairs.jsonl", lines({**RECORD, "rejected": ""}), "dpo", "pairs.jsonl: no usable record"),
@@ -160,7 +161,8 @@ def test_a_bad_file_is_named(place, capsys, file, spoil, stage, says):
 ARGUMENTS = [("sft", "--batch-size", "0"), ("sft", "--batch-size", "many"), ("sft", "--epochs", "0"), ("sft", "--lr", "-1"),
              ("sft", "--lr", "nan"), ("sft", "--limit", "0"), ("sft", "--max-tokens", "-8"), ("sft", "--max-steps", "0"),
              ("sft", "--seed", "-1"), ("sft", "--save-every", "-2"), ("sft", "--keep", "0"), ("dpo", "--beta", "-0.1"),
-             ("dpo", "--sft", "inf"), ("mine", "--k", "0"), ("mine", "--temperature", "-1"), ("mine", "--top-p", "0"),
+             ("dpo", "--sft", "inf"), ("mine", "--k", "0"), ("mine", "--temperature", "-1"), ("mine", "--top-p", "-0.1"),
+             ("mine", "--top-p", "1.5"), ("mine", "--gamma", "1.1"), ("eval", "--fpr", "2"),
              ("mine", "--gamma", "-0.2"), ("mine", "--block", "0"), ("mine", "--max-new-tokens", "0"), ("mine", "--limit", "-3"),
              ("eval", "--k", "-1"), ("eval", "--kv-tokens", "0"), ("eval", "--dtype", "float8"), ("eval", "--format", "alpaca")]
 
@@ -225,11 +227,21 @@ def test_a_damaged_samples_file_is_named(place, capsys):
 
 
 @pytest.mark.parametrize("line, says", [
-    ("[1, 2]", 'must be an object of texts, "prompt"'), ('{"prompt": null}', 'an object of texts, "prompt"'),
-    ('{"prompt": "a", "response": 3}', 'and maybe "response"'), ("{'prompt': 'a'}", "--moderate: line 1 is not valid JSON")])
-def test_a_bad_exchange_ends_moderation(place, capsys, monkeypatch, line, says):
-    monkeypatch.setattr("sys.stdin", io.StringIO(line + "\n"))
-    assert says in fails(capsys, evaluation.main, ["--model", str(place / "model"), "--moderate", "--device", "cpu"])
+    (b"[1, 2]", "is no JSON object"), (b'{"prompt": null}', 'must have the text "prompt"'),
+    (b'{"prompt": "a", "response": 3}', 'may have the text "response"'), (b"{'prompt': 'a'}", "quotes"),
+    (b'{"prompt": "a", "respones": "b"}', "unknown field 'respones'"), (b"", "is empty"),
+    (b'{"prompt": "caf\xe9"}', "utf-8"), (b'{"prompt": ' + b"[" * 10 ** 5, "recursion"),
+    (b'{"prompt": "a", "prompt": "b"}', "has a field twice"), (b'{"prompt": NaN}', 'the text "prompt"'),
+    (b'\xff\xfe{\x00"\x00', "utf-8"), (b"1" * 5000, "digits")])
+def test_a_bad_line_is_answered_and_the_stream_goes_on(place, capsys, monkeypatch, line, says):
+    stream = io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}\r\n' + line + b'\n{"prompt": "b"}')
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
+    evaluation.main(["--model", str(place / "model"), "--moderate", "--device", "cpu",
+                     "--max-new-tokens", "2", "--on-unparsable", "harmful"])
+    first, bad, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "reasoning" in first and "reasoning" in last
+    assert bad["error"].startswith("line 2: ") and says in bad["error"].lower() + bad["error"]
+    assert (bad["parsed"], bad["request"]) == (False, "harmful")
 
 
 @pytest.mark.parametrize("flags", [["--fast"], ["--k", "3"], ["--scores"]])

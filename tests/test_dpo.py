@@ -125,8 +125,8 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_
 
 def test_resuming_with_other_pairs_or_another_reference_is_refused(tmp_path, monkeypatch):
     run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl"), "--max-steps", 1)
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights = '.*', not 'now'"):
-        patched.setattr(train_dpo, "weights_time", lambda folder: "now")
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash = '.*', not 'new'"):
+        patched.setattr(train_dpo, "weights_hash", lambda folder: "new")
         run(tmp_path / "a", tmp_path / "hard.jsonl", "--max-steps", 1, "--resume")
     with pytest.raises(InputError, match="its run has samples = 12, not 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")

@@ -122,7 +122,8 @@ def test_moderate_never_reports_a_missing_verdict_as_safe(tokenizer):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
     exchanges = [{"prompt": f"Answers: \nRequest: {U}\nCompletion: {C}\nResponse: {U}"}, {"prompt": "a", "response": "b"}]
     for result in moderate(model, tokenizer, exchanges, max_new_tokens=3):
-        assert result["parsed"] is False and result["request"] is None
+        assert result["parsed"] is False and result["forced"] is True           # 3 tokens are no answer
+        assert result["request"] == (H if result["p_harmful"]["request"] > 0.5 else U)
         assert set(result["p_harmful"]) <= {"request", "response"}
     closed = moderate(model, tokenizer, exchanges, max_new_tokens=3, on_unparsable=H)
     assert closed[0]["request"] == H and closed[1]["response"] == H and not closed[1]["parsed"]
@@ -140,7 +141,7 @@ def test_score_from_files_and_their_mistakes(tmp_path):
     with pytest.raises(InputError, match="line 1 needs the text fields label and predict"):
         read_predictions(path, "x")
     path.write_text('{"label": "bad", "predict": ""}')
-    with pytest.raises(InputError, match="no line has a label"):
+    with pytest.raises(InputError, match="no row has a label"):
         read_predictions(path, "x")
 
 
@@ -186,9 +187,9 @@ def test_score_by_hand():
 
 
 def test_k_answers_vote(tmp_path, monkeypatch):
-    told = lambda w: {"text": f"Request: {w}", "tokens": 5, "verdict": {"request": w, "completion": None, "response": None}}
+    told = lambda w: {"text": f"Request: {w}", "finish": "stop", "tokens": 5, "verdict": {"request": w, "completion": None, "response": None}}
 
-    def answers(guard, prompts, path, world, settings, args):
+    def answers(guard, prompts, path, world, settings, args, seconds):
         assert (settings["k"], settings["temperature"]) == (3, 1.0)
         return [{"samples": [told(U), told(H), told(H)]} for _ in prompts]
 
@@ -217,11 +218,13 @@ def test_fast_verdicts_are_the_likelier_words(tokenizer):
 
 def test_an_answer_that_lacks_one_needed_verdict_is_not_parsed(tokenizer, monkeypatch):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
-    ids = tokenizer.encode(f"Answers: \nRequest: {U}\nCompletion: {C}")
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **_: [[ids] for _ in prompts])
+    ids = tokenizer.answer_ids(f"Answers: \nRequest: {U}\nCompletion: {C}")
+    answers = lambda model, prompts, **_: [(i, [ids]) for i in range(len(prompts))]
+    monkeypatch.setattr(evaluation, "generate_iter", answers)
     half, whole = moderate(model, tokenizer, [{"prompt": "a", "response": "b"}, {"prompt": "a"}], on_unparsable=H)
     assert (half["parsed"], half["request"], half["response"]) == (False, U, H)
     assert whole["parsed"] and whole["response"] is None
+    assert moderate(model, tokenizer, [{"prompt": "a", "response": "b"}])[0]["response"] is None
 
 
 def test_a_text_that_is_not_read_to_its_end_is_reported(tokenizer, capsys):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from make_golden import CONFIGS, QUESTIONS, ROWS, TOKENS, random_weights
 from safetensors.torch import save_file
 
 from data import InputError, Tokenizer, pack
-from model import (Llama, LlamaConfig, RMSNorm, apply_rope, attention, attention_by_mask,
-                   draw_token, generate, generate_plain, rms_norm, rope_frequencies, rope_tables,
-                   row_tiles, sample_seed, token_logprobs, tree_plan, uniform)
+from model import (Engine, Llama, LlamaConfig, PagePool, RMSNorm, apply_rope, attention,
+                   attention_by_mask, draw_token, generate, generate_plain, number_reads, rms_norm, rope_frequencies,
+                   rope_tables, row_tiles, sample_seed, token_logprobs, tree_plan, uniform)
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_llama.json").read_text())
 
@@ -293,6 +294,23 @@ def test_generation_where_slots_end_between_two_looks_and_jobs_are_put_back():
         assert all(generate(model, prompts, **options, kv_tokens=64 * n) == want for n in (5, 6, 7, 8))
 
 
+def test_two_jobs_are_put_back_at_once_and_one_of_them_is_the_one_that_asks(monkeypatch):
+    # 10 pages: an instruction, 3 prompts, 3 x 2 answers. When all answers fill their page, serving
+    # the first job puts back the third, and serving the second puts back the second
+    def noted(self):
+        jobs = list(self.jobs)
+        put_back.append(reserve(self))
+        assert put_back[-1] in ([], jobs[:0:-1])
+        return put_back[-1]
+
+    put_back, reserve = [], Engine.reserve
+    monkeypatch.setattr(Engine, "reserve", noted)
+    model, prompts = tiny_model(), [e.prompt for e in tiny_examples(shapes=[(5, ())] * 3)]
+    options = dict(k=2, max_new_tokens=66)
+    assert generate(model, prompts, **options, kv_tokens=640) == generate_plain(model, prompts, **options)
+    assert max(map(len, put_back)) == 2
+
+
 def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
     shapes = [(1 + (37 * i) % 150, ()) for i in range(200)]
     model = tiny_model(torch.float32)
@@ -301,6 +319,71 @@ def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
     assert len(got) == 200 and all(len(a) == 2 and (a[0][-1] == 5 or len(a[0]) == 30) for a in got)
     with pytest.raises(InputError, match="--kv-tokens"):
         generate(model, prompts, k=2, max_new_tokens=3000, kv_tokens=1200)
+
+
+def unread(tables, results):
+    """The results of no slot, after a check that every other one lies where its slot reads."""
+    reader = [slot for _, lines in tables for line in lines for slot in line]
+    read = [r for own in results for r in own]
+    assert len(set(read)) == len(read) and 0 not in read             # 0 is the empty result
+    assert all(reader[r - 1] == slot for slot, own in enumerate(results) for r in own)
+    return sorted(set(range(1, len(reader) + 1)) - set(read))
+
+
+def test_number_reads_of_the_worked_example():
+    tables, results = number_reads([
+        (4, [([0], 0), ([0], 1), ([0], 2), ([0], 3)]),       # the instruction, for A0 A1 B0 B1
+        (2, [([1], 0), ([1], 1), ([2], 0), ([2], 1)]),       # the prompts A and B
+        (1, [([9], 0), ([8], 0), ([7], 0), ([6], 0)])])      # each sample's own
+    assert tables == [(0, [[0, 1, 2, 3]]), (1, [[0, 1], [2, 3]]), (6, [[3], [2], [1], [0]])]
+    assert results == [[1, 5, 12], [2, 6, 11], [3, 7, 10], [4, 8, 9]]
+    assert unread(tables, results) == []
+
+
+def test_number_reads_where_a_slot_reads_no_page_of_the_instruction():
+    # slot 1 leaves its column of the table empty: results 2 and 5 are computed for slot 0, unread
+    tables, results = number_reads([(3, [([0, 1], 0), ([], 1), ([0, 1], 2)]),
+                                    (1, [([4], 0), ([3], 0), ([2], 0)])])
+    assert tables == [(0, [[0, 0, 2], [0, 0, 2]]), (2, [[2], [1], [0]])]
+    assert results == [[1, 4, 9], [8], [3, 6, 7]]
+    assert unread(tables, results) == [2, 5]
+    # no slot reads one: the group is left out, and the next begins with result 1
+    tables, results = number_reads([(2, [([], 0), ([], 1)]), (2, [([0], 0), ([0], 1)])])
+    assert tables == [(0, [[0, 1]])] and results == [[1], [2]]
+
+
+def test_number_reads_where_pages_in_between_are_free():
+    # prompts in pages 1 and 4, 2 and 3 free; the second prompt has one of two samples left
+    tables, results = number_reads([(3, [([0], 0), ([0], 1), ([0], 2)]),
+                                    (2, [([1], 0), ([1], 1), ([4], 0)]),
+                                    (1, [([9, 7], 0), ([6], 0), ([5], 0)])])
+    assert tables == [(0, [[0, 1, 2]]),
+                      (1, [[0, 1], [0, 0], [0, 0], [2, 0]]),     # pages 1 to 4: results 4 to 11
+                      (5, [[2], [1], [0], [0], [0]])]            # pages 5 to 9: results 12 to 16
+    assert results == [[1, 4, 16, 14], [2, 5, 13], [3, 10, 12]]
+    assert unread(tables, results) == [6, 7, 8, 9, 11, 15]
+
+
+def test_a_page_is_never_handed_out_twice():
+    rng, pool, held = random.Random(0), PagePool(CONFIG, 40, torch.float32, "cpu"), []
+    for _ in range(1000):
+        count, free = rng.randrange(6), list(pool.free)
+        if held and (count > len(free) or rng.random() < 0.5):
+            pages = held.pop(rng.randrange(len(held)))
+            page = torch.tensor(pages, dtype=torch.long)
+            pool.fill(page, torch.zeros_like(page))
+            pool.give_back(pages)
+        elif rng.random() < 0.5:
+            held.append(pool.take_lowest(count))
+            assert held[-1] == free[:count]
+        else:
+            held.append(pool.take_highest(count))
+            assert held[-1] == free[::-1][:count]
+        assert pool.free == sorted(pool.free)
+        assert sorted(pool.free + sum(held, [])) == list(range(40))
+        assert (pool.bias[pool.free] < 0).all()                      # empty
+    with pytest.raises(AssertionError, match="two owners"):
+        pool.give_back(pool.free[:1])
 
 
 def test_top_p_draws_from_the_nucleus_with_the_right_frequencies():
