@@ -26,7 +26,7 @@ import hashlib
 import math
 import os
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -436,9 +436,8 @@ class Llama(nn.Module):
         found = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path):
-                if name.endswith("rotary_emb.inv_freq"):    # follows from config.json
-                    check_frequencies(path, name, tensor, config)
-                    continue
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue                                # follows from config.json
                 check_tensor(path, name, tensor, wanted, config)
                 if name in found:
                     raise InputError(f"{path}: tensor {name} is in another file, too")
@@ -526,16 +525,6 @@ def check_tensor(path, name, tensor, wanted, config):
         raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
     if not tensor.isfinite().all():
         raise InputError(f"{path}: tensor {name} holds NaN or infinity; fetch or train it again")
-
-
-def check_frequencies(path, name, tensor, config):
-    """InputError where the frequencies in a file, (E/2,), are not those of config.json, stretched
-    or not (some files hold them as they were before)."""
-    plain = replace(config, rope_scaling=None)
-    for known in (rope_frequencies(config), rope_frequencies(plain)):
-        if tensor.shape == known.shape and torch.allclose(tensor.double(), known, rtol=0.02):
-            return
-    raise InputError(f"{path}: {name} does not follow from config.json (rope_theta, head_dim)")
 
 
 EMBEDDING = "model.embed_tokens.weight"
