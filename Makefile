@@ -1,6 +1,7 @@
-# make demo   set up, then all four stages on the embedded corpus, ending in the table of F1 figures
-# make test   set up, then all tests
+# make demo       set up, then all four stages on the embedded corpus, ending in the table of F1 figures
+# make test       set up, then all tests
 # make ablation   the controls of the method on other seeds of the embedded corpus
+# make reason     when must a guard reason? F1 over the number of facts that a verdict combines
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -12,8 +13,9 @@ $(VENV)/ready: requirements.txt
 
 setup: $(VENV)/ready
 
+# what lies in out/ from before is moved aside, never deleted
 demo: setup
-	rm -rf out
+	@if [ -e out ]; then kept=out-$$(date +%Y%m%d-%H%M%S); mv out $$kept; echo "moved the old out/ to $$kept/"; fi
 	$(BIN)/python train_sft.py
 	$(BIN)/python mine_hard.py
 	$(BIN)/python train_dpo.py
@@ -25,4 +27,7 @@ test: setup
 ablation: setup
 	$(BIN)/python tools/ablation.py
 
-.PHONY: setup demo test ablation
+reason: setup
+	$(BIN)/python tools/reason.py
+
+.PHONY: setup demo test ablation reason

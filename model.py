@@ -1786,13 +1786,16 @@ class World:
 
     def sum(self, value):
         """The sum over all ranks of a number or tensor: a float, or float64 on the CPU."""
-        total = torch.as_tensor(value).cpu().double()
+        if isinstance(value, torch.Tensor):
+            total = value.cpu().double()
+        else:
+            total = torch.tensor(value, dtype=torch.float64)
         if self.ranks > 1:
             total = total.to(self.device, copy=True)        # all_reduce writes into it
             dist.all_reduce(total)
-        if total.dim():
-            return total.cpu()
-        return total.item()
+        if total.dim() == 0:
+            return total.item()
+        return total.cpu()
 
     def wait(self):
         """Go on when all ranks have come here."""

@@ -130,7 +130,7 @@ def check_grpo(tmp_path, monkeypatch):
     rows, weights = run("equal", lambda ids, tokenizer, gold: 1.0)
     assert same(weights) and [r["grad_norm"] for r in rows] == [0, 0] and rows[0]["reward"] == 1
     rows, weights = run("mixed", lambda ids, tokenizer, gold: float(sum(ids) % 2))
-    assert not same(weights) and 0 < rows[0]["reward"] < 1 and rows[0]["groups"] > 0
+    assert not same(weights) and 0 < rows[0]["reward"] < 1 and rows[0]["mixed"] > 0
 
 
 # of the linear layers of a block of the tiny model: q, k, v, o, gate, up, down
@@ -176,20 +176,21 @@ def check_lora_saves_an_ordinary_folder_and_resumes(tmp_path, monkeypatch):
     from test_train import run
     models, save_final = [], train_sft.save_final
     monkeypatch.setattr(train_sft, "save_final", lambda *args: (models.append(args[1]), save_final(*args)))
-    _, rows, weights = run(tmp_path / "sft", "--save-every", 3, "--lr", "1e-2")
+    arguments = ["--save-every", 2, "--lr", "1e-2", "--max-steps", 4]
+    _, rows, weights = run(tmp_path / "sft", *arguments)
     start, examples = load_file("toy/model/model.safetensors"), tiny_examples()
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and weights.keys() == start.keys()
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2 and weights.keys() == start.keys()
     adapted = logprobs_of(models[0], examples)
     folder = Llama.from_pretrained(tmp_path / "sft", "cpu", torch.float32)
     assert (logprobs_of(folder, examples) - adapted).abs().max() < 1e-5
     assert (logprobs_of(Llama.from_pretrained("toy/model", "cpu", torch.float32), examples) - adapted).abs().max() > 0.1
 
-    saved = load_file(tmp_path / "sft/step-000006/model.safetensors")
+    saved = load_file(tmp_path / "sft/step-000002/model.safetensors")
     assert len(saved) == 2 * 7 * 4 and all(name.endswith((".A", ".B")) for name in saved)
     (tmp_path / "sft/config.json").unlink()                                  # as if killed before the end
     with pytest.raises(InputError, match="its run has lora_rank = 8, not 2"):
-        run(tmp_path / "sft", "--save-every", 3, "--lr", "1e-2", "--resume", "--lora-rank", 2)
-    _, again, same = run(tmp_path / "sft", "--save-every", 3, "--lr", "1e-2", "--resume")
+        run(tmp_path / "sft", *arguments, "--resume", "--lora-rank", 2)
+    _, again, same = run(tmp_path / "sft", *arguments, "--resume")
     assert [r["loss"] for r in again] == [r["loss"] for r in rows]
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), same.values()))
 
@@ -226,3 +227,144 @@ def check_lora_does_not_depend_on_the_number_of_ranks(tmp_path):
     for file in ("model.safetensors", "step-000004/model.safetensors"):
         one, two = (load_file(tmp_path / name / file) for name in "12")
         assert one.keys() == two.keys() and all((one[n] - two[n]).abs().max() < 1e-9 for n in one)
+
+
+def check_warmup_linear(tmp_path):
+    from data import InputError
+    from test_train import run
+    from train_sft import lr_at
+    # 20 of 200 steps up, 180 down
+    points = {0: 0.0, 5: 0.5, 20: 2.0, 110: 1.0, 200: 0.0}
+    assert [lr_at(step, 200, 2.0, 0.1) for step in points] == pytest.approx(list(points.values()))
+    assert [lr_at(step, 4, 2.0, 0) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert [lr_at(step, 3, 2.0, 0.1) for step in range(3)] == [0.0, 2.0, 1.0]                # at least one step up
+    _, rows, _ = run(tmp_path / "sft", "--warmup", 0.5, "--max-steps", 4)
+    assert [r["lr"] for r in rows] == [0, 0.5e-3, 1e-3, 0.5e-3]
+    (tmp_path / "sft/config.json").unlink()                                  # as if killed before the end
+    with pytest.raises(InputError, match="its run has schedule = .*; choose another --out"):
+        run(tmp_path / "sft", "--warmup", 0.25, "--max-steps", 4, "--resume")
+    rows = two_steps(tmp_path, "--warmup", 0.5)
+    assert [r["lr"] for r in rows] == [0, 1e-3] and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
+
+
+def draw_by_hand(model, prompt, sample, stop, shortest, longest):
+    """One sample of the plain sampler, whose draws are those that `generate` must make."""
+    from model import draw_token, sample_seed
+    answer, seed = [], torch.tensor([sample_seed(5, prompt, sample)])
+    while len(answer) < longest and not (answer and answer[-1] in stop):
+        ids = torch.tensor(prompt + answer)
+        logits = model(ids, torch.full((len(ids),), len(ids)))[-1:] @ model.head.T
+        for id in stop if len(answer) < shortest else ():
+            logits[0, id] = -float("inf")
+        answer.append(draw_token(logits, seed, torch.tensor([len(ids)]), 1.0, 0.95).item())
+    return answer
+
+
+def check_min_length(tmp_path, monkeypatch):
+    import mine_hard
+    from data import InputError
+    from model import generate, generate_plain
+    model, prompts = tiny_model(), [e.prompt for e in tiny_examples(shapes=[(3, ()), (1, ())])]
+    stop = list(range(0, 97, 3))                                             # a third of all ids
+    lengths = {}
+    for shortest in (0, 6):
+        with torch.no_grad():
+            want = [[draw_by_hand(model, ids, sample, stop, shortest, 12) for sample in range(3)] for ids in prompts]
+        options = dict(k=3, max_new_tokens=12, stop=stop, seed=5)
+        assert generate(model, prompts, min_new_tokens=shortest, **options) == want
+        assert generate_plain(model, prompts, min_new_tokens=shortest, **options) == want
+        assert shortest or generate(model, prompts, **options) == want       # 0 is the default
+        lengths[shortest] = [len(ids) for answers in want for ids in answers]
+    assert min(lengths[0]) < 6 < min(lengths[6]) < 12                        # a stop id comes on top
+    assert generate(model, prompts[:1], stop=[], max_new_tokens=3, min_new_tokens=9)
+
+    generate_iter = mine_hard.generate_iter
+    monkeypatch.setattr(mine_hard, "generate_iter", lambda model, prompts, stop, **options: generate_iter(
+        model, prompts, stop=range(0, 761, 2), **options))
+    arguments = ["--model", "toy/model", "--data", "toy/dev.json", "--limit", "4", "--k", "3", "--max-new-tokens", "9",
+                 "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "hard")]
+    mine_hard.main([*arguments, "--min-new-tokens", "5"])
+    lines = [json.loads(line) for line in (tmp_path / "hard/samples.jsonl").read_text().splitlines()]
+    lengths = [sample["tokens"] for line in lines for sample in line["samples"]]
+    assert min(lengths) > 5 and len(set(lengths)) > 1
+    with pytest.raises(InputError, match="was made with min_new_tokens = 5, not 0"):
+        mine_hard.main([*arguments, "--resume"])
+
+
+def check_group_preference_by_hand():
+    from train_dpo import all_pairs, groups_loss, pairs_loss
+
+    def loss(policy, reference, length, correct, weight, name="loss"):
+        """Of one prompt with these answers, the first `correct` of them correct."""
+        tensor = lambda values: torch.tensor(values, dtype=torch.float64)
+        example = tiny_examples(shapes=[(3, length)])
+        part = groups_loss(tensor(policy), tensor(reference), tensor(length), tensor([weight]),
+                           *all_pairs(example, [correct]), beta=0.5, sft=2.0)
+        return part[name].sum().item()
+
+    row = lambda *values: torch.tensor([values], dtype=torch.float64)
+    pair = pairs_loss(row(-3.0, -7.0), row(-4.0, -5.0), row(3)[0], row(1.2)[0], 0.5, 2.0)
+    for name, value in pair.items():
+        assert loss([-3.0, -7.0], [-4.0, -5.0], [3, 5], 1, 1.2, name) == value.item()
+    # margins of the correct answers 1 and -2, of the incorrect one 0: -log sigmoid(0.5) = 0.474077 and
+    # -log sigmoid(-1) = 1.313262; times alpha 1.2, mean; the SFT term 2 (3 / 3 + 8 / 4) / 2
+    policy, reference, length = [-3.0, -8.0, -7.0], [-4.0, -6.0, -7.0], [3, 4, 5]
+    assert loss(policy, reference, length, 2, 1.2) == pytest.approx(1.2 * (0.474077 + 1.313262) / 2 + 3, abs=1e-6)
+    assert loss(policy, reference, length, 2, 1.2, "accuracy") == 0.5
+
+
+def write_groups(path, turn=0):
+    """hard.jsonl of 6 prompts with 1 to 3 correct and 1 to 2 incorrect answers, in an order that depends on turn."""
+    from data import INSTRUCTION, format_answers, format_input
+    lines = []
+    for i in range(6):
+        answer = lambda word, n: f"The aim of {i}{' is plain' * n}.\n\n" + format_answers(word)
+        correct = [answer("harmful", n) for n in range(1 + i % 3)]
+        incorrect = [answer("unharmful", n) for n in range(2 - i % 2)]
+        correct, incorrect = (some[turn % len(some):] + some[:turn % len(some)] for some in (correct, incorrect))
+        lines.append({"instruction": INSTRUCTION, "input": format_input(f"Please lock chest {i}."), "chosen": correct[0],
+                      "rejected": incorrect[0], "correct": correct, "incorrect": incorrect, "weight": 0.8 + 0.1 * i})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def check_group_preference_depends_neither_on_order_nor_on_packing(tmp_path):
+    from test_dpo import run
+    exact = ["--batch-size", 6, "--dtype", "float64"]
+    rows, weights = run(tmp_path / "run", write_groups(tmp_path / "groups.jsonl"), *exact)
+    assert [r["pairs"] for r in rows] == [1 * 2 + 2 * 1 + 3 * 2 + 1 * 1 + 2 * 2 + 3 * 1] * 2
+    assert rows[1]["loss"] < rows[0]["loss"] and rows[1]["accuracy"] == 1
+    names = ["loss", "preference", "margin", "grad_norm", "chosen_logprob", "rejected_logprob", "tokens"]
+    for number, (turn, *more) in enumerate([(0, "--max-tokens", 1), (0, "--no-share"), (1,)]):
+        again, same = run(tmp_path / str(number), write_groups(tmp_path / "groups.jsonl", turn), *exact, *more)
+        for a, b in zip(rows, again):
+            assert [b[name] for name in names] == pytest.approx([a[name] for name in names], rel=1e-8, abs=1e-8)
+        assert all((weights[name] - same[name]).abs().max() < 1e-6 for name in weights)
+
+
+def check_group_preference_of_pairs_is_dpo(tmp_path):
+    from data import Tokenizer
+    from model import Llama
+    from test_dpo import ALONE, ARGS, run, write_pairs
+    from train_dpo import answer_sums, pairs_loss, parse_arguments, read_pairs
+    pairs = write_pairs(tmp_path / "hard.jsonl")                             # without the lists
+    rows, _ = run(tmp_path / "run", pairs, "--batch-size", 12, "--dtype", "float64", "--max-steps", 1)
+    args = parse_arguments(["--data", str(pairs)])
+    examples, _, weights = read_pairs(Tokenizer.from_pretrained("toy/model"), args)
+    p, = pack(examples, 10 ** 6)
+    with torch.no_grad():
+        logprobs = Llama.from_pretrained("toy/model", "cpu", torch.float64)(p.tokens, p.end, p.rows, p.targets)
+    policy = answer_sums(logprobs, p.answer, 24).view(-1, 2)
+    length = torch.tensor([len(e.answers[0]) for e in examples])
+    for name, values in pairs_loss(policy, policy, length, weights, 0.1, 2.0).items():
+        assert rows[0][name] == pytest.approx(values.mean().item(), abs=1e-12)
+
+
+def check_group_preference_is_mined():
+    from data import format_answers, format_input
+    samples = [dict(text=str(i), finish="stop", tokens=1, verdict=dict(request=word, completion=None, response=None))
+               for i, word in enumerate(("harmful", "unharmful", "harmful", "unharmful", "harmful"))]
+    record = dict(instruction="i", input=format_input("x"), output=format_answers("harmful"))
+    (line,), _ = mine_hard.select([record], ["toy"], [("model", {0: samples})], "all", "random", 0.2, 1)
+    assert line["correct"] == ["0", "2", "4"] and line["incorrect"] == ["1", "3"]
+    assert line["chosen"] in line["correct"] and line["rejected"] in line["incorrect"]

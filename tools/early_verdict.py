@@ -1,7 +1,7 @@
 """When does a guard know its verdict? P(verdict | the first i steps of its own reasoning).
 
-    python tools/early_verdict.py --model out/sft --data out/eval_sft/test/generated_predictions.jsonl \\
-                                  --out out/early
+    python tools/early_verdict.py --model out/sft \\
+        --data out/eval_sft/test/generated_predictions.jsonl        --out: that folder, or another
 
     --data: records (instruction, input, output) or eval.py's answers (prompt, label, predict)
     -> OUT/early.jsonl    one line an answer, in the order of the file (tools/view.py shows it)
@@ -37,8 +37,10 @@ one sequence at a time (1e-9 in float64, tests/test_early.py).
     curve                          mean and bootstrap interval
 """
 import argparse
+import random
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,18 +60,20 @@ from plot import COLOURS, FAINT, GREY, legend, line, text, write_svg  # noqa: E4
 # ------------------------------------------------------------------ a trace and its sentences
 HEADING = re.compile(r"^[ \t]*[#*]+[ \t]*Task[ \t]*(\d)\b.*$", re.I | re.M)
 STEP = re.compile(r"^[#* \t]*Reasoning Step\b.*$", re.I | re.M)
+BARE_STEP = re.compile(r"[#* \t]*Reasoning Step[ \t]*\d*[:.* \t]*", re.I)       # without a text
 REASONING_ENDS = re.compile(r"^(?:[#* \t]*answers\b|-{3,}[ \t]*$|the ground truth)", re.I | re.M)
 LEAST = 2           # answers with each verdict that a form needs
 
 
 @dataclass
 class Section:
-    """What an answer says about one task; text[:cuts[i]] is the answer up to after i steps."""
-    said: str           # the verdict of the Answers block
-    cuts: list          # n + 1 places for n steps, the last one without the closing
-    stop: int           # where the section ends
-    closing: str        # its closing, or None
-    form: str           # the closing with a blank
+    """What an answer says about one task: places in its text."""
+    said: str               # the verdict of the Answers block
+    steps: list             # where each step begins
+    stop: int               # where the section ends
+    closes: int = None      # where its closing begins; None: it has none
+    closing: str = None     # the closing
+    form: str = None        # the closing with a blank for the verdict
 
 
 def one_verdict(words, line):
@@ -86,28 +90,29 @@ def read_sections(answer):
     for number, (task, words) in enumerate(VERDICTS.items(), 1):
         start, stop = bounds.get(number, (0, 0))
         steps = [found.start() for found in STEP.finditer(answer, start, stop)]
-        if steps and verdict[task]:
-            place = closing_place(answer[steps[-1]:stop], words)
-            sections[task] = Section(verdict[task], [*steps, stop], stop, None, None)
-            if place is not None:
-                closing = answer[steps[-1] + place:stop].rstrip()
-                word = one_verdict(words, closing)
-                sections[task].closing = closing
-                sections[task].form = closing[:word.start()] + "_" + closing[word.end():]
+        if not steps or not verdict[task]:
+            continue
+        section = sections[task] = Section(verdict[task], steps, stop)
+        place = closing_place(answer[steps[-1]:stop], words)
+        if place is not None:
+            section.closes = steps[-1] + place
+            section.closing = answer[section.closes:stop].rstrip()
+            word = one_verdict(words, section.closing)
+            section.form = section.closing[:word.start()] + "_" + section.closing[word.end():]
     return sections
 
 
 def section_bounds(answer):
-    """{number of a task: (start, stop) of its section}. Of two sections the last one counts, and a
-    heading that states a verdict, or a conclusion, is none."""
-    reasoning = REASONING_ENDS.search(answer)
-    reasoning = reasoning.start() if reasoning else len(answer)
+    """{number of a task: (start, stop) of its section}. Of two sections the last one counts; a
+    heading that states a verdict, or a conclusion, opens none."""
+    found = REASONING_ENDS.search(answer)
+    reasoning = found.start() if found else len(answer)
+    words_of = dict(enumerate(VERDICTS.values(), 1))
     starts = [(1, 0)]
     for found in HEADING.finditer(answer, 0, reasoning):
         number = int(found[1])
-        words = list(VERDICTS.values())[number - 1] if number in (1, 2, 3) else ()
-        closes = "conclusion" in found[0].lower() or words and one_verdict(words, found[0])
-        if not closes:
+        states = number in words_of and one_verdict(words_of[number], found[0])
+        if not states and "conclusion" not in found[0].lower():
             starts.append((number, found.start()))
     stops = [start for _, start in starts[1:]] + [reasoning]
     return {number: (start, stop) for (number, start), stop in zip(starts, stops)}
@@ -115,39 +120,56 @@ def section_bounds(answer):
 
 def closing_place(last_step, words):
     """Where the closing begins in the text from the last step's heading to the section's end, or
-    None. A line right under a bare "Reasoning Step 3" is the step itself, not a closing."""
-    lines = [found for found in re.finditer(r"^.*\S.*$", last_step, re.M)]
+    None. What stands right under a bare "Reasoning Step 3" is the step itself."""
+    lines = list(re.finditer(r"^.*\S.*$", last_step, re.M))
     if len(lines) < 2 or not one_verdict(words, lines[-1][0]):
         return None
     above = lines[-2]
-    if re.fullmatch(r"[#* \t]*Reasoning Step[ \t]*\d*[:.* \t]*", above[0], re.I):
+    if BARE_STEP.fullmatch(above[0]):
         return None
-    if re.match(r"[ \t]*[#*]", above[0]) and len(lines) > 2 and not one_verdict(words, above[0]):
+    is_heading = re.match(r"[ \t]*[#*]", above[0])
+    if is_heading and len(lines) > 2 and not one_verdict(words, above[0]):
         return above.start()
     return lines[-1].start()
 
 
-def find_forms(answers):
+def find_forms(sections):
     """{task: {form: (sentence with the first verdict word, with the second)}}, the commonest form
-    first. answers: [{task: Section}]."""
-    spelled = defaultdict(lambda: defaultdict(Counter))             # task, form -> closings
-    for sections in answers:
-        for task, section in sections.items():
+    first, of all forms that both verdicts follow. sections: [what read_sections gives]."""
+    closings = {task: defaultdict(Counter) for task in VERDICTS}    # task, form -> closings
+    for some in sections:
+        for task, section in some.items():
             if section.form:
-                spelled[task][section.form][section.closing] += 1
+                closings[task][section.form][section.closing] += 1
     forms = {}
-    for task, of_form in spelled.items():
-        first, second = VERDICTS[task]
-        forms[task] = {}
-        for form, closings in sorted(of_form.items(), key=lambda item: -item[1].total()):
-            with_word = {word: Counter() for word in (first, second)}
-            for closing, count in closings.items():
-                word = one_verdict(VERDICTS[task], closing)[1].lower()
-                with_word[word][closing] += count
-            if min(with_word[first].total(), with_word[second].total()) >= LEAST:
-                pair = [with_word[word].most_common(1)[0][0] for word in (first, second)]
-                forms[task][form] = tuple(pair)
+    for task, words in VERDICTS.items():
+        by_number = sorted(closings[task].items(), key=lambda item: -item[1].total())
+        pairs = {form: sentence_pair(words, spelled) for form, spelled in by_number}
+        forms[task] = {form: pair for form, pair in pairs.items() if pair}
     return forms
+
+
+def sentence_pair(words, spelled):
+    """The commonest closing with each of the two words, or None where one is rarer than LEAST.
+    spelled: a Counter of closings of one form."""
+    pair = []
+    for word in words:
+        some = Counter({closing: count for closing, count in spelled.items()
+                        if one_verdict(words, closing)[1].lower() == word})
+        if some.total() < LEAST:
+            return None
+        pair.append(some.most_common(1)[0][0])
+    return pair
+
+
+def reading_places(section, forms):
+    """([places in the text after 0, 1, ... steps], the two sentences to read there), or None where
+    the task has no form. forms: those of the task."""
+    if not forms:
+        return None
+    sentences = forms.get(section.form) or next(iter(forms.values()))
+    concludes = section.form in forms or (section.form or "").startswith("#")
+    return [*section.steps, section.closes if concludes else section.stop], sentences
 
 
 # ------------------------------------------------------------------ the forest
@@ -159,22 +181,19 @@ class Branch:
 
 
 def branch_off(tokenizer, prompt, answer, sections, forms):
-    """[(task, [(Branch, Branch) after 0, 1, ... steps])] of one answer."""
-    branches = []
+    """{task: ([places], [(Branch, Branch) at each])} of one answer."""
+    branches = {}
     for task, section in sections.items():
-        if not forms.get(task):
+        reading = reading_places(section, forms[task])
+        if reading is None:
             continue
-        own = section.form in forms[task]
-        pair = forms[task][section.form if own else next(iter(forms[task]))]
-        cuts = list(section.cuts)
-        if own:
-            cuts[-1] = answer.rindex(section.closing, 0, section.stop)
-        after = []
-        for cut in cuts:
-            ids = [prompt + tokenizer.encode(answer[:cut] + sentence) for sentence in pair]
+        places, sentences = reading
+        pairs = []
+        for place in places:
+            ids = [prompt + tokenizer.encode(answer[:place] + sentence) for sentence in sentences]
             start = shared_start(*ids)
-            after.append(tuple(Branch(some, start) for some in ids))
-        branches.append((task, after))
+            pairs.append(tuple(Branch(some, start) for some in ids))
+        branches[task] = (places, pairs)
     return branches
 
 
@@ -222,51 +241,62 @@ def grow(branches):
 
 
 def grow_packs(groups, max_tokens):
-    """Packs of about max_tokens rows; a group of branches (those of one answer) stays together.
-    Answers are numbered 0, 1, ... through all groups."""
+    """Packs of at most max_tokens rows (more where one group has more); a group of branches, those
+    of one answer, stays together. Branches are numbered 0, 1, ... through all groups."""
     packs = []
-    held = []                                               # branches of the pack being filled
-    size = 0
     number = 0
-    for group in [*groups, None]:
-        rows = len(grow(group).tokens) if group else 0
-        if held and (group is None or size + rows > max_tokens):
-            p = grow(held)
-            p.answer += number
-            packs.append(p)
-            number += len(held)
+    for held in fill(groups, max_tokens):
+        p = grow(held)
+        p.answer += number
+        number += len(held)
+        packs.append(p)
+    return packs
+
+
+def fill(groups, max_tokens):
+    """Yield lists of branches: neighbouring groups that take at most max_tokens rows together."""
+    held = []
+    size = 0
+    for group in groups:
+        rows = len(grow(group).tokens)
+        if held and size + rows > max_tokens:
+            yield held
             held = []
             size = 0
-        held += group or []
+        held = held + group
         size += rows
-    return packs
+    if held:
+        yield held
 
 
 # ------------------------------------------------------------------ the measure
 def early_verdicts(model, tokenizer, prompts, answers, world, max_tokens=8192, forms=None):
-    """([{task: {"said", "p": [P(first class) after 0, 1, ... steps], "held": [...]}}], forms).
+    """([{task: reading}] of each answer, the forms). A reading is a dict of said, the answer's own
+    verdict; places, in its text, after 0, 1, ... steps; p, there, of the task's first verdict word;
+    and held, see above.
 
     prompts: ids. answers: texts. forms: as find_forms gives them; default: of these answers."""
     sections = [read_sections(answer) for answer in answers]
     forms = forms or find_forms(sections)
     branches = [branch_off(tokenizer, prompt, answer, some, forms)
                 for prompt, answer, some in zip(prompts, answers, sections)]
-    groups = [[branch for _, after in some for pair in after for branch in pair]
+    groups = [[branch for _, pairs in some.values() for pair in pairs for branch in pair]
               for some in branches]
-    count = sum(map(len, groups))
-    packs = grow_packs([group for group in groups if group], max_tokens)
-    pairs = answer_logprobs(model, packs, count, world).view(-1, 2)
-    p = pairs.softmax(1)[:, 0].tolist()
-    held = pairs.exp().sum(1).tolist()
-    found = []
-    place = 0
+    groups = [group for group in groups if group]
+    packs = grow_packs(groups, max_tokens)
+    total = answer_logprobs(model, packs, sum(map(len, groups)), world)
+    pairs = total.view(-1, 2)                               # log p of the two, in the same order
+    p = iter(pairs.softmax(1)[:, 0].tolist())
+    held = iter(pairs.exp().sum(1).tolist())
+    readings = []
     for some, tasks in zip(branches, sections):
-        found.append({})
-        for task, after in some:
-            these = slice(place, place + len(after))
-            found[-1][task] = {"said": tasks[task].said, "p": p[these], "held": held[these]}
-            place += len(after)
-    return found, forms
+        readings.append({})
+        for task, (places, _) in some.items():
+            readings[-1][task] = {"said": tasks[task].said,
+                                  "places": places,
+                                  "p": [next(p) for _ in places],
+                                  "held": [next(held) for _ in places]}
+    return readings, forms
 
 
 def of_verdict(task, verdict, p):
@@ -292,24 +322,41 @@ def curve(values, from_end=False):
              "ci95": (float(low[i]), float(high[i]))} for i in range(most + 1)]
 
 
-def summarize(found, golds):
+def summarize(readings, golds):
     """{task: what early.json says of it}. golds: the labels of each answer, for P(gold)."""
     summary = {}
     for task in VERDICTS:
-        rows = [(some[task], gold[task]) for some, gold in zip(found, golds) if task in some]
+        rows = [(some[task], gold[task]) for some, gold in zip(readings, golds) if task in some]
         if not rows:
             continue
         said = [[of_verdict(task, row["said"], p) for p in row["p"]] for row, _ in rows]
-        labelled = [[of_verdict(task, gold, p) for p in row["p"]] for row, gold in rows if gold]
+        gold = [[of_verdict(task, label, p) for p in row["p"]] for row, label in rows if label]
         summary[task] = {
             "n": len(rows),
             "steps": dict(sorted(Counter(len(some) - 1 for some in said).items())),
             "said": curve(said),
             "said_from_end": curve(said, from_end=True),
-            "decided": curve([[float(p > 0.5) for p in some] for some in said]),
-            "gold": curve(labelled) if labelled else [],
+            "gold": curve(gold) if gold else [],
             "held": curve([row["held"] for row, _ in rows])}
     return summary
+
+
+# ------------------------------------------------------------------ traces cut short
+def cut_traces(records, seed=0):
+    """The records, each section cut after a random number of its steps, from none to all: a model
+    trained on these knows the closing at every place. Sections without a used form stay whole."""
+    rng = random.Random(seed)
+    sections = [read_sections(record["output"]) for record in records]
+    forms = find_forms(sections)
+    cut = []
+    for record, some in zip(records, sections):
+        text = record["output"]
+        for task, section in reversed(some.items()):        # from the end: places stay right
+            if section.form in forms[task]:
+                keep = rng.choice([*section.steps, section.closes])
+                text = text[:keep] + text[section.closes:]
+        cut.append({**record, "output": text})
+    return cut
 
 
 # ------------------------------------------------------------------ the script
@@ -318,53 +365,65 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="out/sft", help="model folder")
     p.add_argument("--data", required=True, metavar="FILE", help="records with traces, or answers")
-    p.add_argument("--out", required=True, type=Path, help="folder to write")
+    p.add_argument("--out", type=Path, help="folder to write (default: that of --data)")
     p.add_argument("--max-length", type=at_least(1), default=4096,
                    help="user texts are cut to fit in it, as by eval.py")
     p.add_argument("--max-tokens", type=at_least(1), default=8192,
                    help="of a pack: speed and memory only")
+    p.add_argument("--cut", metavar="FILE",
+                   help="measure nothing: write the records, cut after random steps, to train on")
     args = read_arguments(p, argv)
-    world = join_ranks(args.device)
     records = read_answers(args.data)[:args.limit]
+    if args.cut:
+        return write_json(args.cut, cut_traces(records))
+    out = args.out or Path(args.data).parent
+    world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     prompts, _ = encode_prompts(tokenizer, records, args.max_length)
     model = Llama.from_pretrained(args.model, world.device, pick_dtype(world.device, args.dtype))
     answers = [record["output"] for record in records]
-    found, forms = early_verdicts(model, tokenizer, prompts, answers, world, args.max_tokens)
-    if not any(found):
-        raise InputError(f"{args.data}: no answer has steps, a verdict and a closing sentence")
+    readings, forms = early_verdicts(model, tokenizer, prompts, answers, world, args.max_tokens)
+    if not any(readings):
+        raise InputError(f"{args.data}: no answer has steps, a verdict, and a closing sentence "
+                         f"that both verdicts end")
     if world.rank == 0:
-        summary = summarize(found, [record["gold"] for record in records])
-        report(summary, forms, records, found)
-        write_lines(args.out / "early.jsonl", found)
-        write_json(args.out / "early.json", {"model": str(args.model), "data": str(args.data),
-                                             "forms": forms, "tasks": summary})
-        draw(summary, f"{args.model} on {args.data}", args.out / "early.svg")
+        summary = summarize(readings, [record["gold"] for record in records])
+        report(summary, forms)
+        warn(readings.count({}), f"of {len(records)} answers could not be read")
+        write_lines(out / "early.jsonl",
+                    [{"text": zlib.crc32(answer.encode(errors="replace")), "tasks": reading}
+                     for answer, reading in zip(answers, readings)])
+        write_json(out / "early.json", {"model": str(args.model), "data": str(args.data),
+                                        "forms": forms, "tasks": summary})
+        draw(summary, f"{args.model} on {args.data}", out / "early.svg")
 
 
 def read_answers(path):
     """Records, with `gold`, of a file of records or of eval.py's answers."""
     records = []
     for place, record in parse_records(path):
-        fields = record if isinstance(record, dict) else {}
-        if "predict" in fields:
-            prompt = str(fields.get("prompt"))
-            at = max(1, prompt.find(HUMAN))
-            record = {"instruction": prompt[:at - 1], "input": prompt[at:],
-                      "output": fields["predict"]}
-            gold = labels_of({**record, "output": str(fields.get("label"))},
-                             Path(path).resolve().parent.name)
+        if not isinstance(record, dict):
+            record = {}
+        if "predict" in record:
+            record = record_of_prediction(record, Path(path).resolve().parent.name)
         names = ("instruction", "input", "output")
         if not all(isinstance(record.get(name), str) for name in names):
             raise InputError(f"{path}: {place} is neither a record nor an answer of eval.py")
-        if "predict" not in fields:
-            gold = gold_verdict(record)
-        records.append({**record, "gold": gold})
+        records.append({"gold": gold_verdict(record), **record})
     return records
 
 
-def report(summary, forms, records, found):
-    """Print the curves, the sentences, and what was left out."""
+def record_of_prediction(line, dataset):
+    """The record whose `output` is this answer, and its gold labels; line: as eval.py writes it."""
+    prompt = str(line.get("prompt"))
+    at = max(1, prompt.find(HUMAN))                         # a newline after the instruction
+    record = {"instruction": prompt[:at - 1], "input": prompt[at:], "output": line["predict"]}
+    label = {"input": record["input"], "output": str(line.get("label"))}
+    return {**record, "gold": labels_of(label, dataset)}
+
+
+def report(summary, forms):
+    """Print the sentences and the curves."""
     for task, some in summary.items():
         print(f"\n{TITLES[task]}: {some['n']} answers")
         for first, second in list(forms[task].values())[:3]:
@@ -372,7 +431,6 @@ def report(summary, forms, records, found):
         for name in ("said", "gold", "held"):
             points = "  ".join(f"{point['mean']:.3f}" for point in some[name])
             print(f"  {name:6} after 0, 1, ... steps:  {points}")
-    warn(sum(not some for some in found), f"of {len(records)} answers have no such section")
 
 
 # ------------------------------------------------------------------ the picture
