@@ -82,12 +82,16 @@ def pair_loss(logprobs, lengths, weight, both=False):
     return pairs_loss(policy, reference, length, tensor(weight), beta=0.3, sft=2.0)["loss"]
 
 
-def check_length_normalised(tmp_path):
+def check_length_normalised(tmp_path, monkeypatch):
+    import train_dpo
     lengths = (2, 3), (20, 3), (40, 90)
     short, long, longer = (pair_loss([-0.7, -1.9], n, 1.1, both=True) for n in lengths)
     assert short.item() == pytest.approx(long.item()) == pytest.approx(longer.item())
+    seen, pairs_loss = [], train_dpo.pairs_loss
+    monkeypatch.setattr(train_dpo, "pairs_loss", lambda *args: (seen.append(args[2]), pairs_loss(*args))[1])
     rows = two_steps(tmp_path)
     assert rows[0]["preference"] == pytest.approx(MEAN_WEIGHT * 0.693147, rel=1e-3)
+    assert seen[0].shape == (12, 2) and seen[0].sum() == rows[0]["loss_tokens"]
 
 
 def check_alpha_on_both(tmp_path):
@@ -333,7 +337,7 @@ def check_group_preference_depends_neither_on_order_nor_on_packing(tmp_path):
     exact = ["--batch-size", 6, "--dtype", "float64"]
     rows, weights = run(tmp_path / "run", write_groups(tmp_path / "groups.jsonl"), *exact)
     assert [r["pairs"] for r in rows] == [1 * 2 + 2 * 1 + 3 * 2 + 1 * 1 + 2 * 2 + 3 * 1] * 2
-    assert rows[1]["loss"] < rows[0]["loss"] and rows[1]["accuracy"] == 1
+    assert rows[1]["preference"] < rows[0]["preference"]
     names = ["loss", "preference", "margin", "grad_norm", "chosen_logprob", "rejected_logprob", "tokens"]
     for number, (turn, *more) in enumerate([(0, "--max-tokens", 1), (0, "--no-share"), (1,)]):
         again, same = run(tmp_path / str(number), write_groups(tmp_path / "groups.jsonl", turn), *exact, *more)

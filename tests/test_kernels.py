@@ -4,6 +4,7 @@
 
 The functions check_... run in a process of their own, as TRITON_INTERPRET must be set before Triton is imported.
 """
+import contextlib
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from conftest import CONFIG, tiny_examples
 
 import model
+from data import InputError
 from model import (Llama, TreeAttention, attend_pages, attention, attention_by_mask, generate, token_logprobs, tree_plan)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -144,7 +146,8 @@ def launches(dtype, E):
     head = torch.zeros(128, 16, dtype=dtype, requires_grad=True)
     token_logprobs(head[:8], head, torch.zeros(8, dtype=torch.long)).sum().backward()
     config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
-    generate(Llama.random(config).to(dtype), [[1, 2, 3], [1, 2, 4]], k=4, max_new_tokens=1, temperature=0)
+    with contextlib.suppress(InputError):                   # nothing was computed: logits are no numbers
+        generate(Llama.random(config).to(dtype), [[1, 2, 3], [1, 2, 4]], k=4, max_new_tokens=1, temperature=0)
     return {kernel.__name__: (kernel, *rest) for kernel, *rest in made}.values()
 
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ import measure  # noqa: E402
 import peers  # noqa: E402
 from data import InputError, at_least, write_json  # noqa: E402
 from measure import twin  # noqa: E402
+import model as library  # noqa: E402
 from model import attention_by_mask  # noqa: E402
 
 sft, dpo, sample, attend, score = measure.sft, measure.dpo, measure.sample, measure.attend, measure.score
@@ -98,6 +100,7 @@ COLD = "G12", 60                    # seconds from the start of the process to t
 
 def run_here(args):
     """One item, in this process; prints its result as a line of JSON."""
+    library.choose_kernels(args.kernels)
     try:
         bench = measure.Bench(args)
         result = {"parameters": bench.parameters, **ITEMS[args.only][0](bench)}
@@ -122,9 +125,18 @@ def run_child(argv, name, seconds):
     except subprocess.TimeoutExpired:
         return {"error": "cut off: --minutes are over"}
     if done.returncode:
-        return {"error": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1][:160]}
+        print(done.stderr, file=sys.stderr, flush=True)
+        return {"error": error_line(done), "stderr": done.stderr}
     result = json.loads(done.stdout.splitlines()[-1])
     return result if "error" in result else {**result, "rate": result["units"] / result["seconds"]}
+
+
+def error_line(done):
+    """What a failed process ended with: the last line that names an exception, as advice may
+    follow it (after a fault on CUDA), else its last line."""
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (named or lines)[-1][:160]
 
 
 def summarize(name, rounds, goals):
@@ -211,7 +223,8 @@ def parse_arguments(argv):
     p.add_argument("--warm", type=at_least(0), default=1, help="steps before the clock")
     p.add_argument("--steps", type=count, default=3, help="steps on the clock")
     p.add_argument("--batch-size", type=count, help="sequences or pairs in a step (default: 4; CUDA: 64)")
-    p.add_argument("--max-tokens", type=count, default=8192, help="of a pack")
+    p.add_argument("--max-tokens", type=count, help="of a pack (default: 8192; CUDA: 32768 of a 1B, 16384 of "
+                   "larger ones)")
     p.add_argument("--length", type=at_least(200), help="of every sequence, with --shape (default: mixed)")
     p.add_argument("--prompts", type=count, help="to be answered (default: 16; CUDA: 256)")
     p.add_argument("--k", type=count, default=4, help="answers to each prompt")
@@ -221,6 +234,8 @@ def parse_arguments(argv):
                    help="CUDA: train in no more; 20 steps, length 2048 and --recompute are the default then")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of products (default: as in training)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
+                   help="torch: the plain twins of the kernels")
     p.add_argument("--threads", type=count, help="of torch (default: its own choice)")
     p.add_argument("--only", choices=ITEMS, help=argparse.SUPPRESS)
     p.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
@@ -232,6 +247,9 @@ def parse_arguments(argv):
         raise InputError("--memory-cap needs a CUDA device")
     args.batch_size = args.batch_size or (64 if args.cuda else 4)
     args.prompts = args.prompts or (256 if args.cuda else 16)
+    if args.max_tokens is None:
+        large = args.shape in ("3b", "8b")
+        args.max_tokens = (16384 if large else 32768) if args.cuda else 8192
     return args
 
 
