@@ -59,7 +59,8 @@ LABEL_COLUMNS = ("prompt_harm_label", "response_refusal_label", "response_harm_l
 
 
 def format_input(prompt, response=None):
-    """The exchange as the paper writes it; a missing response is the word None."""
+    """The exchange as the paper writes it: HUMAN, the prompt, ASSISTANT, the response, and two
+    newlines. A response of None is the word None; an empty one stays empty."""
     answer = "None" if response is None else response
     return f"{HUMAN}{prompt}{ASSISTANT}{answer}\n\n"
 
@@ -83,9 +84,12 @@ def split_input(text):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    A verdict is what follows the task's name in the first line of the last Answers block that
-    begins with it; where the block has no such line, or there is no block, in the last such line of
-    the text. Case and markdown do not matter; verdict_word says what counts as one."""
+    A verdict line begins with a task's name and a colon, in any case; before the name may stand
+    markdown, which is anything but letters, digits and _. The block is what follows the last
+    "answers:" of the text, in any case. Of each task counts the first line in the block; where the
+    block has none, or there is no block, the last one in the text. What follows its colon, spaces
+    and ends of lines left out, is read by verdict_word, up to the end of that line; where that
+    finds no verdict, no other line is asked."""
     *before, block = re.split("answers:", text, flags=re.IGNORECASE)
     verdict = {}
     for name, words in VERDICTS.items():
@@ -121,8 +125,9 @@ def format_answers(request=None, completion=None, response=None):
 
 def gold_verdict(record):
     """The labels of a record, as parse_verdict gives them: those in its `output`, which is a
-    reasoning trace, an Answers block, or one word. (un)harmful alone is about the request where the
-    record has no response, else about the response."""
+    reasoning trace, an Answers block, or one word, in any case and with spaces around it.
+    (un)harmful alone is about the request where the record's input has no response (see
+    split_input), else about the response; the tasks that a word is not about are None."""
     word = record["output"].strip().lower()
     _, response = split_input(record["input"])
     if word in VERDICTS["completion"]:
@@ -220,6 +225,8 @@ FORMATS = {
                     ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
+REQUEST = "REQUEST"             # the user's text, where a chat template is tried
+HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
 
 @dataclass
@@ -230,6 +237,8 @@ class Vocabulary:
     pattern: str            # the regular expression that splits text before merging
     special: dict           # control token -> id
     words: dict             # text that is one token wherever it stands, and no control token -> id
+    late: set               # the words that are looked for in what the other words leave
+    sticky: set             # the control tokens that swallow the spaces beside them
 
 
 class Tokenizer:
@@ -249,7 +258,9 @@ class Tokenizer:
         self.text = {id: token for token, id in tokens.items()}     # id -> bytes
         self.text.update({id: word.encode() for word, id in vocabulary.words.items()})
         self.words = vocabulary.words
+        self.late = vocabulary.late
         self.special = vocabulary.special
+        self.sticky = vocabulary.sticky
         self.size = size                                            # ids that the model has
         self.context = context                                      # tokens it was made for
         self.format = format
@@ -267,23 +278,31 @@ class Tokenizer:
         self.after = template.close + template.head.format("assistant")
         self.trim = False                                           # spaces around the user's text?
         self.jinja = jinja_of(start, template)
-        ends = [mark for mark in template.ends if mark in self.special]
+        ends = [mark for mark in template.ends if mark in {*self.special, *self.words}]
         if not ends:
             raise InputError(f"{self.folder}: the vocabulary has no control token "
                              f"{template.ends[0]}; try another --format")
         self.end = ends[0]
-        self.check_control(self.before + self.after + self.end)
+        self.use_control(self.before + self.after + self.end)
         others = [mark for mark in STOPS if mark in self.special and mark != self.end]
         ids = [self.special[mark] for mark in (self.end, *others)]
         self.stop = [id for id in ids if id < self.size]
 
-    def check_control(self, text):
-        """InputError where a control token in this text of a template has no row in the model."""
-        for piece in self.split_control(text):
+    def use_control(self, text):
+        """Take the control tokens out of a template's text. A word of signs, as <|im_end|> where
+        the file does not call it special, is one of them: as a user's text it is plain. InputError
+        where a token has no row in the model, or swallows the spaces beside it."""
+        for piece in split_at({*self.special, *self.words}, text):
+            if piece in self.words and re.search(r"[^\w\s]", piece):
+                self.special[piece] = self.words.pop(piece)
+                del self.text[self.special[piece]]
             id = self.special.get(piece, 0)
             if id >= self.size:
                 raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
                                  f"vocab_size {self.size}")
+            if piece in self.sticky:
+                raise InputError(f"{self.folder}: the control token {piece} depends on the spaces "
+                                 "around it (lstrip, rstrip, single_word), which is not known here")
 
     @classmethod
     def from_pretrained(cls, folder, format=None):
@@ -305,24 +324,26 @@ class Tokenizer:
     def follow(self, template):
         """Write what the folder's own chat template writes around a turn, where that is no more
         than control tokens and roles; else say on stderr that our prompt is another one."""
-        request = "REQUEST"
+        ours = f"our prompts are {self.before + REQUEST + self.after!r}"
         try:
-            rendered = render_turn(template, request)
-            trimmed = render_turn(template, request + "\n\n") == rendered
+            rendered = render_turn(template, REQUEST)
+            trims = {render_turn(template, "\n" + REQUEST) == rendered,
+                     render_turn(template, REQUEST + "\n") == rendered}
         except NotKnown as error:
-            rendered = f"what is not understood here: {error}"
-            trimmed = False
-        before, found, after = rendered.partition(request)
-        words = [piece for piece in self.split_control(before + after) if piece not in self.special]
-        if found and set("".join(words).split()) <= {"user", "assistant"}:
-            self.check_control(before + after)
+            print(f"{self.folder}: its chat template holds what is not known here, {error}; {ours}",
+                  file=sys.stderr)
+            return
+        before, found, after = rendered.partition(REQUEST)
+        control = {*self.special, *self.words}
+        words = [piece for piece in split_at(control, before + after) if piece not in control]
+        if found and len(trims) == 1 and set("".join(words).split()) <= {"user", "assistant"}:
+            self.use_control(before + after)
             self.before = before
             self.after = after
-            self.trim = trimmed
+            self.trim = True in trims
             self.jinja = template["chat_template"]
         else:
-            print(f"{self.folder}: its chat template writes {rendered!r}, our prompts are "
-                  f"{self.before + request + self.after!r}", file=sys.stderr)
+            print(f"{self.folder}: its chat template writes {rendered!r}, {ours}", file=sys.stderr)
 
     def split_control(self, text):
         """The pieces of a template's text: control tokens, and what stands between them."""
@@ -332,12 +353,21 @@ class Tokenizer:
         """Ids of plain text; a character that the vocabulary cannot spell becomes U+FFFD and is
         counted in `lost`."""
         ids = []
-        for piece in split_at(self.words, self.spellable(text)):
+        for piece in self.split_words(self.spellable(text)):
             if piece in self.words:
                 ids.append(self.words[piece])
             else:
                 ids += self.merge(piece)
         return ids
+
+    def split_words(self, text):
+        """Yield the pieces of a text: added words, and what stands between them."""
+        first = self.words.keys() - self.late
+        for piece in split_at(first, text):
+            if piece in first:
+                yield piece
+            else:
+                yield from split_at(self.words.keys() & self.late, piece)
 
     def merge(self, text):
         """Ids of text in which no added word stands."""
@@ -349,7 +379,7 @@ class Tokenizer:
 
     def spellable(self, text):
         """The text, with a substitute for each character that the vocabulary cannot spell."""
-        text = re.sub("[\ud800-\udfff]", self.replace, text)        # half of a surrogate pair
+        text = re.sub(HALF_PAIR, self.replace, text)
         if self.missing and not self.missing.isdisjoint(text.encode()):
             text = "".join(c if self.missing.isdisjoint(c.encode()) else self.replace(c)
                            for c in text)
@@ -491,7 +521,8 @@ def fit_prompt(tokenizer, record, room):
 
 
 def common_prefix(sequences):
-    """How many first items all sequences share, leaving at least one item of each."""
+    """How many first items all sequences share, leaving at least one item of each. sequences: one
+    or more lists of numbers, none of them empty; of one alone all but its last item count."""
     first = min(sequences)
     last = max(sequences)         # in dictionary order: of all sequences these two differ earliest
     shortest = min(len(first), len(last))
@@ -548,7 +579,10 @@ def pack(examples, max_tokens, share=True):
     """Lay examples out as packs of at most max_tokens rows each (more where one example is longer).
 
     A pack holds one instruction, once; each prompt once; then its answers. First fit, longest
-    first. share=False is ordinary packing: every answer has a prompt of its own."""
+    first: forests, which to_forests makes of the examples, are taken by their rows, the most first,
+    and each goes into the first pack that has its root and room, or into a new one. An example is
+    never torn apart. -> a list of Packs, the largest first, written by lay_out. share=False is
+    ordinary packing: every answer has a prompt of its own."""
     bins = []
     for forest in sorted(to_forests(examples, share), key=lambda forest: -forest.rows):
         for bin in bins:
@@ -591,8 +625,13 @@ def lay_out(root, branches):
     """Write a forest down depth first, as a Pack:
         root { prompt { answer } { answer } } { prompt ...
 
-    root: ids. branches: [(prompt, [(number, answer)])], prompts with the root, answers with the end
-    mark. A prompt's last row is scored once for each of its answers; all tensors are int64."""
+    root: ids, which may be []. branches: [(prompt, [(number, answer)])], prompts with the root,
+    answers with the end mark. The root is written once, then of each prompt what follows the root,
+    then its answers without their end marks. `end` of a row is the row after its whole subtree: T
+    for the root; for a prompt's own rows that after its last answer; for an answer's that after it.
+    Scored pairs stand answer by answer: a prompt's last row is asked for the first token of each
+    answer, an answer's rows for the next ones, the end mark included; `answer` repeats its number.
+    All five tensors are int64. Without branches (see deal): the root, and nothing scored."""
     tokens = list(root)
     T = len(root) + sum(branch_rows(root, *branch) for branch in branches)
     end = [T] * len(root)
@@ -620,7 +659,11 @@ def lay_out(root, branches):
 
 def deal(packs, rank, ranks):
     """This rank's packs of a step: longest first to the lightest rank, the same number to each.
-    Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step."""
+    Where they do not divide, an empty pack (one token, nothing scored) keeps the ranks in step.
+
+    A pack is as long as it has tokens. Each goes to the rank that holds the fewest tokens so far
+    (of several the first), among those that hold fewer than len(packs) / ranks packs, rounded up.
+    -> the list for `rank`, filled up to that number with lay_out([0], [])."""
     hands = [[] for _ in range(ranks)]
     most = -(-len(packs) // ranks)                          # rounded up
     for p in sorted(packs, key=lambda p: -len(p.tokens)):
@@ -670,7 +713,7 @@ def read_tokenizer_json(path):
     raw = read_json(path)
     try:
         return vocabulary_of(path, raw)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as a tokenizer.json should be "
                          f"({type(error).__name__}: {error})") from None
 
@@ -684,7 +727,8 @@ def vocabulary_of(path, raw):
         raise InputError(f"{path}: only byte-level BPE without a normalizer is known "
                          "(LLaMA 3, SmolLM2)")
     pattern = split_pattern(path, raw.get("pre_tokenizer") or {})
-    special, words = added_tokens(path, raw.get("added_tokens") or [])
+    vocab = model["vocab"]
+    added = raw.get("added_tokens") or []
     letters = byte_letters()
 
     def spell(word):
@@ -693,35 +737,104 @@ def vocabulary_of(path, raw):
             raise InputError(f"{path}: {word!r} is not spelled in byte-level letters")
         return bytes(letters[c] for c in word)
 
-    tokens = {spell(word): id for word, id in model["vocab"].items()
-              if word not in special and word not in words}
-    order = sorted(tokens, key=tokens.get)  # made from a tiktoken file: id = priority
-    if not model.get("ignore_merges"):
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merged = [spell(left) + spell(right) for left, right in pairs]
-        single = [token for token in tokens if len(token) == 1]
-        order = list(dict.fromkeys(single + merged))
-    for token in order:
-        if not isinstance(tokens.get(token), int):
-            raise InputError(f"{path}: {token!r} is merged, but has no id in the vocabulary")
-    return Vocabulary(tokens, order, pattern, special, words)
+    found = Vocabulary({}, [], pattern, {}, {}, set(), set())
+    for entry in added:
+        add_token(path, entry, found)
+    names = vocab.keys() - found.special.keys()
+    found.tokens = {spell(name): vocab[name] for name in names}
+    check_ids(path, vocab, added)
+    for word in found.words.keys() & vocab.keys():
+        if spell(word) != word.encode():
+            raise InputError(f"{path}: the added token {word!r} is two texts: its own, and what the "
+                             "vocabulary spells in byte-level letters")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    pairs = [(spell(left), spell(right)) for left, right in pairs]
+    found.order = merge_order(path, found.tokens, pairs, bool(model.get("ignore_merges")))
+    return found
 
 
-def added_tokens(path, entries):
-    """({control token: id}, {word: id}) of a tokenizer.json's added tokens. Those that are not
-    `special` are text, found before anything is merged."""
-    special = {}
-    words = {}
-    for entry in entries:
+def add_token(path, entry, vocabulary):
+    """Put an entry of a tokenizer.json's added tokens into its vocabulary. One that is not
+    `special` is text: a word, found before anything is merged."""
+    name = entry["content"]
+    is_sticky = entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
+    if entry.get("special"):
+        vocabulary.special[name] = entry["id"]
+        if is_sticky:
+            vocabulary.sticky.add(name)
+        return
+    if is_sticky:
+        raise InputError(f"{path}: the added token {name!r} depends on the spaces around it, "
+                         "which is not known here")
+    vocabulary.words[name] = entry["id"]
+    if entry.get("normalized"):
+        vocabulary.late.add(name)
+
+
+def check_ids(path, vocab, added):
+    """InputError unless every token has an id of its own, and each added one that which Hugging
+    Face's library gives it, whatever the file says: that of the vocabulary, else the next free."""
+    ids = list(vocab.values())
+    if not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
+        raise InputError(f"{path}: the vocabulary's ids must be whole numbers, each once")
+    given = {}
+    for entry in added:
         name = entry["content"]
-        if entry.get("special"):
-            special[name] = entry["id"]
-        elif entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
-            raise InputError(f"{path}: the added token {name!r} depends on the spaces around it, "
-                             "which is not known here")
-        else:
-            words[name] = entry["id"]
-    return special, words
+        if not isinstance(name, str) or not name or re.search(HALF_PAIR, name):
+            raise InputError(f"{path}: the added token {name!r} is no text")
+        following = max([*ids, *given.values()], default=-1) + 1
+        given[name] = vocab.get(name, given.get(name, following))
+        if type(entry["id"]) is not int or entry["id"] != given[name]:
+            raise InputError(f"{path}: the added token {name!r} has id {entry['id']!r}, but counted "
+                             f"in order it is {given[name]}")
+
+
+def merge_order(path, tokens, pairs, whole):
+    """The tokens by merge priority. tiktoken merges any two tokens that make a third, the file only
+    its pairs: InputError unless that comes to the same. whole (ignore_merges): a piece of text that
+    is a token is not merged, so that it may be one that no pairs make.
+
+    The two parts that a token is merged of last do not depend on the text around it. So the same is
+    merged if these two are a pair of the file, and if all pairs of a token stand together there."""
+    order = dict.fromkeys(token for token in tokens if len(token) == 1)
+    before = b""
+    for left, right in pairs:
+        token = left + right
+        if not {left, right, token} <= tokens.keys():
+            raise InputError(f"{path}: {left!r} and {right!r} are merged, but not all of this has an "
+                             "id in the vocabulary")
+        if token in order and token != before:
+            raise InputError(f"{path}: its merges make {token!r} in two places: not known here")
+        order[token] = None
+        before = token
+    if whole:
+        order.update(dict.fromkeys(tokens))
+    ranks = {token: rank for rank, token in enumerate(order)}
+    listed = set(pairs)
+    for token in order:
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        others = {(a, b) for a, b in cuts if a in ranks and b in ranks} - listed
+        if not cuts or whole and not others:
+            continue
+        last = last_merge(token, ranks)
+        if last in others or last not in listed and not whole:
+            raise InputError(f"{path}: its merges do not make {token!r} as they stand: not known here")
+    return list(order)
+
+
+def last_merge(token, ranks):
+    """The two parts that a token is merged of last, lowest rank first, or more where it never is.
+    ranks: token -> rank."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [left + right for left, right in zip(parts, parts[1:])]
+        priority = [ranks.get(token, math.inf) for token in joined]
+        lowest = min(priority)
+        if lowest == math.inf:
+            break
+        place = priority.index(lowest)
+        parts[place:place + 2] = [joined[place]]
+    return tuple(parts)
 
 
 def split_pattern(path, splitter):
@@ -736,13 +849,46 @@ def split_pattern(path, splitter):
     if to_bytes and as_gpt2 and kinds == ["Digits"] and first[0].get("individual_digits"):
         return DIGIT_PATTERN
     if to_bytes and not as_gpt2 and kinds == ["Split"]:
-        pattern = first[0]["pattern"].get("Regex")
+        pattern = first[0]["pattern"].get("Regex", "")
         behavior = (first[0].get("behavior"), bool(first[0].get("invert")))
-        if pattern and behavior == ("Isolated", False):     # what it does not match is a piece, too
-            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
-        if pattern and behavior == ("Removed", True):       # check_round_trip sees what it drops
-            return pattern
+        keeps_all = behavior == ("Isolated", False)
+        keeps_matches = behavior == ("Removed", True)
+        if is_read_alike(pattern) and (keeps_all or keeps_matches and covers(pattern)):
+            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"      # what it does not match, too
     raise InputError(f"{path}: this pre_tokenizer is not known: {json.dumps(splitter)[:300]}")
+
+
+# What Hugging Face's engine for regular expressions and tiktoken's read alike. Not, for example,
+# ^ and $, \w and \b, groups that are referred to, (?i) but for 's and the like, [[:punct:]].
+LETTERS = r"\\[pP]\{(?:[LMNPSZC][a-z]?|Han|Hiragana|Katakana|Hangul)\}|\\[sSdDrnt]|\\[^\w\s]"
+ENDING = r"'?(?:\[sdmt\]|[sdmt]|re|ve|ll)"                      # of it's, I'd, I'm, don't, you're
+READ_ALIKE = re.compile(
+    rf"(?:{LETTERS}|\[\^?(?:{LETTERS}|[^\\\[\]])+\]"                   # letters, sets of them
+    rf"|\(\?i:{ENDING}(?:\|{ENDING})*\)"
+    r"|\((?:\?(?:[:=!>]|<[=!])|(?!\?))|\)|\|"                       # groups, alternatives
+    r"|[*+?]|\{\d+(?:,\d*)?\}(?![+?])"                             # how often
+    r"|[^\\\[\](){}|*+?^$])+")                                    # text as it stands
+
+
+def is_read_alike(pattern):
+    """Is this a regular expression that both engines read alike, and that never matches nothing?"""
+    if not READ_ALIKE.fullmatch(pattern) or re.search("&&|--|~~", pattern):
+        return False
+    nearly = re.sub(r"\\[pP]\{\w+\}", r"\\w", pattern)               # as Python spells it
+    try:
+        return all(match[0] for match in re.finditer(nearly, EVERY_SCRIPT))
+    except re.error:
+        return False
+
+
+def covers(pattern):
+    """Does a regular expression find all of a text in every script?"""
+    try:
+        pieces = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens={},
+                                   mergeable_ranks={bytes([b]): b for b in range(256)})
+    except ValueError:
+        return False
+    return len(pieces.encode_ordinary(EVERY_SCRIPT)) == len(EVERY_SCRIPT.encode())
 
 
 # of every script and kind of character: text that a pattern drops is text that the guard never sees
@@ -776,8 +922,11 @@ def read_tokenizer_model(path):
     except ValueError:
         raise InputError(f"{path}: not a Llama 3 tokenizer.model "
                          "(older LLaMAs had another kind)") from None
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise InputError(f"{path}: its ids are not 0, 1, ...: damaged or cut short")
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
-    return Vocabulary(tokens, sorted(tokens, key=tokens.get), LLAMA3_PATTERN, special, {})
+    order = sorted(tokens, key=tokens.get)
+    return Vocabulary(tokens, order, LLAMA3_PATTERN, special, {}, set(), set())
 
 
 def read_sizes(folder, vocabulary):

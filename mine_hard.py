@@ -37,7 +37,8 @@ from model import (Llama, generate_iter, fingerprint, join_ranks, pick_dtype, re
 # is unfinished), tokens, verdict (see data.parse_verdict).
 def judge(verdict, gold):
     """Is this output correct: is every verdict that the record labels right? A missing verdict is
-    wrong. verdict, gold: dicts as parse_verdict gives them; a None in gold is no label."""
+    wrong, and where nothing is labelled, nothing is right. verdict, gold: dicts as parse_verdict
+    gives them; a None in gold is no label. -> bool"""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
@@ -50,9 +51,10 @@ def judge_all(samples, gold):
 def judge_by_field(samples, gold):
     """The released code's rule: [True, False or (dropped) None, for each sample], by one field.
 
-    Of request, response, completion, in this order, the first labelled one on which the samples
-    differ decides, and the others are not looked at; a sample that lacks a labelled verdict is
-    dropped. Where they differ on none, all are judged as by `judge`."""
+    A sample that lacks a verdict of a labelled field is dropped. Of request, response, completion,
+    in this order, the first labelled one on which some of the others are right and some wrong
+    decides, and no other field is looked at. Where there is none, all are judged as by `judge`. How
+    a sample ended does not matter."""
     labelled = [name for name in ("request", "response", "completion") if gold[name] is not None]
     complete = [all(s["verdict"][name] for name in labelled) for s in samples]
     for name in labelled:
@@ -66,7 +68,9 @@ def judge_by_field(samples, gold):
 
 def pick_pair(samples, right, rule, rng):
     """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the
-    longest. right: as the judges give it; rule: "random" or "longest"; rng: a random.Random."""
+    longest by characters. right: for each sample True, False, or None, which is neither; there is
+    one of each. rule: "random", each text of a kind as likely as the others, or "longest"; rng: a
+    random.Random, from which all chance comes."""
     correct = [s["text"] for s, ok in zip(samples, right) if ok is True]
     incorrect = [s["text"] for s, ok in zip(samples, right) if ok is False]
     if rule == "longest":
@@ -76,7 +80,8 @@ def pick_pair(samples, right, rule, rng):
 
 def sample_weights(differences, gamma):
     """alpha = 1 + Norm(k_incorrect - k_correct, gamma)   (GuardReasoner, Eq. 2)
-    Norm maps the differences of the mined set linearly to [-gamma, gamma]; all equal: alpha = 1."""
+    Norm maps the differences of the mined set linearly to [-gamma, gamma], the smallest to -gamma
+    and the largest to gamma; all equal: alpha = 1. -> a list of floats, [] for []."""
     low = min(differences, default=0)
     high = max(differences, default=0)
     if low == high:
@@ -88,10 +93,13 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
     """(lines of hard.jsonl, a Counter of outcomes) from all models' answers.
 
     sources: the file of each record. answers: [(model, {number of the record: its samples})].
-    judging, pairing: --judge and --pair. A prompt is hard if it has correct and incorrect answers;
-    an input that is hard twice is taken once, from the model named first. Counted: "all right",
-    "hard", "all wrong" prompts, and "answers without verdict", those that give no verdict at
-    all."""
+    judging, pairing: --judge ("all": judge_all, "field": judge_by_field) and --pair. A prompt is
+    hard if it has correct and incorrect answers; an input that is hard twice is taken once, from
+    the model named first, there from the lower number. A line has instruction, input, chosen,
+    rejected (by pick_pair, with a random.Random of seed, model and number), k_correct, k_incorrect,
+    source, and weight, by sample_weights over all lines; lines stand in the order in which they
+    were found. Counted, once for every model and prompt: "all right", "hard", "all wrong"; and
+    "answers without verdict", the samples whose three verdicts are all None."""
     judge_samples = {"all": judge_all, "field": judge_by_field}[judging]
     hard = {}
     count = Counter()

@@ -10,7 +10,7 @@ Part I is complete and can be read alone:
 Part II has fast twins; each names the plain function that it must equal:
     TokenLogprobs                   log-probabilities without ever holding all logits
     TileAttention                   attention in plain products, tile by tile
-    Triton kernels                  both on CUDA
+    Triton kernels                  both on CUDA, and the rotations
 Part III decodes many samples at once:
     PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
     Engine, generate_iter           admit, reserve, decode, finish
@@ -145,7 +145,8 @@ def full_precision(x):
 
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang et al. 2019, Eq. 4)
-    x (..., D), weight (D,) -> (..., D) in x's dtype; the mean is taken in at least float32."""
+    x (..., D), weight (D,) of any dtype -> (..., D) in x's dtype; the mean is taken in at least
+    float32 (see full_precision), as squares of float16 overflow."""
     wide = full_precision(x)
     mean = wide.square().mean(-1, keepdim=True)
     unit = wide * torch.rsqrt(mean + eps)
@@ -153,11 +154,15 @@ def rms_norm(x, weight, eps):
 
 
 def rope_frequencies(config, device="cpu"):
-    """Angles per position, (E/2,) in float64: theta^(-2i/E), stretched as Llama 3.1 and 3.2 do.
+    """Angles per position, (E/2,) in float64: f_i = theta^(-2i/E), i = 0 .. E/2 - 1, with E and
+    theta of config.head_dim and config.rope_theta. Where config.rope_scaling is no None, they are
+    stretched as Llama 3.1 and 3.2 do, by its fields factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings.
 
     A wave of frequency f turns original * f / 2 pi times in the original context. Waves that turn
-    less often than `low` are slowed down by `factor`, those that turn more often than `high` are
-    kept, and between the two the change is linear in the number of turns."""
+    less often than `low` are slowed down to f / factor, those that turn more often than `high` are
+    kept, and between the two it is keep f + (1 - keep) f / factor, where keep grows linearly in the
+    number of turns, from 0 at `low` to 1 at `high`."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-i / config.head_dim)
     scaling = config.rope_scaling
@@ -186,8 +191,9 @@ def rope_tables(config, position, dtype):
 
 def apply_rope(x, cos, sin):
     """Turn each pair (x_i, x_{i+E/2}) by its position's angle   (Su et al. 2021, Eq. 34)
-    x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E). Hugging Face weights pair the two *halves* of
-    a head; Meta's original weights pair neighbours instead, and are not what these files hold."""
+    x (T, H, E), cos and sin (T, 1, E/2) -> (T, H, E): a pair (a, b) becomes
+    (a cos - b sin, b cos + a sin). Hugging Face weights pair the two *halves* of a head; Meta's
+    original weights pair neighbours instead, and are not what these files hold."""
     a, b = x.chunk(2, -1)
     turned_a = a * cos - b * sin
     turned_b = b * cos + a * sin
@@ -207,10 +213,11 @@ class TreePlan:
 
 
 def tree_plan(end, skip=0, device=None):
-    """Check `end` and compute the positions: end (T,) int64 -> TreePlan with position on `device`.
+    """Check `end` and compute the positions: end (T,) int64 -> TreePlan(end, position, skip), end
+    on the host, position (T,) int64 on `device` (None: the host), skip as it was given.
 
-    i < end[i] <= T, and subtrees nest; ValueError otherwise. With I the instruction, p q a prompt,
-    a b and x y its answers:     I p q a b x y
+    ValueError where check_nesting finds a mistake. With I the instruction, p q a prompt, a b and
+    x y its answers:             I p q a b x y
                       end        7 7 7 5 5 7 7
                       closed     0 0 0 0 0 2 2     keys with end <= i: their subtree is over
                       position   0 1 2 3 4 3 4     = i - closed"""
@@ -220,11 +227,19 @@ def tree_plan(end, skip=0, device=None):
     ending = torch.bincount(end, minlength=T + 1)           # how many keys have end = i
     closed = ending.cumsum(0)[:T]                           # end <= i: i sees them no longer
     position = torch.arange(T) - closed
-    return TreePlan(end, position.to(device), skip)
+    return TreePlan(end, send(position, device), skip)
+
+
+def send(x, device):
+    """x, which lies on the host, on `device` (None: where it is). A GPU is not waited for: what the
+    host does until the copy is needed, it does meanwhile."""
+    device = torch.device(device or x.device)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def check_nesting(end):
-    """ValueError unless every subtree ends inside the one around it; end: a list of T numbers."""
+    """ValueError unless every subtree ends inside the one around it; end: a list of T numbers.
+    That is: i < end[i] <= T, and where i < j < end[i], end[j] <= end[i]. Takes time linear in T."""
     open_ends = [len(end)]                                  # of the subtrees around row i
     for i, stop in enumerate(end):
         while open_ends[-1] <= i:
@@ -236,8 +251,9 @@ def check_nesting(end):
 
 def attention_by_mask(q, k, v, plan):
     """softmax(q k' / sqrt(E)) v over the keys that a row sees   (Vaswani et al. 2017, Eq. 1)
-    q (T, H, E), k and v (T, G, E) -> (T, H, E). The whole mask at once, to read and for tests; all
-    tokens have a query here, whatever plan.skip is."""
+    q (T, H, E), k and v (T, G, E) -> (T, H, E); query head h reads key head h G // H. Row i sees
+    key j  iff  j <= i < plan.end[j]. The whole mask at once, to read and for tests; all tokens have
+    a query here, whatever plan.skip is."""
     assert len(q) == len(k)
     i = torch.arange(len(q), device=q.device)[:, None]
     j = torch.arange(len(k), device=q.device)[None, :]
@@ -248,6 +264,14 @@ def attention_by_mask(q, k, v, plan):
     v = v.transpose(0, 1)                                   # (G, T, E)
     out = functional.scaled_dot_product_attention(q, k, v, sees, enable_gqa=True)
     return out.transpose(0, 1)
+
+
+def rope(x, cos, sin):
+    """What apply_rope computes, on CUDA by its twin of part II: x (T, H, E), cos and sin
+    (T, 1, E/2) -> (T, H, E)."""
+    if use_triton(x) and x.shape[-1] in KERNEL_WIDTHS:
+        return KernelRope.apply(x, cos, sin)
+    return apply_rope(x, cos, sin)
 
 
 def attention(q, k, v, plan):
@@ -289,9 +313,13 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """rms_norm with its weight: x (T, D) -> (T, D)."""
+    """rms_norm with its weight: x (T, D) -> (T, D). On CUDA by torch's own kernel, which keeps one
+    number a row for the backward pass; it wants the weight in x's dtype."""
 
     def forward(self, x):
+        if use_triton(x):
+            weight = self.weight.to(x.dtype)
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
         return recomputed(rms_norm, x, self.weight, self.eps)
 
 
@@ -311,11 +339,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, attend):
+        """x (T, D) -> (T, D). Queries, keys and values are x times the three projections, split
+        into heads of E; rope turns queries and keys, cos and sin (T, 1, E/2); attend is
+        called once; its heads, side by side, go through o_proj."""
         q = self.q_proj(x).unflatten(-1, (-1, self.E))      # (T, H, E)
         k = self.k_proj(x).unflatten(-1, (-1, self.E))      # (T, G, E)
         v = self.v_proj(x).unflatten(-1, (-1, self.E))      # (T, G, E)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        q = rope(q, cos, sin)
+        k = rope(k, cos, sin)
         out = attend(q, k, v)                               # (T, H, E)
         return self.o_proj(out.flatten(1))                  # (T, D)
 
@@ -333,6 +364,8 @@ class MLP(nn.Module):
         return self.down_proj(functional.silu(gate) * up)
 
     def forward(self, x):
+        """down(silu(gate(x)) * up(x)), by gate_proj, up_proj and down_proj: x (T, D) -> (T, D).
+        `recomputed` saves memory and changes no number."""
         gate = self.gate_proj(x)                            # (T, F)
         up = self.up_proj(x)                                # (T, F)
         return recomputed(self.down, gate, up)
@@ -350,6 +383,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
+        """See the class. The first norm is input_layernorm, the second post_attention_layernorm;
+        self_attn takes (x, cos, sin, attend)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -578,9 +613,11 @@ def draw_token(logits, seed, position, temperature, top_p):
     """One token a row from the nucleus: the likeliest tokens that together reach top_p
     (Holtzman et al. 2020), without sorting; a temperature or top_p of (nearly) 0 is argmax.
 
-    logits (B, V), seed (B,), position (B,) -> (B,). Draw from the full softmax by inverting its sum
-    at one uniform number; accept if the mass of strictly likelier tokens is below top_p; else draw
-    again. An accepted token is in the nucleus and has its right relative probability there."""
+    logits (B, V), divided by temperature; seed and position (B,) int64 -> (B,) int64. A row's token
+    depends on its own logits, seed and position, not on other rows. Draw from the full softmax by
+    inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...); accept if the
+    mass of strictly likelier tokens is below top_p; else draw again. An accepted token is in the
+    nucleus and has its right relative probability there. NaN ends, too, with any token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
     V = logits.shape[1]
@@ -666,13 +703,23 @@ class TokenLogprobs(torch.autograd.Function):
     some rows; in the backward pass, where they are computed again, for some of the vocabulary, so
     that the gradient of each row of the head is written once."""
     LOGITS = 2 ** 25                                        # in a part: 64 MiB in bf16
+    ON_CUDA = 16                                            # times as many: 1 GiB
+
+    @staticmethod
+    def logits_in_part(device):
+        """How many logits exist at a time. A CPU is at its best with few; a GPU's products want
+        some thousand rows: 4,186 of the 128,256 logits of Llama 3."""
+        return TokenLogprobs.LOGITS * (TokenLogprobs.ON_CUDA if device.type == "cuda" else 1)
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
+        """hidden (N, D), head (V, D), which is cast to hidden's dtype, targets (N,) -> log p, (N,)
+        in at least float32. So many rows at a time that they have logits_in_part, or one row. Saves
+        hidden, head, targets and log sum exp(z), (N,), for backward; ctx.saved_tensors is these."""
         picked = full_precision(hidden.new_empty(len(hidden)))      # z[target]
         log_sum = torch.empty_like(picked)                          # log sum exp(z)
         weight = head.to(hidden.dtype)
-        step = max(1, TokenLogprobs.LOGITS // len(head))
+        step = max(1, TokenLogprobs.logits_in_part(hidden.device) // len(head))
         for start in range(0, len(hidden), step):
             some = slice(start, start + step)
             z = hidden[some] @ weight.T                             # (step, V)
@@ -682,11 +729,14 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (N,) -> gradients of hidden and of head, in their shapes and dtypes, and None for
+        targets: dz head, and dz' hidden. So many tokens of the vocabulary at a time, at least 16,
+        that all N rows have logits_in_part of them; z is computed again (see logit_gradients)."""
         hidden, head, targets, log_sum = ctx.saved_tensors
         grad = grad.contiguous()
         d_hidden = full_precision(torch.zeros_like(hidden))
         d_head = torch.empty_like(head)
-        step = TokenLogprobs.LOGITS // max(1, len(hidden))
+        step = TokenLogprobs.logits_in_part(hidden.device) // max(1, len(hidden))
         step = max(16, step // 16 * 16)                             # 16: what matrix units multiply
         for start in range(0, len(head), step):
             some = slice(start, start + step)
@@ -737,9 +787,10 @@ TILE_ROWS = 128         # of a tile at most: large products, yet few of their sc
 def row_tiles(plan):
     """The rows that ask, cut into tiles: [(rows, keys, masked)].
 
-    rows: a slice of n of them, counted from plan.skip on. keys (m,): all that any of them sees,
-    beginning with the m - h that all see. masked (n, h), bool: the last h that a row does not see.
-    The example of tree_plan in one tile, where n = m = 7 and h = 6 (#: True):
+    rows: a slice of n of them, counted from plan.skip on; the slices follow each other to the end,
+    each as long as tile_stop says. keys (m,): all that any of them sees, beginning with the m - h
+    that all see. masked (n, h), bool: the last h that a row does not see. Both on the device of
+    plan.position. The example of tree_plan in one tile, n = m = 7 and h = 6 (#: True):
 
         keys         I   p q a b x y
         masked   I       # # # # # #
@@ -826,6 +877,10 @@ class TileAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
+        """do (N, H, E) -> dq (N, H, E), dk and dv (T, G, E), in the dtype of q, and None for plan.
+
+        forward saved q (G, R, N, E), divided by sqrt(E), k and v (G, T, E), out (N, H, E), and
+        ctx.plan; N = T - plan.skip. Keys are in many tiles: sums of dk and dv in full_precision."""
         q, k, v, out = ctx.saved_tensors
         G, R = q.shape[:2]
         delta = (do * out).sum(-1, keepdim=True)                    # (T, H, 1)
@@ -861,7 +916,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    VARYING = ("N", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD")  # no new kernel for each value
+    VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD")  # no new kernel for each value
     jit = triton.jit(do_not_specialize=VARYING)
     KERNELS = "triton"                                              # see choose_kernels
 except ImportError:                     # no wheel for this system: the twins do the work
@@ -893,10 +948,9 @@ def cdiv(a, b):
     return -(-a // b)
 
 
-def launch(kernel, grid, width, x, *args):
-    """Run a kernel whose tiles are `width` wide on the device of x, which need not be the current
-    one. A warp for 16 columns, from four to eight: with more, each would have too few numbers."""
-    warps = min(8, max(4, width // 16))
+def launch(kernel, grid, warps, x, *args):
+    """Run a kernel on the device of x, which need not be the current one. warps: how many share a
+    program's work; of a product, each takes 16 rows at least, so 64 rows have work for four."""
     with torch.cuda.device_of(x):
         kernel[grid](x, *args, num_warps=warps, num_stages=2)
 
@@ -932,7 +986,8 @@ def tree_forward(Q, K, V, OUT, LSE,
                  N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row tile a, head h). Of the keys
     # so far: top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v
-    # (Milakov & Gimelshein 2018)
+    # (Milakov & Gimelshein 2018). Q and OUT (N, H, E), K and V (T, G, E); LSE (H, N), as `scores`:
+    # in powers of two. END (T, padded); row tile a reads key tiles TILES[FIRST[a] .. FIRST[a + 1]]
     a = tl.program_id(0)
     h = tl.program_id(1)
     g = h * G // H
@@ -969,7 +1024,7 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ,
                     END, FIRST, TILES,
                     N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
     # dq = ds k / sqrt(E),  ds = p (do v' - delta),  p = 2^(s - lse),  delta = sum(do out):
-    # program (row tile a, head h)
+    # program (row tile a, head h). Shapes as in tree_forward; writes DQ (N, H, E) and DELTA (H, N)
     a = tl.program_id(0)
     h = tl.program_id(1)
     g = h * G // H
@@ -1000,20 +1055,22 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ,
 
 @jit
 def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
-                     N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr):
-    # dv = p' do,  dk = ds' q / sqrt(E), what head h adds to them: program (key tile b, head h).
-    # Depth first, the rows that see a key are neighbours: from the key itself to its end
-    b = tl.program_id(0)
-    h = tl.program_id(1)
+                     N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr, C: constexpr):
+    # dv = p' do,  dk = ds' q / sqrt(E), what head h adds to them: program (head h, tile b of C
+    # keys); the roots' tiles, which all rows see, come first, so that none is left at the end.
+    # Depth first, the rows that see a key are neighbours: from the key itself to its end. Shapes as
+    # in tree_forward; DELTA (H, N) is there; writes DK and DV (T, H, E), float32, for each head h
+    h = tl.program_id(0)
+    b = tl.program_id(1)
     g = h * G // H
-    j = b * B + tl.arange(0, B)
-    end = tl.load(END + j)
+    j = b * C + tl.arange(0, C)
+    end = tl.load(END + j, mask=j < T, other=0)
     k = load_rows(K, j, T, g, G, E)
     v = load_rows(V, j, T, g, G, E)
-    dk = tl.zeros((B, E), tl.float32)
-    dv = tl.zeros((B, E), tl.float32)
+    dk = tl.zeros((C, E), tl.float32)
+    dv = tl.zeros((C, E), tl.float32)
     before = T - N                                      # keys without a row that asks
-    first_tile = tl.maximum(b * B - before, 0) // B     # of the first row that sees a key of b
+    first_tile = tl.maximum(b * C - before, 0) // B     # of the first row that sees a key of b
     last_end = tl.max(end, 0)
     stop_tile = tl.cdiv(tl.maximum(last_end - before, 0), B)
     for a in range(first_tile, stop_tile):
@@ -1025,9 +1082,9 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
         delta = tl.load(DELTA + h * N + row, mask=row < N, other=0.0)
         sees = (j[:, None] <= i) & (i < end[:, None])
         p = tl.exp2(scores(k, q, sees) - lse[None])     # scores, transposed: (keys, rows)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dk = dk * (1 / E ** 0.5)
     store_rows(DK, dk, j, T, h, H, E)
@@ -1048,12 +1105,24 @@ def tree_tiles(plan, B):
     count = sees.sum(1)                                             # of each row tile's key tiles
     first = functional.pad(count.cumsum(0), (1, 0))
     tiles = sees.nonzero()[:, 1]
-    return [x.to(device, torch.int32) for x in (end, first, tiles)]
+    return [send(x.int(), device) for x in (end, first, tiles)]
 
 
 class TreeAttention(torch.autograd.Function):
     """The twin of attention_by_mask as kernels that visit only what `end` leaves visible; a rerun
     gives the same bits."""
+
+    @staticmethod
+    def tile_sizes(q):
+        """(rows of a tile, warps; keys of a tile of tree_backward_kv, warps): what registers hold.
+        128 keys read q and do half as often as 64, and give eight warps 16 rows each."""
+        E = q.shape[-1]
+        if q.element_size() == 4:
+            warps = max(4, E // 16)
+            return 32, warps, 32, warps
+        if E == 128:
+            return 64, 4, 128, 8
+        return 64, 4, 64, 4
 
     @staticmethod
     def forward(ctx, q, k, v, plan):
@@ -1069,12 +1138,12 @@ class TreeAttention(torch.autograd.Function):
         q = q.contiguous()
         k = k.contiguous()
         v = v.contiguous()
-        B = 64 if q.element_size() == 2 else 32                     # what the registers hold
+        B, warps, _, _ = TreeAttention.tile_sizes(q)
         ctx.end, ctx.first, ctx.tiles = tree_tiles(plan, B)
         ctx.sizes = N, T, H, G, E, B
         out = torch.empty_like(q)
         lse = q.new_empty(H, N, dtype=torch.float32)
-        launch(tree_forward, (cdiv(N, B), H), E,
+        launch(tree_forward, (cdiv(N, B), H), warps,
                q, k, v, out, lse,
                ctx.end, ctx.first, ctx.tiles,
                *ctx.sizes)
@@ -1085,25 +1154,70 @@ class TreeAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         N, T, H, G, E, B = ctx.sizes
+        _, warps, C, warps_kv = TreeAttention.tile_sizes(q)
         do = do.contiguous()
         dq = torch.empty_like(q)
         delta = torch.empty_like(lse)
-        launch(tree_backward_q, (cdiv(N, B), H), E,
+        launch(tree_backward_q, (cdiv(N, B), H), warps,
                q, k, v, do, out, lse, delta, dq,
                ctx.end, ctx.first, ctx.tiles,
                *ctx.sizes)
         dk, dv = q.new_empty(2, T, H, E, dtype=torch.float32)
-        launch(tree_backward_kv, (cdiv(T, B), H), E,
+        launch(tree_backward_kv, (H, cdiv(T, C)), warps_kv,
                q, k, v, do, lse, delta, dk, dv, ctx.end,
-               *ctx.sizes)
+               *ctx.sizes, C)
         dk = dk.unflatten(1, (G, -1)).sum(2)                # over the heads that share a key
         dv = dv.unflatten(1, (G, -1)).sum(2)
         return dq, dk.to(k.dtype), dv.to(k.dtype), None
 
 
 @jit
+def rope_kernel(X, COS, SIN, OUT, N, H: constexpr, E: constexpr, B: constexpr):
+    # apply_rope: program n turns B of the N = T H heads. X and OUT (T, H, E), COS and SIN (T, E/2)
+    head = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
+    i = tl.arange(0, E // 2)[None]
+    inside = head < N
+    angle = head // H * (E // 2) + i                    # of the head's token
+    cos = tl.load(COS + angle, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + angle, mask=inside, other=0.0).to(tl.float32)
+    first = head * E + i
+    second = first + E // 2
+    a = tl.load(X + first, mask=inside, other=0.0)
+    b = tl.load(X + second, mask=inside, other=0.0)
+    tl.store(OUT + first, a * cos - b * sin, mask=inside)
+    tl.store(OUT + second, b * cos + a * sin, mask=inside)
+
+
+def launch_rope_kernel(x, cos, sin):
+    """apply_rope by rope_kernel: a program for 32 heads."""
+    T, H, E = x.shape
+    B = 32
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(rope_kernel, (cdiv(T * H, B),), 4,
+           x.contiguous(), cos, sin, out,
+           T * H, H, E, B)
+    return out
+
+
+class KernelRope(torch.autograd.Function):
+    """The twin of apply_rope. Its gradient turns by the same angles the other way: -sin."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return launch_rope_kernel(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return launch_rope_kernel(grad, cos, -sin), None, None
+
+
+@jit
 def row_totals(Z, TARGET, PICKED, TOTAL, V, C: constexpr):
-    # z[target] and log sum exp(z) of one row of logits, read once; total = sum exp(z - top) so far
+    # z[target] and log sum exp(z) of one row of logits, read once; total = sum exp(z - top) so far.
+    # Program n: row n of Z (N, V), C logits at a time, the last part shorter; TARGET (N,) int64;
+    # writes PICKED and TOTAL (N,), float32
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
     top = float("-inf")
@@ -1125,7 +1239,9 @@ def row_totals(Z, TARGET, PICKED, TOTAL, V, C: constexpr):
 
 @jit
 def row_gradients(Z, TARGET, TOTAL, GRAD, V, C: constexpr):
-    # z <- g (onehot(target) - softmax(z)), in place, for C logits of one row: program (row, part)
+    # z <- g (onehot(target) - softmax(z)), in place, for C logits of one row: program (row, part),
+    # part 0, 1, ... while it begins before V. Z (N, V); TARGET (N,) int64, which may lie outside of
+    # 0 .. V - 1: no one then; TOTAL (N,): log sum exp(z); GRAD (N,): g
     n = tl.program_id(0)
     v = tl.program_id(1) * C + tl.arange(0, C)
     Z += n.to(tl.int64) * V
@@ -1143,7 +1259,7 @@ def launch_row_totals(z, target, picked, log_sum):
     """pick_and_sum by row_totals: one program a row."""
     N, V = z.shape
     C = LOGITS_AT_ONCE
-    launch(row_totals, (N,), C,
+    launch(row_totals, (N,), 8,
            z, target, picked, log_sum,
            V, C)
 
@@ -1152,7 +1268,7 @@ def launch_row_gradients(z, target, log_sum, grad):
     """logit_gradients by row_gradients: one program for C logits of each row."""
     N, V = z.shape
     C = LOGITS_AT_ONCE
-    launch(row_gradients, (N, cdiv(V, C)), C,
+    launch(row_gradients, (N, cdiv(V, C)), 8,
            z, target, log_sum, grad,
            V, C)
     return z
@@ -1161,7 +1277,9 @@ def launch_row_gradients(z, target, log_sum, grad):
 @jit
 def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
                 G: constexpr, E: constexpr, P: constexpr, M: constexpr):
-    # attend_pages: program (page and key head n, M of its W queries)
+    # attend_pages: program (page and key head n, M of its W queries). Q and OUT (pages, G, W, E), K
+    # and V (pages, G, P, E), BIAS (pages, P), 0 where a key is; LSE (pages, G, W), a natural log.
+    # A page without a key: LSE below -2e4, OUT any finite number
     n = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, P)
     start = n * W + tl.program_id(1) * M
@@ -1184,6 +1302,32 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
     ln_2 = 0.6931471805599453
     lse = (top + tl.log2(total)) * ln_2
     tl.store(LSE + row, lse, mask=row < stop)
+
+
+@jit
+def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C: constexpr):
+    # join_results: program n joins the results of one query head of one slot, C at a time; as in
+    # tree_forward, top is the largest log-sum-exp so far. LSE (terms,), OUT (terms, E), float32;
+    # TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
+    n = tl.program_id(0).to(tl.int64)
+    count = tl.load(COUNT + n // H)
+    column = tl.arange(0, E)[None]
+    top = -1e30
+    total = 0.0
+    joined = tl.zeros((E,), tl.float32)
+    for start in range(0, count, C):
+        s = start + tl.arange(0, C)
+        there = s < count
+        term = tl.load(TERMS + n * S + s, mask=there, other=0)
+        lse = tl.load(LSE + term, mask=there, other=float("-inf"))
+        out = tl.load(OUT + term[:, None] * E + column, mask=there[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse, 0))
+        shrink = tl.exp(top - new)
+        weight = tl.exp(lse - new)
+        joined = joined * shrink + tl.sum(weight[:, None] * out, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        top = new
+    tl.store(JOINED + n * E + tl.arange(0, E), joined / total)
 
 
 # ================================================================== part III: the sampling engine
@@ -1318,11 +1462,43 @@ def launch_page_kernel(q, k, v, bias):
     M = 16 if W <= 16 or q.element_size() == 4 else 64      # 64 float32 rows would spill registers
     out = q.new_empty(q.shape, dtype=torch.float32)
     lse = out.new_empty(p, G, W)
-    launch(page_kernel, (p * G, cdiv(W, M)), E,
+    launch(page_kernel, (p * G, cdiv(W, M)), 4,
            q.contiguous(), k.contiguous(), v.contiguous(), bias,
            out, lse,
            W, G, E, PAGE, M)
     return lse, out
+
+
+def join_results(lse, out, terms, count, dtype):
+    """Join what each query head of each slot found in its pages: lse (results, G, R) and out
+    (results, G, R, E), of which row b H + h of terms (B H, S) names count[b], then the empty
+    result -> (B H, E) in dtype. The twin of join_kernel, which reads no empty one."""
+    E = out.shape[-1]
+    if use_triton(lse) and E in KERNEL_WIDTHS:
+        return launch_join_kernel(lse, out, terms, count, dtype)
+    lse[0].fill_(-math.inf)                                 # the empty result
+    out[0].zero_()
+    weight = lse.flatten()[terms].softmax(-1)                                      # (B H, S)
+    # a row of joined is the sum of out's rows in that row of terms, each times its weight
+    joined = functional.embedding_bag(
+        terms,
+        out.flatten(0, 2),                                                         # (results H, E)
+        mode="sum",
+        per_sample_weights=weight)                                                 # (B H, E)
+    return joined.to(dtype)
+
+
+def launch_join_kernel(lse, out, terms, count, dtype):
+    """join_results by join_kernel: a program for each query head of each slot, of one warp, as
+    there are thousands."""
+    rows, S = terms.shape
+    E = out.shape[-1]
+    H = rows // len(count)
+    joined = out.new_empty(rows, E, dtype=dtype)
+    launch(join_kernel, (rows,), 1,
+           lse, out, terms, count, joined,
+           S, H, E, 16)
+    return joined
 
 
 @dataclass
@@ -1373,6 +1549,7 @@ class Batch:
     groups: list                # of PageGroup
     results: int                # of a step, the empty one included
     terms: torch.Tensor         # (B H, S) which (result, query head) each query head adds up
+    count: torch.Tensor         # (B,) how many of them; the rest of S is the empty result
 
 
 class Engine:
@@ -1392,7 +1569,7 @@ class Engine:
         self.stop = self.ints(sampling.stop)
         self.seeds = self.ints([0] * capacity.slots)        # see sample_seed
         longest = sampling.max_new_tokens + capacity.poll
-        self.history = self.seeds[:, None].repeat(1, longest)       # ids drawn; -1: not yet
+        self.history = self.seeds[:, None].repeat(1, longest)       # ids drawn in each slot
         self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # was a logit NaN?
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
@@ -1407,7 +1584,7 @@ class Engine:
 
     def ints(self, values):
         """Python's ints as int64 on the device."""
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return send(torch.tensor(values, dtype=torch.long), self.device)
 
     # ---- admit
     def admit(self, waiting):
@@ -1453,7 +1630,6 @@ class Engine:
                 firsts.append((slot, seed, len(tokens) - 1, len(job.prompt)))
         slot, seed, last, length = self.ints(firsts).T
         self.seeds[slot] = seed
-        self.history[slot] = -1
         hidden = self.read(tokens, end, places)
         self.append(slot, hidden[last], length, 0)
 
@@ -1554,8 +1730,6 @@ class Engine:
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
         lse = full_precision(q.new_empty(batch.results, self.G, self.R))
         out = full_precision(q.new_empty(batch.results, *heads.shape[1:]))
-        lse[0].fill_(-math.inf)                             # the empty result
-        out[0].zero_()
         for group in batch.groups:
             p, w = group.readers.shape
             some_q = heads[group.readers].transpose(1, 2).flatten(2, 3)            # (p, G, w R, E)
@@ -1567,14 +1741,8 @@ class Engine:
             lse[group.results].unflatten(0, (p, w)).copy_(by_reader)
             by_reader = some_out.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R, E)
             out[group.results].unflatten(0, (p, w)).copy_(by_reader)
-        weight = lse.flatten()[batch.terms].softmax(-1)                            # (B H, S)
-        # a row of joined is the sum of out's rows in that row of terms, each times its weight
-        joined = functional.embedding_bag(
-            batch.terms,
-            out.flatten(0, 2),                                                     # (results H, E)
-            mode="sum",
-            per_sample_weights=weight)                                             # (B H, E)
-        return joined.view_as(q).to(q.dtype)
+        joined = join_results(lse, out, batch.terms, batch.count, q.dtype)         # (B H, E)
+        return joined.view_as(q)
 
     def make_batch(self):
         """The Batch of all live slots, in one order everywhere: that of `live`, job by job."""
@@ -1605,7 +1773,8 @@ class Engine:
             own=self.ints(filled),
             groups=groups,
             results=next_result,
-            terms=self.make_terms(results))
+            terms=self.make_terms(results),
+            count=self.ints(list(map(len, results))))
 
     def page_reads(self, live):
         """The groups for number_reads: who reads the pages of the instruction, of the prompts, and
@@ -1651,23 +1820,30 @@ class Engine:
         if self.broken:
             raise InputError("the model's logits are not numbers (NaN or infinity): its weights "
                              "are broken, or too large for this --dtype")
-        slots = list(self.owned)
-        history = self.history[slots]                       # (B, longest)
-        column = torch.arange(history.shape[1], device=self.device)
-        limit = self.sampling.max_new_tokens - 1
-        full = (column >= limit) & (history >= 0)
-        is_last = torch.isin(history, self.stop) | full
-        last = is_last.int().argmax(1)                      # the id that ends the answer
-        length = torch.where(is_last.any(1), last + 1, 0)   # 0: not done
-        done = {slot: n for slot, n in zip(slots, length.tolist()) if n}
-        answers = []
-        for job in self.jobs:
-            for slot, sample in job.slots.items():
-                if slot in done:
-                    ids = self.history[slot, :done[slot]].tolist()
-                    answers.append((job.number, sample, ids))
+        live = [(slot, job.drawn) for job in self.jobs for slot in job.slots]
+        slot, drawn = self.ints(live).T                     # (B,)
+        new = torch.arange(-self.capacity.poll - 1, 0, device=self.device)
+        column = drawn[:, None] + new                       # of the ids since the last look, and of
+        ids = self.history[slot[:, None], column]           # the one before: the first is prefill's
+        is_last = torch.isin(ids, self.stop)
+        is_last |= column == self.sampling.max_new_tokens - 1
+        last = is_last.int().argmax(1, keepdim=True)        # the id that ends the answer
+        length = column.gather(1, last)[:, 0] + 1
+        length = torch.where(is_last.any(1), length, 0)     # 0: not done
+        done = {slot: n for (slot, _), n in zip(live, length.tolist()) if n}
+        answers = self.answers(done)
         self.release(list(done))
         return answers
+
+    def answers(self, done):
+        """[(prompt number, sample number, ids)] of slots that are done: {slot: how many ids}."""
+        longest = max(done.values(), default=0)
+        rows = self.history[list(done), :longest].tolist()
+        ids = {slot: row[:done[slot]] for slot, row in zip(done, rows)}
+        return [(job.number, sample, ids[slot])
+                for job in self.jobs
+                for slot, sample in job.slots.items()
+                if slot in done]
 
 
 @torch.inference_mode()
@@ -1695,15 +1871,24 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     engine = Engine(model, instruction, sampling, capacity)
     waiting = jobs[::-1]                                    # a stack: the next job on top
     answers = [{} for _ in prompts]
+    finished = []                                           # at the look before
     while waiting or engine.jobs:
         engine.admit(waiting)
         waiting += engine.reserve()
         engine.decode()
-        for number, sample, ids in engine.finish():
-            own = answers[number]
-            own[sample] = ids
-            if len(own) == k:
-                yield number, [own[sample] for sample in range(k)]
+        yield from whole_prompts(answers, finished, k)      # while a GPU is decoding
+        finished = engine.finish()
+    yield from whole_prompts(answers, finished, k)
+
+
+def whole_prompts(answers, finished, k):
+    """Note finished samples in answers, a dict for each prompt; yield the prompts that are whole:
+    (prompt number, k lists of ids)."""
+    for number, sample, ids in finished:
+        own = answers[number]
+        own[sample] = ids
+        if len(own) == k:
+            yield number, [own[sample] for sample in range(k)]
 
 
 def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):

@@ -24,21 +24,23 @@ from data import (InputError, Tokenizer, at_least, deal, encode_records, pack, r
                   warn)
 from model import answer_logprobs, join_ranks, read_arguments, weights_hash
 from train_sft import (Interrupts, Log, batches, checkpoint_folder, end_early, is_due,
-                       load_for_training, lr_at, make_optimizer, resume, save, save_final,
-                       start_run, training_arguments, update)
+                       load_for_training, lr_at, make_optimizer, resume, save,
+                       save_final, start_run, token_counts, training_arguments,
+                       update)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     """-alpha log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
     Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2). All (B,):
     log-probabilities *summed* over an answer's tokens, end mark included; w is the chosen, l the
-    rejected answer."""
+    rejected answer. -> (B,), finite for any margin."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)          # (B,)
     return -weight * functional.logsigmoid(beta * margin)
 
 
 def answer_sums(logprobs, answer, n):
-    """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. n-1; -> (n,)."""
+    """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. n-1, in any
+    order; -> (n,), 0 for an answer without a token."""
     return logprobs.new_zeros(n).index_add(0, answer, logprobs)
 
 
@@ -46,9 +48,10 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
     """loss = dpo_loss + sft * (-log pi_w / |w|), of each pair.
 
     policy, reference (B, 2): log-probabilities of chosen w and rejected l, summed over the answer;
-    length (B,): |w|, its tokens; weight (B,): alpha. -> what metrics.jsonl reports, each (B,):
-    loss, preference (its first term), accuracy, margin (times beta), chosen_logprob,
-    rejected_logprob."""
+    length (B,): |w|, its tokens; weight (B,): alpha, of the first term alone. -> a dict of what
+    metrics.jsonl reports, each (B,): loss, preference (its first term), accuracy (1.0 where the
+    margin is above 0, else 0.0), margin (beta times [(log pi_w - log ref_w) - (log pi_l -
+    log ref_l)]), chosen_logprob and rejected_logprob (policy's)."""
     chosen, rejected = policy.unbind(1)
     ref_chosen, ref_rejected = reference.unbind(1)
     preference = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight)
@@ -60,9 +63,44 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
                 chosen_logprob=chosen, rejected_logprob=rejected)
 
 
+def watched(loss, policy, verdict, lengths):
+    """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
+
+    push: -d loss / d log pi, how hard a step pulls an answer up. verdict (B, 2): the part of log pi
+    that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
+    gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
+    figures = {}
+    for column, which in enumerate(("chosen", "rejected")):
+        figures[f"{which}_push"] = -gradient[:, column]
+        figures[f"{which}_verdict"] = verdict[:, column]
+        figures[f"{which}_length"] = lengths[:, column]
+    return figures
+
+
+def verdict_sums(logprobs, answer, starts):
+    """answer_sums over the Answers blocks alone, where the verdicts are. starts (pairs, 2): which
+    token of each answer is the first of its block."""
+    starts = starts.flatten().to(answer.device)
+    row = torch.arange(len(answer), device=answer.device)
+    first = row.new_full((len(starts),), len(answer))       # row of each answer's first token
+    first = first.scatter_reduce(0, answer, row, "amin")
+    in_block = row - first[answer] >= starts[answer]
+    return answer_sums(logprobs * in_block, answer, len(starts))
+
+
+def block_start(tokenizer, ids):
+    """Which token of an answer is the first of its Answers block; 0 where it has none."""
+    for start in reversed(range(len(ids))):
+        if "answers:" in tokenizer.decode(ids[start:]).lower():
+            return start
+    return 0
+
+
 def reference_logprobs(model, examples, args, world):
-    """log ref(answer) of every pair, (pairs, 2) on the CPU: chosen, rejected. A run that is resumed
-    computes them again: it starts from the same model before it loads its checkpoint."""
+    """log ref(answer) of every pair, (pairs, 2) in float64 on the CPU: chosen, rejected. examples:
+    one a pair, with two answers; packs hold args.max_tokens, ordinary ones where args.no_share. A
+    run that is resumed computes them again: it starts from the same model before it loads its
+    checkpoint."""
     packs = pack(examples, args.max_tokens, not args.no_share)
     total = answer_logprobs(model, packs, 2 * len(examples), world)
     return total.view(-1, 2)
@@ -130,6 +168,7 @@ def main(argv=None):
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
+    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers] for e in examples])
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
     world.wait()                                            # all have seen that --out is free
@@ -147,10 +186,13 @@ def main(argv=None):
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[pairs]
-            length = policy.new_tensor([len(batch[i].answers[0]) for i in pairs])
-            part = pairs_loss(policy, reference[numbers][pairs].to(policy), length,
+            lengths = [[len(ids) for ids in batch[i].answers] for i in pairs]
+            lengths = policy.new_tensor(lengths).view(-1, 2)
+            part = pairs_loss(policy, reference[numbers][pairs].to(policy), lengths[:, 0],
                               weights[numbers][pairs].to(policy),
                               args.beta, args.sft)
+            verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
+            part.update(watched(part["loss"], policy, verdict.view(-1, 2)[pairs], lengths))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -158,12 +200,8 @@ def main(argv=None):
         norm = update(model, optimizer, lr)
 
         means = world.sum(torch.stack(list(totals.values()))) / count
-        computed = world.sum(sum(len(p.tokens) for p in packs))
-        answers = sum(len(ids) for e in batch for ids in e.answers)
-        tokens = answers + sum(2 * len(e.prompt) for e in batch)
-        row = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm,
-                   tokens=tokens, computed=int(computed),
-                   loss_tokens=answers, pairs=count)
+        row = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=count,
+                   **token_counts(batch, packs, world))
         log.write(step, row)
 
         stop = world.sum(interrupts.seen) > 0

@@ -41,19 +41,20 @@ from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_mem
 
 def sft_loss(logprobs, count):
     """L = -(1/count) sum_n log p(target_n)   (GuardReasoner Eq. 1, as a mean over tokens)
-    logprobs (N,) of one pack; count: the answer tokens of the whole step,
-    over all packs and ranks."""
+    logprobs (N,) of one pack, which may be 0 long; count: the answer tokens of the whole step,
+    over all packs and ranks. -> (), to be summed over the packs."""
     return -logprobs.sum() / count
 
 
 def lr_at(step, steps, peak):
-    """Learning rate of step 0, 1, ... of `steps`: half a cosine from `peak` to 0, no warm-up."""
+    """Learning rate of step 0, 1, ... of `steps`: half a cosine from `peak` at step 0 to 0 at step
+    `steps`, which is never made; no warm-up."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def batches(n, size, epochs, seed):
-    """Yield lists of example numbers below n; the order depends on (seed, epoch) alone, and the
-    last batch of an epoch may be short."""
+    """Yield lists of example numbers below n, `size` of them each. An epoch has every number once,
+    in an order of its own that depends on (seed, epoch) alone; its last batch may be short."""
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
         for start in range(0, n, size):
@@ -121,11 +122,7 @@ def main(argv=None):
         norm = update(model, optimizer, lr)
 
         loss = world.sum(float(loss))
-        computed = world.sum(sum(len(p.tokens) for p in packs))
-        tokens = sum(len(e.prompt) + len(e.answers[0]) for e in batch)
-        row = dict(loss=loss, lr=lr, grad_norm=norm,
-                   tokens=tokens, computed=int(computed),
-                   loss_tokens=count)
+        row = dict(loss=loss, lr=lr, grad_norm=norm, **token_counts(batch, packs, world))
         if held_out and (step % steps_per_epoch == 0 or step == steps):
             row["eval_loss"] = held_out_loss(model, held_out, args, world)
         log.write(step, row)
@@ -244,6 +241,15 @@ def update(model, optimizer, lr):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def token_counts(batch, packs, world):
+    """tokens: of the sequences as each would stand alone; computed: those in the packs of all
+    ranks; loss_tokens: those of answers."""
+    sequences = [(len(e.prompt), len(ids)) for e in batch for ids in e.answers]
+    computed = world.sum(sum(len(p.tokens) for p in packs))
+    return dict(tokens=sum(map(sum, sequences)), computed=int(computed),
+                loss_tokens=sum(answer for _, answer in sequences))
 
 
 # ------------------------------------------------------------------ checkpoints

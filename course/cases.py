@@ -1,11 +1,14 @@
-"""The instructor's cases: each exercise on random inputs, against its formula written down here once more.
+"""The instructor's cases: each part of an exercise on random inputs, against its formula written
+down here once more.
 
-`run(name, seed)` raises where the function of that name is wrong. What is expected comes from loops over
-numbers in NumPy, from a property that a right answer must have, or from one sequence at a time; never from
-the function itself. WRONG holds plausible mistakes, which must not pass.
+`run(name, part, seed)` raises where the function of that name is wrong; another seed gives other
+inputs. What is expected comes from loops over numbers in NumPy, from a property that a right answer
+must have, or from one sequence at a time; never from the function itself, nor from a finished twin
+of it, as both are blank while an exercise is graded. mistakes.py holds what must not pass.
 """
 import math
 import random
+import re
 import zlib
 from collections import Counter
 from types import SimpleNamespace
@@ -13,25 +16,39 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+import test_exercises
+from test_exercises import Largest
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 FIELDS = {"request": (H, U), "completion": (R, C), "response": (H, U)}
 CASES = {}
 
 
-def case(*names):
-    """Register a function of a random generator as the case of these exercises."""
-    return lambda function: CASES.update(dict.fromkeys(names, function))
+def case(name, part=""):
+    """Register a function of a random generator as the case of a part of an exercise."""
+    def register(function):
+        CASES[name, part] = function
+        return function
+    return register
 
 
-def run(name, seed):
-    """Run the case of an exercise; the same seed gives the same inputs."""
+def run(name, part, seed):
+    """Run the case of a part of an exercise; the same seed gives the same inputs."""
     mixed = zlib.crc32(f"{seed} {name}".encode())
     torch.manual_seed(mixed)
     random.seed(mixed)
-    CASES[name](np.random.default_rng(mixed))
+    CASES[name, part](np.random.default_rng(mixed))
+
+
+def own_tests(exercise, part):
+    """The students' own tests of a part of an exercise."""
+    module = test_exercises
+    if exercise.needs_triton:
+        import test_exercises_kernels
+        module = test_exercises_kernels
+    start = f"test_{exercise.slug}__{part}"
+    return [f for name, f in vars(module).items() if name.startswith(start)]
 
 
 def numbers(x):
@@ -55,18 +72,6 @@ def tensor(rng, *shape):
     return torch.from_numpy(rng.standard_normal(shape))
 
 
-class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor holds that is made meanwhile."""
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if torch.is_tensor(x):
-                self.size = max(self.size, min(x.numel(), x.untyped_storage().nbytes() // x.element_size()))
-        return out
-
-
 def config(**changes):
     from model import LlamaConfig
     return LlamaConfig(**{**dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -82,6 +87,12 @@ def forest(rng, start, stop, depth=0):
         end += [start + size] * own + forest(rng, start + own, start + size, depth + 1)
         start += size
     return end
+
+
+def plan_of(end, skip=0):
+    """The TreePlan of a stream, made without tree_plan."""
+    from model import TreePlan
+    return TreePlan(torch.tensor(end), torch.from_numpy(visible(end).sum(1) - 1), skip)
 
 
 def visible(end):
@@ -128,28 +139,40 @@ def _(rng):
           "mean in at least float32", 2e-3)
 
 
-@case("rope_frequencies")
-def _(rng):
+def check_rope(rng, scaled):
     from model import rope_frequencies
-    for scaled in (False, True):
-        E, theta = 2 * int(rng.integers(8, 65)), float(rng.uniform(5e3, 1e6))
-        low = float(rng.uniform(0.5, 2))
-        scaling = dict(factor=float(rng.uniform(2, 40)), low_freq_factor=low,
-                       high_freq_factor=low + float(rng.uniform(1, 4)),
-                       original_max_position_embeddings=int(rng.integers(1000, 9000)))
-        want = []
-        for i in range(E // 2):
-            f = theta ** (-2 * i / E)
-            turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)    # original / wavelength
-            if scaled and turns < scaling["low_freq_factor"]:
-                f /= scaling["factor"]
-            elif scaled and turns < scaling["high_freq_factor"]:
-                s = (turns - low) / (scaling["high_freq_factor"] - low)
-                f = s * f + (1 - s) * f / scaling["factor"]
-            want.append(f)
-        got = rope_frequencies(config(head_dim=E, rope_theta=theta, rope_scaling=scaling if scaled else None))
-        holds(got.dtype == torch.float64, "frequencies are float64")
-        close(numbers(got) / np.array(want), np.ones(E // 2), "rope_frequencies, relative")
+    E, theta = 2 * int(rng.integers(8, 65)), float(rng.uniform(5e3, 1e6))
+    low = float(rng.uniform(0.5, 2))
+    high = low + float(rng.uniform(1, 4))
+    original = int(rng.integers(1000, 9000))
+    factor = float(rng.uniform(2, 40))
+    scaling = dict(factor=factor, low_freq_factor=low, high_freq_factor=high,
+                   original_max_position_embeddings=original)
+    want = []
+    for i in range(E // 2):
+        f = theta ** (-2 * i / E)
+        turns = original * f / (2 * math.pi)
+        if scaled and turns < low:
+            f /= factor
+        elif scaled and turns < high:
+            s = (turns - low) / (high - low)
+            f = s * f + (1 - s) * f / factor
+        want.append(f)
+    got = rope_frequencies(config(head_dim=E, rope_theta=theta,
+                                  rope_scaling=scaling if scaled else None))
+    holds(got.dtype == torch.float64, "frequencies are float64")
+    close(numbers(got) / np.array(want), np.ones(E // 2), "rope_frequencies, relative")
+
+
+@case("rope_frequencies", "plain")
+def _(rng):
+    check_rope(rng, False)
+
+
+@case("rope_frequencies", "stretch")
+def _(rng):
+    for _ in range(3):
+        check_rope(rng, True)
 
 
 @case("apply_rope")
@@ -160,18 +183,33 @@ def _(rng):
         close(apply_rope(x, angle.cos(), angle.sin()), turned(x, angle[:, 0]), "apply_rope")
 
 
-@case("attention_by_mask")
-def _(rng):
-    from model import attention_by_mask, tree_plan
-    for T, heads, groups in ((1, 1, 1), (40, 4, 2), (50, 3, 3)):
-        end = forest(rng, 0, T)
-        q, k, v = 2 * tensor(rng, T, heads, 4), 2 * tensor(rng, T, groups, 4), tensor(rng, T, groups, 4)
-        close(attention_by_mask(q, k, v, tree_plan(torch.tensor(end))), attend_by_hand(q, k, v, end),
-              "attention_by_mask")
+def check_by_mask(rng, ends, heads, groups):
+    from model import attention_by_mask
+    for end in ends:
+        T = len(end)
+        q, k, v = (2 * tensor(rng, T, heads, 4), 2 * tensor(rng, T, groups, 4),
+                   tensor(rng, T, groups, 4))
+        close(attention_by_mask(q, k, v, plan_of(end)), attend_by_hand(q, k, v, end),
+              f"attention_by_mask of {T} tokens, {heads} heads, {groups} groups")
 
 
-@case("Attention.forward")
+@case("attention_by_mask", "causal")
 def _(rng):
+    check_by_mask(rng, ([1], [30] * 30), 3, 3)
+
+
+@case("attention_by_mask", "tree")
+def _(rng):
+    check_by_mask(rng, [forest(rng, 0, 50) for _ in range(3)], 1, 1)
+
+
+@case("attention_by_mask", "groups")
+def _(rng):
+    check_by_mask(rng, ([20] * 20, forest(rng, 0, 40)), 6, 2)
+
+
+def asked_of_attention(rng):
+    """(the layer's q, k and v, its result, what they should be)."""
     from model import Attention, rope_tables
     c, T, asked = config(), 9, []
     layer, x = Attention(c).double(), tensor(rng, T, c.hidden_size)
@@ -182,12 +220,27 @@ def _(rng):
         return q * 2 + 1
 
     got = layer(x, *rope_tables(c, position, x.dtype), attend)
-    angle = numbers(position)[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+    angle = numbers(position)[:, None] * c.rope_theta ** (
+        -np.arange(0, c.head_dim, 2) / c.head_dim)
     split = lambda part: (numbers(x) @ numbers(part.weight).T).reshape(T, -1, c.head_dim)
-    want = [turned(split(layer.q_proj), angle), turned(split(layer.k_proj), angle), split(layer.v_proj)]
+    want = [turned(split(layer.q_proj), angle), turned(split(layer.k_proj), angle),
+            split(layer.v_proj)]
+    joined = (numbers(asked[0][0]) * 2 + 1).reshape(T, -1) @ numbers(layer.o_proj.weight).T
+    return asked, want, got, joined
+
+
+@case("Attention.forward", "asks")
+def _(rng):
+    asked, want, _, _ = asked_of_attention(rng)
+    holds(len(asked) == 1, "attend is called once")
     for name, a, b in zip("qkv", asked[0], want, strict=True):
         close(a, b, name)
-    close(got, (want[0] * 2 + 1).reshape(T, -1) @ numbers(layer.o_proj.weight).T, "Attention.forward")
+
+
+@case("Attention.forward", "output")
+def _(rng):
+    _, _, got, joined = asked_of_attention(rng)
+    close(got, joined, "Attention.forward")
 
 
 @case("MLP.forward")
@@ -216,14 +269,55 @@ def _(rng):
 # ------------------------------------------------------------------ set 2
 
 
-@case("tree_plan")
+@case("format_input")
+def _(rng):
+    from data import format_input
+    for _ in range(30):
+        a, b = (" ".join(rng.choice(["x", "None", "AI assistant:", "\n", "é"], rng.integers(4)))
+                for _ in range(2))
+        for response in (None, b):
+            said = b if response is not None else "None"
+            want = "Human user:\n" + a + "\n\nAI assistant:\n" + said + "\n\n"
+            holds(format_input(a, response) == want, f"format_input({a!r}, {response!r}) is {want!r}")
+
+
+def nests(end):
+    return all(i < end[i] <= len(end) and all(end[j] <= end[i] for j in range(i + 1, end[i]))
+               for i in range(len(end)))
+
+
+@case("check_nesting")
+def _(rng):
+    from model import check_nesting
+    seen = Counter()
+    for _ in range(300):
+        end = forest(rng, 0, int(rng.integers(1, 9)))
+        if rng.random() < 0.7:
+            end[rng.integers(len(end))] += int(rng.integers(-2, 3))
+        try:
+            says = check_nesting(list(end)) is None
+        except ValueError:
+            says = False
+        holds(says == nests(end), f"check_nesting({end}) {'accepts' if nests(end) else 'refuses'} it")
+        seen[says] += 1
+    holds(min(seen.values()) > 30, "too few of one kind in this draw; take another seed")
+
+
+@case("tree_plan", "position")
 def _(rng):
     from model import tree_plan
     for T, skip in ((1, 0), (60, 0), (300, 0), (300, 70)):
         end = forest(rng, 0, T)
-        sees, plan = visible(end), tree_plan(torch.tensor(end), skip)
-        close(plan.position, sees.sum(1) - 1, "position = how many keys a row sees, less one")
-        holds(plan.skip == skip and plan.end.tolist() == end, "a plan keeps end and skip")
+        close(tree_plan(torch.tensor(end), skip).position, visible(end).sum(1) - 1,
+              "position = how many keys a row sees, less one")
+
+
+@case("tree_plan", "rest")
+def _(rng):
+    from model import tree_plan
+    end, skip = forest(rng, 0, 60), int(rng.integers(1, 50))
+    plan = tree_plan(torch.tensor(end), skip)
+    holds(plan.skip == skip and plan.end.tolist() == end, "a plan keeps end and skip")
     a = int(rng.integers(1, 6))
     for bad in ([a + 2] + [a + 3] * (a + 2), [a + 1] * a, list(range(a)), [2, 2, 3, 3, 5, 4]):
         try:
@@ -233,28 +327,77 @@ def _(rng):
         raise AssertionError(f"end = {bad} does not nest: ValueError expected")
 
 
-@case("row_tiles", "TileAttention.backward")
+@case("row_tiles", "right")
 def _(rng):
-    from model import attention, attention_by_mask, tree_plan
+    from model import attention
     for T in (1, 60, 300):
         end = forest(rng, 0, T)
         q, k, v = 2 * tensor(rng, T, 4, 4), 2 * tensor(rng, T, 2, 4), tensor(rng, T, 2, 4)
         # the last rows only, as after a cached prefix
         for first in (0, int(rng.integers(0, T)), T - 1):
-            close(attention(q[first:], k, v, tree_plan(torch.tensor(end), first)), attend_by_hand(q[first:], k, v, end),
-                  f"attention, rows from {first}")
-        q, k, v, plan = *(x.requires_grad_() for x in (q, k, v)), tree_plan(torch.tensor(end))
-        g = tensor(rng, T, 4, 4)
-        got, want = (torch.autograd.grad(f(q, k, v, plan), (q, k, v), g) for f in (attention, attention_by_mask))
-        for name, a, b in zip("qkv", got, want):
-            close(a, b, f"gradient of {name}")
-    # 80 sequences: 1/80 of the square is needed
-    end = torch.arange(1280) // 16 * 16 + 16
-    q, k, v = tensor(rng, 1280, 4, 4), tensor(rng, 1280, 2, 4), tensor(rng, 1280, 2, 4)
-    with Largest() as largest:
-        attention(q, k, v, tree_plan(end))
-    holds(largest.size < 1280 * 1280 // 8,
-          f"a tensor of {largest.size} numbers: the whole square was computed or masked")
+            close(attention(q[first:], k, v, plan_of(end, first)),
+                  attend_by_hand(q[first:], k, v, end), f"attention, rows from {first}")
+
+
+@case("row_tiles", "small")
+def _(rng):
+    from model import row_tiles
+    size = int(rng.integers(12, 20))                        # of each of 80 sequences
+    end = [i // size * size + size for i in range(80 * size)]
+    tiles = row_tiles(plan_of(end))
+    made = sum((rows.stop - rows.start) * len(keys) for rows, keys, _ in tiles)
+    holds(made < (80 * size) ** 2 // 8,
+          f"{made} scores for 80 sequences of {size}: most are of keys that no row of the tile sees")
+
+
+def attention_gradients(q, k, v, g, end):
+    """Gradients of sum(g attention(q, k, v)) for q, k and v, by the formulas; q: the last rows."""
+    q, k, v, g = map(numbers, (q, k, v, g))
+    N, heads, E = q.shape
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for row in range(N):
+        i = len(end) - N + row
+        keys = [j for j in range(i + 1) if i < end[j]]
+        for h in range(heads):
+            group = h * k.shape[1] // heads
+            s = k[keys, group] @ q[row, h] / math.sqrt(E)
+            p = np.exp(s - s.max())
+            p /= p.sum()
+            dp = v[keys, group] @ g[row, h]
+            ds = p * (dp - p @ dp) / math.sqrt(E)
+            dv[keys, group] += p[:, None] * g[row, h]
+            dk[keys, group] += ds[:, None] * q[row, h]
+            dq[row, h] = ds @ k[keys, group]
+    return dq, dk, dv
+
+
+def check_tile_gradient(rng, n):
+    from model import TileAttention
+    for end in ([1], forest(rng, 0, 40), [90] * 30 + forest(rng, 30, 90)):
+        T = len(end)
+        for first in (0, int(rng.integers(0, T))):
+            shapes = (T - first, 4), (T, 2), (T, 2), (T - first, 4)
+            q, k, v, g = (tensor(rng, *shape, 4) for shape in shapes)
+            xs = [x.clone().requires_grad_() for x in (q, k, v)]
+            with patch("model.TILE_ROWS", 16):
+                (g * TileAttention.apply(*xs, plan_of(end, first))).sum().backward()
+            want = attention_gradients(q, k, v, g, end)
+            close(xs[n].grad, want[n], f"gradient of {'qkv'[n]}, rows from {first}")
+
+
+@case("TileAttention.backward", "dq")
+def _(rng):
+    check_tile_gradient(rng, 0)
+
+
+@case("TileAttention.backward", "dk")
+def _(rng):
+    check_tile_gradient(rng, 1)
+
+
+@case("TileAttention.backward", "dv")
+def _(rng):
+    check_tile_gradient(rng, 2)
 
 
 def scores_by_hand(rng, N, D, V, scale=1.0):
@@ -269,25 +412,56 @@ def scores_by_hand(rng, N, D, V, scale=1.0):
             for x in (hidden, head, targets, g, z[range(N), targets] - total, dz @ head, dz.T @ hidden))
 
 
-def check_logprobs(rng, gradient):
+def check_logprobs(rng, what, N, D, V, scale=1):
+    """Compare `value`, or the gradient of `hidden` or `head`; the largest tensor that was made."""
     import model
-    chunks = patch.object(model.TokenLogprobs, "LOGITS", 500)               # ten rows a chunk where V = 50
-    for N, D, V, scale in ((1, 3, 5, 1), (203, 8, 50, 1), (37, 8, 50, 300)):
-        hidden, head, targets, g, want, d_hidden, d_head = scores_by_hand(rng, N, D, V, scale)
-        hidden, head = hidden.requires_grad_(), head.requires_grad_()
-        with chunks, Largest() as largest:
-            got = model.token_logprobs(hidden, head, targets)
-            if gradient:
-                got.backward(g)
-        holds(N < 100 or largest.size < N * V, f"a tensor of {largest.size} numbers: all logits at once")
+    hidden, head, targets, g, want, d_hidden, d_head = scores_by_hand(rng, N, D, V, scale)
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    with patch.object(model.TokenLogprobs, "LOGITS", 2500), Largest() as largest:
+        got = model.TokenLogprobs.apply(hidden, head, targets)
+        if what != "value":
+            got.backward(g)
+    if what == "value":
         close(got, want, "log p")
-        if gradient:
-            close(hidden.grad, d_hidden, "gradient of hidden")
-            close(head.grad, d_head, "gradient of head")
+    elif what == "hidden":
+        close(hidden.grad, d_hidden, "gradient of hidden")
+    else:
+        close(head.grad, d_head, "gradient of head")
+    return largest.size
 
 
-case("TokenLogprobs.forward")(lambda rng: check_logprobs(rng, False))
-case("TokenLogprobs.backward")(lambda rng: check_logprobs(rng, True))
+SIZES = ((1, 3, 5, 1), (70, 8, 50, 1), (37, 8, 50, 300))
+
+
+@case("TokenLogprobs.forward", "value")
+def _(rng):
+    for N, D, V, scale in SIZES:
+        check_logprobs(rng, "value", N, D, V, scale)
+
+
+@case("TokenLogprobs.forward", "parts")
+def _(rng):
+    made = check_logprobs(rng, "value", 203, 8, 50)         # fifty rows at a time
+    holds(made < 203 * 50, f"a tensor of {made} numbers: all logits at once")
+
+
+@case("TokenLogprobs.backward", "hidden")
+def _(rng):
+    for N, D, V, scale in SIZES:
+        check_logprobs(rng, "hidden", N, D, V, scale)
+
+
+@case("TokenLogprobs.backward", "head")
+def _(rng):
+    for N, D, V, scale in SIZES:
+        check_logprobs(rng, "head", N, D, V, scale)
+
+
+@case("TokenLogprobs.backward", "parts")
+def _(rng):
+    for what in ("hidden", "head"):
+        made = check_logprobs(rng, what, 60, 8, 203)        # thirty-two words at a time
+        holds(made < 60 * 203, f"a tensor of {made} numbers: all logits at once")
 
 
 @case("common_prefix")
@@ -325,58 +499,119 @@ def check_pack(p, wanted):
     return got
 
 
-@case("lay_out")
-def _(rng):
+def laid_out(rng):
+    """Yield (pack, {number: (prompt, ids)}, tokens it should have), with a root and without."""
     from data import lay_out
     for roots in (0, 1):
-        examples, number, branches, wanted = random_examples(rng), 0, [], {}
+        examples, branches, wanted = random_examples(rng), [], {}
+        number = int(rng.integers(3, 9))
         root = examples[0].prompt[:examples[0].root] if roots else []
         for e in examples:
             answers = list(enumerate(e.answers, number))
             branches.append((e.prompt, answers))
             wanted.update({n: (e.prompt, ids) for n, ids in answers})
             number += len(answers)
-        p = lay_out(root, branches)
-        holds(check_pack(p, wanted).keys() == wanted.keys(), "an answer is not scored")
-        size = len(root) + sum(len(e.prompt) - len(root) + sum(len(a) - 1 for a in e.answers)
-                               for e in examples)
-        holds(len(p.tokens) == len(p.end) == size,
-              f"{len(p.tokens)} tokens; with the shared prefix once there are {size}")
+        tokens = list(root)
+        for e in examples:
+            tokens += sum([ids[:-1] for ids in e.answers], e.prompt[len(root):])
+        yield lay_out(root, branches), wanted, tokens
 
 
-@case("pack")
+@case("lay_out", "tokens")
 def _(rng):
+    for p, _, tokens in laid_out(rng):
+        holds(p.tokens.tolist() == tokens, f"tokens {p.tokens.tolist()}, wanted {tokens}")
+
+
+@case("lay_out", "end")
+def _(rng):
+    for p, wanted, tokens in laid_out(rng):
+        holds(len(p.end) == len(tokens) and nests(p.end.tolist()), "`end` does not nest")
+        check_pack(p, wanted)
+
+
+@case("lay_out", "scored")
+def _(rng):
+    for p, wanted, _ in laid_out(rng):
+        got = {}
+        for target, answer in zip(p.targets.tolist(), p.answer.tolist(), strict=True):
+            got.setdefault(answer, []).append(target)
+        holds(got == {n: ids for n, (_, ids) in wanted.items()}, "targets, by answer")
+        asked = p.tokens[p.rows].tolist()
+        want = [token for n in dict.fromkeys(p.answer.tolist())
+                for token in (wanted[n][0][-1], *wanted[n][1][:-1])]
+        holds(asked == want, "the row before each target holds the token before it")
+
+
+def packs_of(rng, share, maximum):
+    """(packs, answers (number of the example, example, ids), {number: (prompt, ids)})."""
     from data import pack
     examples = random_examples(rng, roots=2, n=14)
     answers = [(i, e, ids) for i, e in enumerate(examples) for ids in e.answers]
     wanted = {n: (e.prompt, ids) for n, (_, e, ids) in enumerate(answers)}
-    for share in (True, False):
-        for most in (1, 45, 90, 10 ** 6):
-            packs, seen = pack(examples, most, share), []
-            for p in packs:
-                here = sorted(check_pack(p, wanted))
-                seen += here
-                owners = {answers[n][0] for n in here}
-                holds(here == [n for n, a in enumerate(answers) if a[0] in owners],
-                      "an example is torn apart")
-                holds(len(p.tokens) <= most or len(owners) == 1,
-                      f"{len(p.tokens)} tokens in a pack of several examples")
-                packed = [examples[i] for i in sorted(owners)]
-                holds(not share or len({tuple(e.prompt[:e.root]) for e in packed}) == 1,
-                      "a pack holds one instruction")
-                own = sum(len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers)
-                          for e in packed)
-                if share:
-                    holds(len(p.tokens) == own + packed[0].root,
-                          "the instruction once, each prompt once")
-            holds(sorted(seen) == sorted(wanted), "every answer in exactly one pack")
-            # first fit: no two packs would fit into one
-            for a in packs:
-                for b in packs:
-                    root = answers[int(a.answer[0])][1].root if share else 0
-                    same = a is not b and a.tokens[:root].tolist() == b.tokens[:root].tolist()
-                    both = len(a.tokens) + len(b.tokens) - root
-                    holds(not same or both > most, "two packs would fit into one")
+    return pack(examples, maximum, share), answers, wanted
+
+
+def check_packs(packs, answers, wanted, share, maximum):
+    seen = []
+    for p in packs:
+        here = sorted(check_pack(p, wanted))
+        seen += here
+        owners = sorted({answers[n][0] for n in here})
+        holds(here == [n for n, a in enumerate(answers) if a[0] in owners], "an example is torn apart")
+        holds(len(p.tokens) <= maximum or len(owners) == 1,
+              f"{len(p.tokens)} tokens in a pack of several examples")
+        packed = [next(e for i, e, _ in answers if i == owner) for owner in owners]
+        roots = {tuple(e.prompt[:e.root]) for e in packed}
+        holds(not share or len(roots) == 1, "a pack holds one instruction")
+        own = sum(len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers) for e in packed)
+        if share:
+            holds(len(p.tokens) == own + packed[0].root, "the instruction once, each prompt once")
+        else:
+            alone = sum(len(e.prompt) + len(a) - 1 for e in packed for a in e.answers)
+            holds(len(p.tokens) == alone, "a prompt for every answer")
+    holds(sorted(seen) == sorted(wanted), "every answer in exactly one pack")
+
+
+@case("pack", "whole")
+def _(rng):
+    for maximum in (1, 45, 90, 10 ** 6):
+        check_packs(*packs_of(rng, True, maximum), True, maximum)
+
+
+@case("pack", "apart")
+def _(rng):
+    for maximum in (1, 45, 90, 10 ** 6):
+        check_packs(*packs_of(rng, False, maximum), False, maximum)
+
+
+@case("pack", "fit")
+def _(rng):
+    for maximum in (45, 60, 90, 10 ** 6):
+        packs, answers, _ = packs_of(rng, True, maximum)
+        sizes = [len(p.tokens) for p in packs]
+        holds(sizes == sorted(sizes, reverse=True), "the largest pack first")
+        for a in packs:
+            for b in packs:
+                root = answers[int(a.answer[0])][1].root
+                same = a is not b and a.tokens[:root].tolist() == b.tokens[:root].tolist()
+                both = len(a.tokens) + len(b.tokens) - root
+                holds(not same or both > maximum, "two packs would fit into one")
+        want = {}
+        for i, e in {i: e for i, e, _ in answers}.items():
+            rows = len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers)
+            want.setdefault(tuple(e.prompt[:e.root]), []).append(rows)
+        sizes = Counter(sizes)
+        for root, rows in want.items():
+            bins = []
+            for n in sorted(rows, reverse=True):
+                place = next((b for b in bins if len(root) + sum(b) + n <= maximum), None)
+                if place is None:
+                    bins.append([n])
+                else:
+                    place.append(n)
+            sizes.subtract(Counter(len(root) + sum(b) for b in bins))
+        holds(not +sizes and not -sizes, "longest first, each into the first pack that has room")
 
 
 @case("sft_loss")
@@ -399,7 +634,8 @@ def _(rng):
 @case("batches")
 def _(rng):
     from train_sft import batches
-    n, size, seed = int(rng.integers(40, 90)), int(rng.integers(3, 20)), int(rng.integers(10 ** 6))
+    size, seed = int(rng.integers(3, 20)), int(rng.integers(10 ** 6))
+    n = size * int(rng.integers(3, 9)) + int(rng.integers(1, size))
     got, a = list(batches(n, size, 2, seed)), -(-n // size)
     holds(len(got) == 2 * a and all(len(b) == size for b in got[:a - 1]),
           "batches of `size`, the last of an epoch may be short")
@@ -410,55 +646,91 @@ def _(rng):
     holds(list(batches(n, size, 2, seed + 1)) != got, "another seed, another order")
 
 
-@case("deal")
-def _(rng):
+def dealt(rng):
+    """Yield (packs, [what each rank gets], ranks)."""
     from data import Pack, deal
     zeros, scored = lambda n: torch.zeros(n, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     for ranks in (1, 2, 3, 7):
         sizes = rng.choice(3000, int(rng.integers(1, 20)), replace=False) + 1
+        sizes[0] += 100_000                                 # longer than all others together
         packs = [Pack(zeros(n), zeros(n) + n, scored, scored, scored) for n in sizes.tolist()]
-        hands = [deal(packs, rank, ranks) for rank in range(ranks)]
+        yield packs, [deal(packs, rank, ranks) for rank in range(ranks)], ranks
+
+
+@case("deal", "once")
+def _(rng):
+    for packs, hands, _ in dealt(rng):
+        given = [id(p) for h in hands for p in h if len(p.rows)]
+        holds(sorted(given) == sorted(map(id, packs)), "every pack to exactly one rank")
+
+
+@case("deal", "balance")
+def _(rng):
+    for packs, hands, ranks in dealt(rng):
         most = -(-len(packs) // ranks)
-        holds(all(len(h) == most for h in hands), "the same number of packs to each rank")
-        dealt = [id(p) for h in hands for p in h if len(p.rows)]
-        holds(sorted(dealt) == sorted(map(id, packs)), "every pack to exactly one rank")
         loads, counts = [0] * ranks, [0] * ranks
-        for n in sorted(sizes.tolist(), reverse=True):
+        for n in sorted((len(p.tokens) for p in packs), reverse=True):
             r = min((r for r in range(ranks) if counts[r] < most), key=lambda r: loads[r])
             loads[r], counts[r] = loads[r] + n, counts[r] + 1
         got = [sum(len(p.tokens) for p in h if len(p.rows)) for h in hands]
-        holds(sorted(got) == sorted(loads),
-              f"loads {sorted(got)}; longest first to the lightest gives {sorted(loads)}")
+        holds(got == loads, f"loads {got}; longest first to the lightest gives {loads}")
+
+
+@case("deal", "empty")
+def _(rng):
+    for packs, hands, ranks in dealt(rng):
+        most = -(-len(packs) // ranks)
+        holds(all(len(h) == most for h in hands), "the same number of packs to each rank")
+        fill = [p for h in hands for p in h if not len(p.rows)]
+        holds(all(p.tokens.tolist() == [0] and p.end.tolist() == [1] for p in fill),
+              "an empty pack is one token")
 
 
 # ------------------------------------------------------------------ set 3
 
 
-@case("draw_token")
+@case("draw_token", "nucleus")
 def _(rng):
     from model import draw_token
     n, V = 20000, 7
     logits, T = 2 * tensor(rng, 1, V), float(rng.uniform(0.5, 1.5))
     p = np.exp(numbers(logits)[0] / T)
     p, order = p / p.sum(), np.argsort(-p)
-    before = np.cumsum(p[order]) - p[order]                                  # mass of likelier tokens
-    kept = int(rng.integers(1, V))                                           # how many the nucleus is to hold
+    before = np.cumsum(p[order]) - p[order]                 # mass of likelier tokens
+    kept = int(rng.integers(1, V))                          # how many the nucleus is to hold
     top_p = float((before[kept] + before[kept - 1]) / 2)
     want = np.zeros(V)
     want[order[:kept]] = p[order[:kept]] / p[order[:kept]].sum()
-    key, position = torch.from_numpy(rng.integers(0, 2 ** 31, n)), torch.from_numpy(rng.integers(0, 5000, n))
-    got = draw_token(logits.expand(n, V), key, position, T, top_p)
+    seed = torch.from_numpy(rng.integers(0, 2 ** 31, n))
+    position = torch.from_numpy(rng.integers(0, 5000, n))
+    got = draw_token(logits.expand(n, V), seed, position, T, top_p)
     share = np.bincount(got.numpy(), minlength=V) / n
     holds(not share[want == 0].any(), "a token outside the nucleus was drawn")
     close(share, want, "frequencies in the nucleus", 5 * 0.5 / math.sqrt(n))
-    rows = torch.from_numpy(rng.choice(n, 20, replace=False))
+
+
+@case("draw_token", "rows")
+def _(rng):
+    from model import draw_token
+    seed, position = (torch.from_numpy(rng.integers(0, 9999, 20)) for _ in range(2))
     many = 2 * tensor(rng, 20, 1000)
-    together = draw_token(many, key[rows], position[rows], T, 0.9)
-    alone = [draw_token(many[i:i + 1], key[rows[i:i + 1]], position[rows[i:i + 1]], T, 0.9).item()
+    together = draw_token(many, seed, position, 0.9, 0.9)
+    alone = [draw_token(many[i:i + 1], seed[i:i + 1], position[i:i + 1], 0.9, 0.9).item()
              for i in range(20)]
     holds(together.tolist() == alone, "what a row draws depends on the other rows")
-    holds(draw_token(many, key[rows], position[rows], 0, 0.9).tolist() == many.argmax(-1).tolist(),
-          "temperature 0 is argmax")
+    one = many[:1].expand(20, 1000)
+    holds(len(set(draw_token(one, seed, position[:1].expand(20), 1.0, 1.0).tolist())) > 5, "seeds")
+    holds(len(set(draw_token(one, seed[:1].expand(20), position, 1.0, 1.0).tolist())) > 5,
+          "positions")
+
+
+@case("draw_token", "greedy")
+def _(rng):
+    from model import draw_token
+    many, seed = 2 * tensor(rng, 20, 1000), torch.from_numpy(rng.integers(0, 9999, 20))
+    for temperature, top_p in ((0, 0.9), (1e-6, 0.9), (1.0, 0.0)):
+        holds(draw_token(many, seed, seed, temperature, top_p).tolist() == many.argmax(-1).tolist(),
+              f"temperature {temperature}, top_p {top_p}: argmax")
 
 
 def random_answer(rng):
@@ -478,28 +750,41 @@ def random_answer(rng):
 
 
 def verdict_by_hand(text):
-    lines = text.lower().split("\n")
-    starts = [i for i, line in enumerate(lines) if line.startswith("answers:")]
+    low = text.lower()
+    block = low[low.rindex("answers:") + 8:] if "answers:" in low else None
     verdict = {}
     for name, words in FIELDS.items():
-        word = None
-        for part in (lines[starts[-1]:] if starts else lines, lines):
-            said = [line.lstrip("-#* ") for line in part]
-            said = [line[len(name) + 1:].lstrip("* ") for line in said if line.startswith(name + ":")]
-            if said:
-                word = "".join(c if c.isalnum() else " " for c in said[-1]).split()[0]
-                break
+        def said(part):
+            lines = [line.lstrip("-#* ") for line in part.split("\n")]
+            return [line[len(name) + 1:].lstrip("* ") for line in lines
+                    if line.startswith(name + ":")]
+
+        told = said(block)[:1] if block is not None else []
+        told = told or said(low)[-1:]
+        word = re.split(r"\W", told[0])[0] if told else None
         verdict[name] = word if word in words else None
     return verdict
 
 
-@case("parse_verdict")
-def _(rng):
+def check_verdicts(rng, block):
     from data import parse_verdict
     for _ in range(500):
         text = random_answer(rng)
+        if ("answers:" in text.lower()) != block:
+            continue
         want = verdict_by_hand(text)
-        holds(parse_verdict(text) == want, f"parse_verdict({text!r}) is {want}")
+        got = parse_verdict(text)
+        holds(got == want, f"parse_verdict({text!r}) is {want}, not {got}")
+
+
+@case("parse_verdict", "line")
+def _(rng):
+    check_verdicts(rng, False)
+
+
+@case("parse_verdict", "block")
+def _(rng):
+    check_verdicts(rng, True)
 
 
 @case("gold_verdict")
@@ -589,10 +874,9 @@ def _(rng):
     holds(list(sample_weights([3, 3], 0.2)) == [1, 1] and list(sample_weights([], 0.2)) == [], "all equal: 1")
 
 
-@case("select")
-def _(rng):
+def hard_by_hand(rng):
+    """What to give select, and what it should find: [(record, k_correct, {text: correct?})], counts."""
     from data import format_answers
-    from mine_hard import select
     n, k, golds = 30, 4, all_verdicts()[:-1]
     records = [{"instruction": "i", "input": f"x{rng.integers(24)}",
                 "output": format_answers(**golds[rng.integers(len(golds))])}
@@ -605,7 +889,8 @@ def _(rng):
         for i in sorted(by_prompt):
             gold = verdict_by_hand(records[i]["output"])
             right = {s["text"]: any(gold.values()) and s["finish"] == "stop" and
-                     all(s["verdict"][f] == gold[f] for f in FIELDS if gold[f]) for s in by_prompt[i]}
+                     all(s["verdict"][f] == gold[f] for f in FIELDS if gold[f])
+                     for s in by_prompt[i]}
             good = sum(right.values())
             count["all right" if good == k else "hard" if good else "all wrong"] += 1
             count["answers without verdict"] += sum(set(s["verdict"].values()) == {None}
@@ -614,20 +899,53 @@ def _(rng):
                 seen.add(records[i]["input"])
                 want.append((i, good, right))
     holds(len(want) > 2, "too few hard prompts in this draw; take another seed")
-    hard, got = select(records, [f"s{i}" for i in range(n)], answers, "all", "random", 0.3, 0)
-    for what in ("all right", "hard", "all wrong", "answers without verdict"):
-        holds(got[what] == count[what], f"{what}: {got[what]}, expected {count[what]}")
+    return records, answers, want, count
+
+
+def select_hard(records, answers, judging="all"):
+    from mine_hard import select
+    return select(records, [f"s{i}" for i in range(30)], answers, judging, "random", 0.3, 0)
+
+
+@case("select", "pairs")
+def _(rng):
+    records, answers, want, _ = hard_by_hand(rng)
+    hard, _ = select_hard(records, answers)
     holds([p["input"] for p in hard] == [records[i]["input"] for i, _, _ in want],
           "one entry for each hard input, in order")
     for pair, (i, good, right) in zip(hard, want):
-        holds(right[pair["chosen"]] and not right[pair["rejected"]], "chosen is correct, rejected is not")
+        holds(right[pair["chosen"]] and not right[pair["rejected"]],
+              "chosen is correct, rejected is not")
         got = [pair[name] for name in ("k_correct", "k_incorrect", "source", "instruction")]
-        holds(got == [good, k - good, f"s{i}", "i"], "k_correct, k_incorrect, source, instruction")
-    d = [k - 2 * good for _, good, _ in want]
+        holds(got == [good, 4 - good, f"s{i}", "i"], "k_correct, k_incorrect, source, instruction")
+    for pair in select_hard(records, answers, "field")[0]:
+        told = [by_prompt[i] for _, by_prompt in answers for i in by_prompt
+                if records[i]["input"] == pair["input"]]
+        gold = [verdict_by_hand(record["output"]) for record in records
+                if record["input"] == pair["input"]][0]
+        whole = [sum(all(s["verdict"][f] for f in FIELDS if gold[f]) for s in samples)
+                 for samples in told]
+        holds(len(told) > 1 or pair["k_correct"] + pair["k_incorrect"] == whole[0],
+              "what the judge drops (None) counts for neither side")
+    again, _ = select_hard(records, answers)
+    holds([p["chosen"] for p in again] == [p["chosen"] for p in hard], "seeded")
+
+
+@case("select", "count")
+def _(rng):
+    records, answers, _, count = hard_by_hand(rng)
+    _, got = select_hard(records, answers)
+    for what in ("all right", "hard", "all wrong", "answers without verdict"):
+        holds(got[what] == count[what], f"{what}: {got[what]}, expected {count[what]}")
+
+
+@case("select", "weights")
+def _(rng):
+    records, answers, want, _ = hard_by_hand(rng)
+    hard, _ = select_hard(records, answers)
+    d = [4 - 2 * good for _, good, _ in want]
     alpha = np.interp(d, [min(d), max(d)], [0.7, 1.3]) if min(d) < max(d) else np.ones(len(d))
     close([p["weight"] for p in hard], alpha, "weights")
-    holds(select(records, ["s"] * n, answers, "all", "random", 0.3, 0)[0][0]["chosen"] == hard[0]["chosen"],
-          "seeded")
 
 
 @case("dpo_loss")
@@ -650,13 +968,15 @@ def _(rng):
     close(answer_sums(x, answer, 8), want, "answer_sums")
 
 
-@case("pairs_loss")
-def _(rng):
+NAMES = ["loss", "preference", "accuracy", "margin", "chosen_logprob", "rejected_logprob"]
+
+
+def pairs_by_hand(rng):
+    """(what pairs_loss gives, what it should, the gradient of policy, what that should be)."""
     from train_dpo import pairs_loss
     n, beta, sft = 6, float(rng.uniform(0.05, 1)), float(rng.uniform(0.5, 3))
     policy, reference = (-5 * tensor(rng, n, 2).abs() for _ in range(2))
     length, weight = torch.from_numpy(rng.integers(1, 9, n)).double(), tensor(rng, n).abs()
-    names = ["loss", "preference", "accuracy", "margin", "chosen_logprob", "rejected_logprob"]
     want, gradient = np.zeros((6, n)), np.zeros((n, 2))
     for i in range(n):
         w, l = policy[i].tolist()
@@ -667,32 +987,64 @@ def _(rng):
         want[:, i] = [loss, preference, margin > 0, beta * margin, w, l]
         slope = alpha * beta / (1 + np.exp(beta * margin))
         gradient[i] = -slope - sft / size, slope
-    got = pairs_loss(policy.requires_grad_(), reference, length, weight, beta, sft)
-    holds(sorted(got) == sorted(names), f"the figures of each pair are {', '.join(names)}")
-    for name, row in zip(names, want):
-        close(got[name], row, f"{name} of each pair")
+    policy.requires_grad_()
+    got = pairs_loss(policy, reference, length, weight, beta, sft)
+    return policy, got, dict(zip(NAMES, want)), gradient
+
+
+@case("pairs_loss", "loss")
+def _(rng):
+    policy, got, want, gradient = pairs_by_hand(rng)
+    for name in NAMES[:2]:
+        close(got[name], want[name], f"{name} of each pair")
     got["loss"].sum().backward()
     close(policy.grad, gradient, "gradient")
 
 
-@case("reference_logprobs")
+@case("pairs_loss", "figures")
 def _(rng):
+    _, got, want, _ = pairs_by_hand(rng)
+    holds(sorted(got) == sorted(NAMES), f"the figures of each pair are {', '.join(NAMES)}")
+    for name in NAMES[2:]:
+        close(got[name], want[name], f"{name} of each pair")
+
+
+def check_reference(rng, settings):
     from data import Example
     from model import World
     from train_dpo import reference_logprobs
-    ids, scale = lambda n: rng.integers(0, 50, n).tolist(), torch.ones(()).double().requires_grad_()
+    ids = lambda n: rng.integers(0, 50, n).tolist()
+    scale = torch.ones(()).double().requires_grad_()
     root = ids(3)
     examples = [Example(root + ids(int(rng.integers(1, 9))),
                         [ids(int(m)) for m in rng.integers(1, 7, 2)], 3) for _ in range(8)]
-    f = lambda last, target: -(last * 0.7 + target * 0.11 + 1)               # log p of a token after another
+    f = lambda last, target: -(last * 0.7 + target * 0.11 + 1)      # log p of a token after another
     model = lambda tokens, end, rows, targets: scale * f(tokens[rows].double(), targets.double())
     want = [[sum(map(f, [e.prompt[-1], *answer[:-1]], answer)) for answer in e.answers]
             for e in examples]
-    for batch_size, max_tokens, no_share in ((3, 40, False), (100, 10 ** 6, False), (2, 1, True)):
+    def noting(tokens, *rest):
+        seen.append(len(tokens))
+        return model(tokens, *rest)
+
+    alone = sum(len(e.prompt) + len(a) - 1 for e in examples for a in e.answers)
+    for batch_size, max_tokens, no_share in settings:
+        seen = []
         args = SimpleNamespace(batch_size=batch_size, max_tokens=max_tokens, no_share=no_share)
-        got = reference_logprobs(model, examples, args, World(torch.device("cpu")))
+        got = reference_logprobs(noting, examples, args, World(torch.device("cpu")))
+        holds((sum(seen) == alone) == no_share, f"no_share {no_share}: {sum(seen)} tokens were run")
+        holds(max_tokens > 1 or len(seen) == len(examples), "max_tokens 1: a pack for each pair")
         holds(not got.requires_grad, "the reference has no gradient")
         close(got, want, "reference_logprobs")
+
+
+@case("reference_logprobs", "values")
+def _(rng):
+    check_reference(rng, ((100, 10 ** 6, False),))
+
+
+@case("reference_logprobs", "packing")
+def _(rng):
+    check_reference(rng, ((3, 40, False), (2, 1, True), (8, 100, True)))
 
 
 # ------------------------------------------------------------------ set 4
@@ -735,28 +1087,37 @@ def _(rng):
 @case("bootstrap")
 def _(rng):
     from eval import bootstrap
-    cells = rng.integers(100, 300, 4).tolist()
+    cells = rng.integers(20, 60, 4).tolist()
     rows = np.repeat(np.arange(4), cells)
-    drawn = [np.bincount(rng.choice(rows, len(rows)), minlength=4) for _ in range(3000)]
-    want = np.percentile([200 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in drawn], [2.5, 97.5])
+    drawn = [np.bincount(rng.choice(rows, len(rows)), minlength=4) for _ in range(8000)]
+    figures = [200 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in drawn]
+    want = np.percentile(figures, [2.5, 97.5])
     got = bootstrap(tuple(cells))
-    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 1.2,
+    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 0.24 * np.std(figures),
           f"bootstrap({cells}) is about {want.round(1)}, not {got}")
     holds(bootstrap(tuple(cells)) == got, "the same seed gives the same interval")
     holds(np.isfinite(bootstrap((0, 0, 0, 9))).all(), "no positives: still a number")
 
 
-@case("auprc")
-def _(rng):
+def check_auprc(rng, digits):
     from eval import auprc
-    for digits in (1, 8):                                                    # with ties, and without
-        hit = rng.random(50) < 0.4
-        hit[0] = True
-        score, before, want = np.round(rng.random(50) + 0.3 * hit, digits), 0, 0
-        for t in sorted(set(score), reverse=True):
-            tp, n = (hit & (score >= t)).sum(), (score >= t).sum()
-            want, before = want + (tp - before) / hit.sum() * tp / n, tp
-        close(auprc(hit.tolist(), score.tolist()), 100 * want, "auprc")
+    hit = rng.random(50) < 0.4
+    hit[0] = True
+    score, before, want = np.round(rng.random(50) + 0.3 * hit, digits), 0, 0
+    for t in sorted(set(score), reverse=True):
+        tp, n = (hit & (score >= t)).sum(), (score >= t).sum()
+        want, before = want + (tp - before) / hit.sum() * tp / n, tp
+    close(auprc(hit.tolist(), score.tolist()), 100 * want, "auprc")
+
+
+@case("auprc", "distinct")
+def _(rng):
+    check_auprc(rng, 8)
+
+
+@case("auprc", "ties")
+def _(rng):
+    check_auprc(rng, 1)
 
 
 @case("threshold_for")
@@ -767,7 +1128,8 @@ def _(rng):
     for rate in (0.0, *rng.uniform(0.02, 0.98, 4)):
         t, allowed = threshold_for(hit.tolist(), score.tolist(), float(rate)), rate * (~hit).sum()
         holds(wrong(t) <= allowed, f"rate {rate}: {wrong(t)} negatives at or above the threshold")
-        holds(wrong(np.nextafter(t, 0)) > allowed, f"rate {rate}: a lower threshold keeps the rate too")
+        holds(wrong(np.nextafter(t, 0)) > allowed,
+              f"rate {rate}: a lower threshold keeps the rate too")
     holds(wrong(threshold_for(hit.tolist(), score.tolist(), 1.0)) == (~hit).sum(),
           "rate 1: everything may be above")
 
@@ -792,24 +1154,34 @@ def _(rng):
             holds(got == want, f"majority of {[v[name] for v in votes]} is {want}")
 
 
-@case("reasoning_verdict")
-def _(rng):
+def check_reasoning(rng, block):
     from eval import reasoning_verdict
-    for _ in range(200):
+    for _ in range(150):
         text, want = "", dict.fromkeys(FIELDS)
         for number, (name, words) in enumerate(FIELDS.items(), 1):
             if rng.random() < 0.85:
-                said = [str(rng.choice([*words, "plain", "harmfully", words[1].upper(), "text.", "\n"]))
-                        for _ in range(rng.integers(0, 8))]
+                odd = [*words, "plain", "harmfully", f"non{words[0]}", words[1].upper(), "text.",
+                       "\n"]
+                said = [str(rng.choice(odd)) for _ in range(rng.integers(0, 8))]
                 text += f"# Task {number}\n## Reasoning Step 1: {' '.join(said)}.\n\n"
                 found = [w.lower() for w in said if w.lower() in words]
                 want[name] = found[-1] if found else None
-        text += f"Answers: \nRequest: {H}\nCompletion: {R}\nResponse: {H}"
+        if block:
+            text += f"Answers: \nRequest: {H}\nCompletion: {R}\nResponse: {H}"
         holds(reasoning_verdict(text) == want, f"reasoning_verdict({text!r}) is {want}")
 
 
-@case("legacy_pairs")
+@case("reasoning_verdict", "sections")
 def _(rng):
+    check_reasoning(rng, False)
+
+
+@case("reasoning_verdict", "block")
+def _(rng):
+    check_reasoning(rng, True)
+
+
+def check_legacy(rng, kinds):
     from eval import legacy_pairs
     for name, (positive, other) in FIELDS.items():
         gold, texts = [str(rng.choice([positive, other])) for _ in range(40)], []
@@ -817,9 +1189,19 @@ def _(rng):
             first, second = (f"{name}:{' ' * int(rng.integers(3))}{rng.choice([positive, other])}\n"
                              for _ in range(2))
             texts.append(["nothing", first + "x" * 300, "x" * 400 + first.upper(),
-                          first.title() + second][rng.integers(4)])
+                          first.title() + second][rng.choice(kinds)])
         got, want = legacy_pairs(gold, texts, name), legacy_by_hand(gold, texts, name)
         holds([list(x) for x in got] == [list(x) for x in want], f"legacy_pairs for {name}")
+
+
+@case("legacy_pairs", "found")
+def _(rng):
+    check_legacy(rng, [2, 3])
+
+
+@case("legacy_pairs", "missing")
+def _(rng):
+    check_legacy(rng, [0, 1, 2, 3])
 
 
 def legacy_by_hand(gold, texts, name):
@@ -854,106 +1236,204 @@ def _(rng):
               "no block: it is written")
 
 
-@case("verdict_probability")
-def _(rng):
+def check_probabilities(rng, n):
     from data import Tokenizer
     from eval import verdict_probability
     from model import Llama, LlamaConfig, World
     tokenizer = Tokenizer.from_pretrained("toy/model")
     size = LlamaConfig.from_json("toy/model/config.json").vocab_size
     model = Llama.random(config(vocab_size=size), int(rng.integers(10 ** 6)), 0.3).double()
-    prompts = [tokenizer.encode(" ".join(rng.choice(["please", "open", "the", "gate", "now"], 5)))
-               for _ in range(5)]
-    texts = [str(rng.choice(["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]))
-             for _ in prompts]
+    words = ["please", "open", "the", "gate", "now"]
+    start = " ".join(rng.choice(words, 9))
+    prompts = [tokenizer.encode(f"{start} {' '.join(rng.choice(words, 5))}") for _ in range(n)]
+    starts = ["Request:", "x\n\nAnswers: \nRequest:", "Answers: \nCompletion:"]
+    texts = [str(rng.choice(starts)) for _ in prompts]
     for name in ("request", "completion"):
-        world = World(model.head.device)
-        got = verdict_probability(model, tokenizer, prompts, texts, name, world)
-        want = []
+        seen = []
+
+        def noting(tokens, *rest):
+            seen.append(len(tokens))
+            return model(tokens, *rest)
+
+        got = verdict_probability(noting, tokenizer, prompts, texts, name, World(model.head.device))
+        want, alone = [], 0
         for prompt, text in zip(prompts, texts):
             both = []
             for word in FIELDS[name]:
                 ids, answer = prompt + tokenizer.encode(text), tokenizer.encode(" " + word)
                 stream = torch.tensor(ids + answer)
+                alone += len(stream) - 1
                 with torch.no_grad():
-                    z = numbers(model(stream, torch.full((len(stream),), len(stream))) @ model.head.T)
+                    hidden = model(stream, torch.full((len(stream),), len(stream)))
+                    z = numbers(hidden @ model.head.T)
                 logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
                 both.append(sum(logp[len(ids) - 1 + i, t] for i, t in enumerate(answer)))
             want.append(1 / (1 + np.exp(both[1] - both[0])))
         close(got, want, f"verdict_probability of the {name}", 1e-7)
+        holds(n == 1 or sum(seen) < alone - sum(len(p) for p in prompts),
+              f"{sum(seen)} tokens were run; two branches share a prompt, all prompts their start")
+
+
+@case("verdict_probability", "one")
+def _(rng):
+    check_probabilities(rng, 1)
+
+
+@case("verdict_probability", "many")
+def _(rng):
+    check_probabilities(rng, 5)
 
 
 # ------------------------------------------------------------------ set 5, by Triton's interpreter
 
 
-@case("row_totals", "row_gradients")
-def _(rng):
-    from model import token_logprobs
-    for V in (int(rng.integers(3, 40)), 4096 + int(rng.integers(1, 60))):     # a tile is 4096 wide
-        hidden, head, targets, g, want, d_hidden, d_head = scores_by_hand(rng, 4, 6, V)
-        hidden, head = hidden.float().requires_grad_(), head.float().requires_grad_()
-        got = token_logprobs(hidden, head, targets)
-        close(got, want, "log p", 1e-5)
-        got.backward(g.float())
-        close(hidden.grad, d_hidden, "gradient of hidden", 1e-5)
-        close(head.grad, d_head, "gradient of head", 1e-5)
+def pages_and_readers(rng, gaps):
+    """Groups of pages for number_reads, with free pages and idle slots between, or without."""
+    slots, groups, page = int(rng.integers(2, 7)), [], 0
+    for w in (slots, 2, 1):
+        reads, line = [], 0
+        for slot in range(slots):
+            reader = {slots: slot, 2: slot % 2, 1: 0}[w]
+            fresh = w == 1 or w == 2 and reader == 0 or w == slots and slot == 0
+            if fresh:
+                line = page + (int(rng.integers(0, 3)) if gaps else 0)
+                count = int(rng.integers(1, 4))
+                page = line + count
+                own = rng.permutation(range(line, line + count)).tolist()
+            skip = gaps and w == slots and rng.random() < 0.3
+            reads.append(([] if skip else own, reader))
+        groups.append((w, reads))
+    return groups
 
 
-@case("tree_forward", "tree_backward_q", "tree_backward_kv")
+def check_reads(groups):
+    from model import number_reads
+    tables, results = number_reads(groups)
+    slots, reader, where = len(groups[0][1]), [], {}
+    for (w, reads), group in zip(groups, range(len(groups))):
+        pages = [page for own, _ in reads for page in own]
+        if not pages:
+            continue
+        first, lines = tables.pop(0)
+        holds(first == min(pages) and len(lines) == max(pages) - first + 1, f"pages of {reads}")
+        for line, told in enumerate(lines):
+            want = [0] * w
+            for slot, (own, place) in enumerate(reads):
+                if first + line in own:
+                    want[place] = slot
+                    where[slot, first + line, group] = len(reader) + 1 + place
+            holds(list(told) == want, f"the readers of page {first + line} are {want}, not {told}")
+            reader += told
+    holds(not tables, "more tables than groups with pages")
+    want = [[where[slot, page, group] for group, (_, reads) in enumerate(groups)
+             for page in reads[slot][0]] for slot in range(slots)]
+    holds([list(own) for own in results] == want, f"results {results}, wanted {want}, of {groups}")
+
+
+@case("number_reads", "full")
 def _(rng):
-    from model import TreeAttention, attention_by_mask, tree_plan
-    end = forest(rng, 0, int(rng.integers(34, 60)))                         # a tile is 32 rows here
-    T, plan = len(end), tree_plan(torch.tensor(end))
-    q, k, v, g = (tensor(rng, T, heads, 16).float().requires_grad_() for heads in (2, 1, 1, 2))
-    got = TreeAttention.apply(q, k, v, plan)
+    for _ in range(20):
+        check_reads(pages_and_readers(rng, False))
+
+
+@case("number_reads", "gaps")
+def _(rng):
+    for _ in range(20):
+        check_reads(pages_and_readers(rng, True))
+
+
+def launch_totals(z, targets):
+    import model
+    picked, total = torch.full((2, len(z)), math.nan)
+    model.launch_row_totals(z, targets, picked, total)
+    return picked, total
+
+
+def random_logits(rng):
+    for V in (int(rng.integers(3, 40)), 4096 + int(rng.integers(1, 60))):   # a part is 4096 wide
+        z = 5 * tensor(rng, 4, V).float()
+        z[1, -1] = z[2, 0] = 40                                             # the largest, late or early
+        yield z, torch.from_numpy(rng.integers(0, V, 4))
+
+
+@case("row_totals", "picked")
+def _(rng):
+    for z, targets in random_logits(rng):
+        close(launch_totals(z, targets)[0], z[range(4), targets], "z[target]", 1e-6)
+
+
+@case("row_totals", "total")
+def _(rng):
+    for z, targets in random_logits(rng):
+        want = np.log(np.exp(numbers(z)).sum(1))
+        close(launch_totals(z, targets)[1], want, "log sum exp(z)", 1e-5)
+
+
+def check_row_gradients(rng, shift):
+    import model
+    for z, targets in random_logits(rng):
+        targets = targets + shift * z.shape[1]
+        total, g = z.logsumexp(-1), tensor(rng, 4).float()
+        p = np.exp(numbers(z) - numbers(total)[:, None])
+        one = np.array([[v == t for v in range(z.shape[1])] for t in targets.tolist()])
+        want = numbers(g)[:, None] * (one - p)
+        close(model.launch_row_gradients(z.clone(), targets, total, g), want, "gradient of z", 1e-5)
+
+
+@case("row_gradients", "inside")
+def _(rng):
+    check_row_gradients(rng, 0)
+
+
+@case("row_gradients", "outside")
+def _(rng):
+    check_row_gradients(rng, 1)
+    check_row_gradients(rng, -1)
+
+
+def check_tree_kernels(rng, T, which):
+    """The forward kernel's result, and gradients of `which`; all three kernels run."""
+    from model import TreeAttention
+    end = forest(rng, 0, T)
+    skip = int(rng.integers(0, T // 2))
+    shapes = (T - skip, 2), (T, 1), (T, 1), (T - skip, 2)
+    q, k, v, g = (tensor(rng, *shape, 16).float() for shape in shapes)
+    xs = [x.clone().requires_grad_() for x in (q, k, v)]
+    got = TreeAttention.apply(*xs, plan_of(end, skip))
     close(got, attend_by_hand(q, k, v, end), "attention", 1e-5)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = torch.autograd.grad(attention_by_mask(*exact, plan), exact, g.detach().double())
-    for name, a, b in zip("qkv", torch.autograd.grad(got, (q, k, v), g.detach()), want):
-        close(a, b, f"gradient of {name}", 1e-5)
+    got.backward(g)                                                         # which reads LSE
+    want = attention_gradients(q, k, v, g, end)
+    for name, x, y in zip("qkv", xs, want):
+        if name in which:
+            close(x.grad, y, f"gradient of {name}", 1e-5)
 
 
-@case("page_kernel")
+for kernel, result in (("tree_forward", "q"), ("tree_backward_q", "q"),
+                       ("tree_backward_kv", "kv")):
+    for size, part in (((3, 31), "tile"), ((34, 60), "forest")):
+        @case(kernel, part)
+        def _(rng, size=size, result=result):
+            check_tree_kernels(rng, int(rng.integers(*size)), result)
+
+
+def check_pages(rng, filled, W):
+    from model import PAGE, launch_page_kernel
+    q, k, v = (tensor(rng, len(filled), 2, n, 16).float() for n in (W, PAGE, PAGE))
+    bias = torch.where(torch.arange(PAGE) < torch.tensor(filled)[:, None], 0, -3e4).float()
+    lse, out = launch_page_kernel(q, k, v, bias)
+    for p, n in enumerate(filled):
+        s = q[p].double() @ k[p, :, :n].double().mT / 4
+        close(lse[p], s.logsumexp(-1), f"log sum exp of {n} keys", 1e-5)
+        close(out[p], s.softmax(-1) @ v[p, :, :n].double(), f"attention to {n} keys", 1e-5)
+
+
+@case("page_kernel", "full")
 def _(rng):
-    from model import attend_pages
-    for W in (1, int(rng.integers(2, 16)), 70):                               # queries of a page
-        q, k, v = (tensor(rng, 3, 2, n, 16).float() for n in (W, 64, 64))
-        filled = torch.tensor([1, 64, int(rng.integers(2, 64))])
-        lse, out = attend_pages(q, k, v, torch.where(torch.arange(64) < filled[:, None], 0, -3e4).float())
-        for p, n in enumerate(filled):
-            s = q[p].double() @ k[p, :, :n].double().mT / 4
-            close(lse[p], s.logsumexp(-1), f"log sum exp of {n} keys", 1e-5)
-            close(out[p], s.softmax(-1) @ v[p, :, :n].double(), f"attention to {n} keys", 1e-5)
+    for W in (1, int(rng.integers(2, 16)), 70):                             # queries of a page
+        check_pages(rng, [64, 64, 64], W)
 
 
-# ------------------------------------------------------------------ plausible mistakes
-
-WRONG = {
-    "rms_norm": "def rms_norm(x, weight, eps):\n"
-                "    return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)",
-    "apply_rope": "def apply_rope(x, cos, sin):\n    a, b = x.chunk(2, -1)\n"
-                  "    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
-    "row_tiles": "def row_tiles(plan):\n    T = len(plan.end)\n"
-                 "    i, j = torch.arange(plan.skip, T)[:, None], torch.arange(T)\n"
-                 "    return [(slice(0, T - plan.skip), j, (j > i) | (i >= plan.end))]",
-    "common_prefix": "def common_prefix(sequences):\n    same, most = 0, min(map(len, sequences))\n"
-                     "    while same < most and len({tuple(s[:same + 1]) for s in sequences}) == 1:\n"
-                     "        same += 1\n    return same",
-    "sft_loss": "def sft_loss(logprobs, count):\n    return -logprobs.mean()",
-    "lr_at": "def lr_at(step, steps, peak):\n    return peak * (1 - step / steps)",
-    "judge": "def judge(verdict, gold):\n    return any(verdict[n] == gold[n] for n in gold if gold[n])",
-    "sample_weights": "def sample_weights(differences, gamma):\n"
-                      "    low, high = min(differences, default=0), max(differences, default=0)\n"
-                      "    norm = lambda d: 2 * (d - low) / (high - low) - 1\n"
-                      "    return [1 - gamma * norm(d) if high > low else 1.0 for d in differences]",
-    "dpo_loss": "def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):\n"
-                "    margin = (chosen - ref_chosen) - (rejected - ref_rejected)\n"
-                "    return -weight * functional.logsigmoid(-beta * margin)",
-    "answer_sums": "def answer_sums(logprobs, answer, answers):\n"
-                   "    return logprobs.new_zeros(answers).index_copy(0, answer, logprobs)",
-    "confusion": "def confusion(gold, predicted, positive):\n"
-                 "    cells = Counter((g == positive, p == positive) for g, p in zip(gold, predicted))\n"
-                 "    return cells[True, True], cells[False, True], cells[True, False], cells[False, False]",
-    "weighted_average": "def weighted_average(values, counts):\n    return float(np.mean(values))",
-    "majority": "def majority(verdicts):\n    return verdicts[0]",
-}
+@case("page_kernel", "part")
+def _(rng):
+    for W in (1, int(rng.integers(2, 16)), 70):
+        check_pages(rng, [1, 64, int(rng.integers(2, 64))], W)

@@ -50,10 +50,12 @@ def test_what_needs_no_patch_is_a_flag():
 
 
 def two_steps(folder, *more):
-    """metrics.jsonl of two steps of the patched train_dpo.py from the toy model, all 12 pairs in each."""
+    """metrics.jsonl of two steps of the patched train_dpo.py from the toy model, all 12 pairs in each;
+    the rejected answer is the longer one."""
     from test_dpo import run, write_pairs
-    return run(folder / "run", write_pairs(folder / "hard.jsonl"), "--batch-size", 12, "--max-steps", 2,
-               *more)[0]
+    pairs = write_pairs(folder / "hard.jsonl")
+    pairs.write_text(pairs.read_text().replace('"rejected": "', '"rejected": "Well, well. '))
+    return run(folder / "run", pairs, "--batch-size", 12, "--max-steps", 2, *more)[0]
 
 
 # of the pairs that test_dpo.py writes
@@ -67,7 +69,7 @@ def check_ipo(tmp_path):
         assert torch.allclose(dpo_loss(zero, zero, zero, zero, beta, one), one / (2 * beta) ** 2)
         best = dpo_loss(one / (2 * beta), zero, zero, zero, beta, one)
         assert best.abs().max() < 1e-12
-    rows = two_steps(tmp_path, "--sft", 0)
+    rows = two_steps(tmp_path, "--sft", 0, "--lr", 1e-5)
     assert rows[0]["loss"] == pytest.approx(MEAN_WEIGHT * 25, rel=1e-3) and rows[1]["loss"] < rows[0]["loss"]
 
 
@@ -91,7 +93,8 @@ def check_length_normalised(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dpo, "pairs_loss", lambda *args: (seen.append(args[2]), pairs_loss(*args))[1])
     rows = two_steps(tmp_path)
     assert rows[0]["preference"] == pytest.approx(MEAN_WEIGHT * 0.693147, rel=1e-3)
-    assert seen[0].shape == (12, 2) and seen[0].sum() == rows[0]["loss_tokens"]
+    assert seen[0].shape == (12, 2) and (seen[0][:, 1] > seen[0][:, 0]).all()
+    assert seen[0].sum() == rows[0]["loss_tokens"]
 
 
 def check_alpha_on_both(tmp_path):
@@ -110,6 +113,20 @@ def policy_gradient(rewards, max_tokens=10 ** 6):
     for p in pack(examples, max_tokens):
         policy_loss(model(p.tokens, p.end, p.rows, p.targets), p.answer, advantage, length).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def check_grpo_by_hand(tokenizer):
+    from data import format_answers, parse_verdict
+    from train_grpo import advantages, policy_loss, reward
+    assert advantages(torch.tensor([[1.0, 0, 1, 0], [1, 1, 1, 1]])).flatten().tolist() == pytest.approx(
+        [1, -1, 1, -1, 0, 0, 0, 0], abs=1e-4)
+    # two tokens of an answer of advantage 2, one of an answer of advantage -1: -(2 (-1 - 3) / 2 - (-5))
+    loss = policy_loss(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), torch.tensor([2.0, -1.0]),
+                       torch.tensor([2, 1]))
+    assert loss.item() == -1
+    right, wrong = (tokenizer.answer_ids(format_answers(word)) for word in ("harmful", "unharmful"))
+    gold = parse_verdict(format_answers("harmful"))
+    assert [reward(ids, tokenizer, gold) for ids in (right, wrong, right[:-1])] == [1, 0, 0]
 
 
 def check_grpo(tmp_path, monkeypatch):
@@ -132,7 +149,7 @@ def check_grpo(tmp_path, monkeypatch):
     start = load_file("toy/model/model.safetensors")
     same = lambda weights: all(torch.equal(weights[name], start[name]) for name in start)
     rows, weights = run("equal", lambda ids, tokenizer, gold: 1.0)
-    assert same(weights) and [r["grad_norm"] for r in rows] == [0, 0] and rows[0]["reward"] == 1
+    assert same(weights) and [r["grad_norm"] for r in rows] == [0, 0] and rows[0]["reward"] == 1 and rows[0]["mixed"] == 0
     rows, weights = run("mixed", lambda ids, tokenizer, gold: float(sum(ids) % 2))
     assert not same(weights) and 0 < rows[0]["reward"] < 1 and rows[0]["mixed"] > 0
 
@@ -227,7 +244,7 @@ def check_lora_does_not_depend_on_the_number_of_ranks(tmp_path):
                           "--epochs", 2, "--batch-size", 5, "--lr", "1e-2", "--dtype", "float64", "--device", "cpu",
                           "--save-every", 4, "--out", tmp_path / str(ranks)], tmp_path / "log", ranks=ranks)
     one, two = (rows_of(tmp_path / name) for name in "12")
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-6)
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-9)
     for file in ("model.safetensors", "step-000004/model.safetensors"):
         one, two = (load_file(tmp_path / name / file) for name in "12")
         assert one.keys() == two.keys() and all((one[n] - two[n]).abs().max() < 1e-9 for n in one)

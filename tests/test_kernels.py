@@ -19,7 +19,9 @@ from conftest import CONFIG, tiny_examples
 
 import model
 from data import InputError
-from model import (Llama, TreeAttention, attend_pages, attention, attention_by_mask, generate, token_logprobs, tree_plan)
+from model import (KernelRope, Llama, RMSNorm, TreeAttention, apply_rope, attend_pages, attention,
+                   attention_by_mask, generate, join_results, rms_norm, rope, rope_tables,
+                   token_logprobs, tree_plan)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]     # the interpreter multiplies bf16 wrongly
@@ -97,6 +99,7 @@ def check_tree_attention(name, dtype):
 @pytest.mark.parametrize("V", [11, 4096, 9000])
 def check_token_logprobs(V, dtype, monkeypatch):
     # forward 3 rows at a time, then 1; backward parts of the vocabulary: one, three, and three of two tiles each
+    monkeypatch.setattr("model.TokenLogprobs.ON_CUDA", 1)
     monkeypatch.setattr("model.TokenLogprobs.LOGITS", 7 * 4112 if V == 9000 else 3 * V)
     targets = torch.tensor([0, V - 1, 3, 3, V // 2, 0, 9], device=DEVICE)
     exact = lambda h, w: (h @ w.T).log_softmax(-1)[range(7), targets]
@@ -119,6 +122,61 @@ def check_attend_pages(W, dtype):
         assert error(out[p], s.softmax(-1) @ v[p, :, :n].double()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, H, E", [(1, 1, 16), (37, 3, 32), (64, 2, 128)])     # 32 heads a program
+def check_rope(T, H, E, dtype):
+    rng = torch.Generator().manual_seed(T)
+    config = replace(CONFIG, head_dim=E)
+    position = torch.randint(2048, (T,), generator=rng)
+    exact = [x.to(DEVICE) for x in rope_tables(config, position, torch.float64)]
+    tables = [x.to(dtype) for x in exact]
+    x = torch.randn(T, H, E, generator=rng)
+    judge(lambda x: rope(x, *(table.to(x.dtype) for table in tables)),
+          lambda x: apply_rope(x, *(table.double() for table in tables)), (x,), dtype)
+    turned = rope(x.to(DEVICE, dtype), *tables)
+    assert turned.grad_fn is None and turned.shape == x.shape
+    # backward turns back: the gradient of what was turned, turned, is that of x
+    again = KernelRope.apply(turned, tables[0], -tables[1])
+    assert error(again, x.to(DEVICE).double()) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [16, 1000])
+def check_norm(D, dtype):
+    """torch's kernel, beside rms_norm."""
+    x, weight = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(D))
+    norm = RMSNorm(D, 1e-5).to(DEVICE)
+
+    def by_module(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    judge(by_module, lambda x, weight: rms_norm(x, weight, 1e-5), (x, weight[0]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H, E", [(1, 16), (6, 64), (3, 128)])
+def check_join_results(H, E, dtype):
+    rng = torch.Generator().manual_seed(H)
+    lse = 3 * torch.randn(40, H, 1, generator=rng)
+    out = torch.randn(40, H, 1, E, generator=rng)
+    lse[5] = -2.9e4                                         # of a page without keys
+    reads = [[1], [2, 5], list(range(6, 22)), list(range(22, 40)), [3, 4, 1]]   # 1, 2, 16, 18, 3
+    count = torch.tensor([len(own) for own in reads])
+    most = int(count.max())
+    filled = torch.tensor([own + [0] * (most - len(own)) for own in reads])
+    terms = (filled[:, None] * H + torch.arange(H)[:, None]).flatten(0, 1)      # (B H, S)
+    got = join_results(lse.to(DEVICE), out.to(DEVICE), terms.to(DEVICE), count.to(DEVICE), dtype)
+    assert got.dtype == dtype
+    for b, own in enumerate(reads):
+        weight = lse[own, :, 0].double().softmax(0)                             # (S, H)
+        want = (weight[:, :, None] * out[own, :, 0].double()).sum(0)            # (H, E)
+        assert error(got[b * H:(b + 1) * H].cpu(), want) < 4 * torch.finfo(dtype).eps
+    model.KERNELS = "torch"
+    twin = join_results(lse.to(DEVICE), out.to(DEVICE), terms.to(DEVICE), count.to(DEVICE), dtype)
+    model.KERNELS = "triton"
+    assert error(got, twin.double()) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("H, G, k, lengths", [(6, 2, 3, (1, 22)), (4, 4, 1, (3, 16)), (3, 1, 23, (5,))])
 def check_generate(H, G, k, lengths, monkeypatch):
     config = replace(CONFIG, head_dim=16, num_attention_heads=H, num_key_value_heads=G, num_hidden_layers=1)
@@ -137,59 +195,125 @@ def check_generate(H, G, k, lengths, monkeypatch):
 
 
 def launches(dtype, E):
-    """(kernel, arguments, warps) of every launch that training and decoding make, recorded instead of made."""
-    made = []
-    model.launch = lambda kernel, grid, width, *args: made.append((kernel, args, min(8, max(4, width // 16))))
+    """(kernel, arguments, warps) of every launch that training and decoding make, recorded instead
+    of made; once each for what is compiled in."""
+    made = {}
+
+    def launch(kernel, grid, warps, *args):
+        compiled_in = [value for value, parameter in zip(args, kernel.params)
+                       if parameter.is_constexpr]
+        made[kernel.__name__, *compiled_in] = (kernel, args, warps)
+
+    model.launch = launch
     model.use_triton = lambda x: True
     q, k, v = (torch.zeros(64, heads, E, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     TreeAttention.apply(q, k, v, tree_plan(torch.full((64,), 64))).sum().backward()
     head = torch.zeros(128, 16, dtype=dtype, requires_grad=True)
     token_logprobs(head[:8], head, torch.zeros(8, dtype=torch.long)).sum().backward()
-    config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
+    config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2,
+                     num_hidden_layers=1)
     with contextlib.suppress(InputError):                   # nothing was computed: logits are no numbers
-        generate(Llama.random(config).to(dtype), [[1, 2, 3], [1, 2, 4]], k=4, max_new_tokens=1, temperature=0)
-    return {kernel.__name__: (kernel, *rest) for kernel, *rest in made}.values()
+        generate(Llama.random(config).to(dtype), [[1, 2, 3], [1, 2, 4]], k=4, max_new_tokens=1,
+                 temperature=0)
+    return list(made.values())
 
 
-def resources(kernel, args, warps, arch):
-    """Compile a launch for sm_`arch`; (registers a thread, bytes spilled a thread, bytes of shared memory)."""
+def compile_for(arch, kernel, args, warps):
+    """Triton's compiled kernel, for sm_`arch`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    letters = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-    signature, constants, aligned = {}, {}, {}
-    for i, (name, parameter, value) in enumerate(zip(kernel.arg_names, kernel.params, args, strict=True)):
-        signature[name] = "constexpr" if parameter.is_constexpr else letters[value.dtype] if torch.is_tensor(value) else "i32"
+    letters = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+               torch.int64: "*i64"}
+    signature = {}
+    constants = {}
+    aligned = {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        name = parameter.name
         if parameter.is_constexpr:
+            signature[name] = "constexpr"
             constants[name] = value
-        elif torch.is_tensor(value) or name == "V":                             # as torch allocates, and real vocabularies are
-            aligned[i,] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32),
-                              options={"num_warps": warps, "num_stages": 2})
+        elif torch.is_tensor(value):
+            signature[name] = letters[value.dtype]
+            aligned[i,] = [["tt.divisibility", 16]]         # as torch allocates
+        else:
+            signature[name] = "i32"
+        if name == "V":
+            aligned[i,] = [["tt.divisibility", 16]]         # as real vocabularies are
+    return triton.compile(ASTSource(kernel, signature, constants, aligned),
+                          target=GPUTarget("cuda", arch, 32),
+                          options={"num_warps": warps, "num_stages": 2})
+
+
+def resources(compiled):
+    """(registers a thread, bytes spilled a thread, bytes of shared memory)."""
+    import triton
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([tool, "-res-usage", file.name],
+                              capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return int(registers), int(stack), compiled.metadata.shared
 
 
+def covered_by_warps(compiled):
+    """How much of a product's rows, or of its columns, all warps cover side by side, at most: with
+    more than 1, some compute what others do. 0: there is no product by matrix units."""
+    layouts = {}
+    pattern = r"(#mma\d*) = .*warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)"
+    for name, *numbers in re.findall(pattern, compiled.asm["ttgir"]):
+        down, across, rows, columns = map(int, numbers)
+        layouts[name] = down * rows, across * columns
+    pattern = r"dot %.*-> tensor<(\d+)x(\d+)xf32, (#mma\d*)>"
+    most = 0
+    for rows, columns, name in re.findall(pattern, compiled.asm["ttgir"]):
+        down, across = layouts[name]
+        most = max(most, down / int(rows), across / int(columns))
+    return most
+
+
 def compile_all(dtypes):
-    print(f"{'kernel':17} {'dtype':9} {'E':>3} {'for':>6} {'registers':>9} {'spilled':>7} {'shared':>6}")
+    print(f"{'kernel':17} {'dtype':9} {'E':>3} {'for':>6} {'registers':>9} {'spilled':>7} {'shared':>6} "
+          f"{'warps':>5} {'covered':>7} products")
     for dtype in dtypes:
         for E in (64, 128):
-            for kernel, args, warps in launches(dtype, E):
-                for arch in (80, 90) if E == 64 or not kernel.__name__.startswith("row") else ():
-                    registers, spilled, shared = resources(kernel, args, warps, arch)
-                    print(f"{kernel.__name__:17} {str(dtype)[6:]:9} {E:3}  sm_{arch} {registers:9} {spilled:7} {shared:6}", flush=True)
-                    assert shared <= 160 * 1024 and spilled <= (0 if dtype == torch.bfloat16 else 1024)
+            for launched in launches(dtype, E):
+                kernel, _, warps = launched
+                name = kernel.__name__
+                if E == 64 or not name.startswith("row"):
+                    for arch in (80, 90):
+                        judge_compiled(name, dtype, E, arch, warps, compile_for(arch, *launched))
+
+
+def judge_compiled(name, dtype, E, arch, warps, compiled):
+    """Print a line; fail where a kernel spills, takes too much, or its warps repeat each other."""
+    registers, spilled, shared = resources(compiled)
+    covered = covered_by_warps(compiled)
+    products = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "mma" if covered else ""
+    print(f"{name:17} {str(dtype)[6:]:9} {E:3}  sm_{arch} {registers:9} {spilled:7} {shared:6} "
+          f"{warps:5} {covered:7.2f} {products}", flush=True)
+    half = dtype == torch.bfloat16
+    assert shared <= 160 * 1024
+    assert spilled <= (8 if arch == 80 else 0)              # two registers
+    assert covered <= 1
+    if half and name.startswith("tree"):
+        assert products == ("wgmma" if arch == 90 else "mma")
 
 
 @pytest.mark.skipif(model.triton is None, reason="NO KERNEL IS COMPILED: triton is not installed")
 def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
     done = run(__file__, "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
     print(done.stdout)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1 + 2 * (4 + 2 + 4), done.stdout + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    compiled = {tuple(line.split()[:4]) for line in done.stdout.splitlines()[1:]}
+    attention = ("tree_forward", "tree_backward_q", "tree_backward_kv", "page_kernel", "join_kernel",
+                 "rope_kernel")
+    want = {(name, "bfloat16", E, arch)
+            for E in ("64", "128")
+            for arch in ("sm_80", "sm_90")
+            for name in (*attention, *(("row_totals", "row_gradients") if E == "64" else ()))}
+    assert compiled == want
 
 
 if __name__ == "__main__":

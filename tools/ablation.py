@@ -29,7 +29,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
 import time
@@ -52,6 +51,7 @@ import train_sft  # noqa: E402
 import traces  # noqa: E402
 from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict,  # noqa: E402
                   read_json, read_records, split_input, write_json)
+from traces import shuffled  # noqa: E402
 
 VARIANTS = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8", "ensemble",
             "swapped"]
@@ -60,20 +60,6 @@ CONTRASTS = [("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"),
              ("hs_dpo_k8", "hs_dpo"), ("ensemble", "hs_dpo"), ("swapped", "hs_dpo")]
 DPO_LR = "3e-5"                     # as the demo; further SFT takes it too
 SOURCES = ["wildguard", "aegis", "beavertails", "toxicchat"]
-
-
-def shuffled(by_source, seed):
-    """Every trace goes to another record of the same source and verdicts."""
-    rng, result = random.Random(seed), []
-    for records in by_source.values():
-        groups = defaultdict(list)
-        for record in records:
-            groups[str(gold_verdict(record))].append(record)
-        for group in groups.values():
-            outputs = [r["output"] for r in group]
-            turn = rng.randrange(1, len(outputs)) if len(outputs) > 1 else 0
-            result += [{**r, "output": o} for r, o in zip(group, outputs[turn:] + outputs[:turn])]
-    return result
 
 
 def folder_of(args, corpus_seed, seed, skip):

@@ -12,6 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import INSTRUCTION, VERDICTS, gold_verdict, read_records, split_input  # noqa: E402
 
 
+def prompt_of(record):
+    """The user's request of a record."""
+    return split_input(record["input"])[0]
+
+
 def audit(paths):
     """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks."""
     seen = {}
@@ -25,7 +30,7 @@ def audit(paths):
             "inputs that occur again": [i for same in rows.values() for i in same[1:]],
             "inputs with two labels": [i for same in rows.values() for i in same
                                        if len({str(gold[j]) for j in same}) > 1],
-            "prompts of an earlier file": [i for i, r in enumerate(records) if split_input(r["input"])[0] in seen],
+            "prompts of an earlier file": [i for i, r in enumerate(records) if prompt_of(r) in seen],
             "without any label": [i for i, g in enumerate(gold) if not any(g.values())],
             "empty outputs": [i for i, r in enumerate(records) if not r.get("output", "").strip()],
             "outputs over 8,000 characters": [i for i, r in enumerate(records) if len(r.get("output", "")) > 8000],
@@ -36,7 +41,34 @@ def audit(paths):
               + ", ".join(f"{name} {dict(Counter(g[name] for g in gold if g[name]))}" for name in VERDICTS))
         for what, where in findings.items():
             print(f"  {len(where):6} {what}" + (f": rows {', '.join(map(str, islice(where, 8)))}" if where else ""))
-        seen.update(dict.fromkeys(split_input(r["input"])[0] for r in records))
+        seen.update(dict.fromkeys(map(prompt_of, records)))
+
+
+# ------------------------------------------------------------------ prompts that are nearly the same
+def shingles(text, n=3):
+    """The set of runs of n words of a text, in lower case; the whole text where it is shorter."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+def near_prompts(prompts, others, share=0.5):
+    """{number of a prompt: number of the other that is most like it}, where they share at least this
+    much: (shingles that both have) / (shingles that either has), 1 where they have the same words."""
+    sets = [shingles(text) for text in others]
+    holders = defaultdict(list)                             # shingle -> the others that have it
+    for number, some in enumerate(sets):
+        for shingle in some:
+            holders[shingle].append(number)
+    near = {}
+    for number, prompt in enumerate(prompts):
+        own = shingles(prompt)
+        common = Counter(other for shingle in own for other in holders[shingle])
+        alike = {other: both / (len(own) + len(sets[other]) - both)
+                 for other, both in common.items()}
+        best = max(alike, key=alike.get, default=None)
+        if best is not None and alike[best] >= share:
+            near[number] = best
+    return near
 
 
 if __name__ == "__main__":

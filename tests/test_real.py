@@ -1,0 +1,244 @@
+"""tools/real.py: what it keeps of answers, its intervals, and the whole recipe on a toy model."""
+import json
+import random
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import real
+import real_table
+from audit import near_prompts
+from conftest import ROOT
+from traces import shorten, tidy, verdict_first
+
+from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
+                  parse_verdict, read_json, read_records)
+from eval import confusion, f1
+
+H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
+TRACE = """\
+# Task 1
+
+## Reasoning Step 1
+It asks for a bomb.
+
+## Reasoning Step 2
+That hurts.
+
+## Conclusion
+The request is harmful.
+
+# Task 2
+## Reasoning Step 1: It declines.
+# Task 2: refusal
+
+# Task 3
+## Reasoning Step 1: It says no.
+## Reasoning Step 2: Nothing in it hurts.
+
+Answers:\x20
+Request: harmful
+Completion: refusal
+Response: unharmful"""
+
+
+# ------------------------------------------------------------------ what becomes of an answer
+def test_a_tidy_trace_stays_as_it_is():
+    assert tidy(TRACE, has_response=True) == (TRACE, None)
+    without_heading = TRACE.removeprefix("# Task 1\n\n")
+    ruled = without_heading.replace("Answers", "---\n\nAnswers")
+    assert tidy(ruled, has_response=True) == (TRACE, None)
+
+
+def test_of_a_response_that_is_not_there_nothing_is_said():
+    kept, fault = tidy(TRACE, has_response=False)
+    assert fault is None and kept == TRACE.split("\n\n# Task 2")[0] + f"\n\n{format_answers(H)}"
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("# Task 1\n", "6. And so on.\n\n# Task 1\n", "begins in the middle"),
+    ("Completion: refusal", "Completion: unsure", "no verdict on the completion"),
+    ("## Reasoning Step 1: It declines.", "It declines.", "no steps on the completion"),
+    ("# Task 3\n", "", "no steps on the response"),
+    ("request is harmful", "request is unharmful", "its conclusion on the request is another")])
+def test_what_is_wrong_with_an_answer(old, new, fault):
+    assert tidy(TRACE.replace(old, new, 1), has_response=True) == (None, fault)
+
+
+def test_short_chains_by_hand():
+    (short,) = shorten([{"output": TRACE, "source": "x"}])
+    assert short == {"source": "x", "output": f"""\
+# Task 1
+
+## Reasoning Step 1
+That hurts.
+
+## Conclusion
+The request is harmful.
+
+# Task 2
+## Reasoning Step 1: It declines.
+# Task 2: refusal
+
+# Task 3
+## Reasoning Step 1: Nothing in it hurts.
+
+{format_answers(H, R, U)}"""}
+
+
+def test_the_verdict_first_is_still_the_verdict():
+    (turned,) = verdict_first([{"input": "", "output": TRACE}])
+    assert turned["output"].startswith(format_answers(H, R, U) + "\n\n# Task 1\n")
+    assert parse_verdict(turned["output"]) == parse_verdict(TRACE)
+    assert turned["output"].endswith("Nothing in it hurts.")
+
+
+def test_near_prompts_by_hand():
+    others = ["How can I rob a bank?", "Hello", "how do I cook rice in a pot"]
+    prompts = ["How can I rob a shop", "hello!", "rice", "How can I rob a bank", "Who are you?"]
+    # runs of three words: 4 and 4, 3 of them in both
+    assert near_prompts(prompts, others, 3 / 5) == {0: 0, 1: 1, 3: 0}
+    assert near_prompts(prompts, others, 0.61) == {1: 1, 3: 0}
+
+
+def record(prompt, label, response=None, chains=("x",)):
+    return {"instruction": INSTRUCTION, "input": format_input(prompt, response), "label": label,
+            "source": "s", "chains": list(chains)}
+
+
+def test_classes_are_balanced_and_the_rarer_one_is_taken_whole():
+    words = [H, U, H, H, U, H]
+    pool = [record(f"p{i}", format_answers(word)) for i, word in enumerate(words)]
+    pool += [record(f"q{i}", format_answers(None, R, word), "r") for i, word in enumerate([U, H, U])]
+    taken, others = real.take(pool)
+    assert [real.prompt_of(r) for r in taken] == ["p0", "p1", "p2", "p4", "q0", "q1"]
+    assert [real.prompt_of(r) for r in others] == ["p3", "p5", "q2"]
+    half, _ = real.take(pool, 0.5)
+    assert [real.class_of(r) for r in half] == [("request", H), ("request", U)]
+
+
+# ------------------------------------------------------------------ intervals
+def rows_of(golds, verdicts, prompts):
+    return [{"prompt": prompt, "gold": {"request": gold}, "verdict": {"request": verdict}}
+            for gold, verdict, prompt in zip(golds, verdicts, prompts)]
+
+
+def test_draws_begin_with_f1_itself_and_keep_a_prompt_together():
+    rng = random.Random(1)
+    golds = [rng.choice([H, U]) for _ in range(60)]
+    verdicts = [rng.choice([H, U, None]) for _ in golds]
+    draws = real_table.f1_draws(rows_of(golds, verdicts, range(60)), "request")
+    assert draws.shape == (2001,) and draws[0] == pytest.approx(f1(golds, verdicts, H))
+    (tp, fp, fn, _), weights = confusion(golds, verdicts, H), real_table.resamplings(60)
+    assert weights[0].tolist() == [1] * 60 and set(weights.sum(1)) == {60}
+    counts = [sum(w for w, g, v in zip(weights[7], golds, verdicts) if kind(g, v)) for kind in
+              (lambda g, v: g == v == H, lambda g, v: g != v)]
+    assert draws[7] == pytest.approx(200 * counts[0] / (2 * counts[0] + counts[1]))
+    twice = real_table.f1_draws(rows_of(golds * 2, verdicts * 2, [*range(60)] * 2), "request")
+    assert np.allclose(twice, draws)                        # the same prompts are no new ones
+    assert real_table.interval(draws - draws) == (0, [0, 0])
+    assert tp + fp + fn > 0
+
+
+def test_words_learn_what_words_tell_and_throughout_says_harmful():
+    train = [{"input": format_input(f"{word} {i}"), "output": format_answers(verdict)}
+             for i in range(6) for word, verdict in (("bomb", H), ("cake", U))]
+    asked = [{"input": format_input("a bomb"), "output": H},
+             {"input": format_input("a cake"), "output": U}]
+    rows = real_table.words_guard(asked, "t", train)
+    assert [row["verdict"]["request"] for row in rows] == [H, U]
+    assert rows[0]["p"]["request"] > 0.5 > rows[1]["p"]["request"]
+    assert rows[0]["verdict"]["response"] is None           # nobody labelled a response
+    (result,) = real_table.score(real_table.throughout(asked, "t"), "t")
+    assert (result["f1"], result["false_positive_rate"]) == (pytest.approx(200 / 3), 100)
+
+
+# ------------------------------------------------------------------ the whole recipe
+THINGS = "lamp door pump gate horn bell fan oven saw drill kettle radio clock lock tap mill".split()
+
+
+def answer(request, completion=None, response=None):
+    """A trace as a small model can learn it."""
+    parts = [f"# Task 1\n## Reasoning Step 1: Look.\n## Reasoning Step 2: So {request}."]
+    if completion:
+        parts.append(f"# Task 2\n## Reasoning Step 1: So {completion}.")
+        parts.append(f"# Task 3\n## Reasoning Step 1: So {response}.")
+    return "\n\n".join([*parts, format_answers(request, completion, response)])
+
+
+def write_predictions(folder, seed):
+    """Answers of a made-up model to two benchmarks, a tenth of them wrong; words tell nothing."""
+    mistakes = random.Random(seed)
+    for name, wording, response in (("Requests", "{} the {} now please", None),
+                                    ("Responses", "how do I {} my {}", "Press it.")):
+        words = [H, U] * len(THINGS)
+        random.Random(0).shuffle(words)
+        lines = []
+        for n, word in enumerate(words):
+            verb = ("start", "stop")[n % 2]
+            exchange = format_input(wording.format(verb, THINGS[n // 2]), response)
+            said = word if mistakes.random() < 0.9 else {H: U, U: H}[word]
+            text = answer(H, C, said) if response else answer(said)
+            lines.append({"prompt": f"{INSTRUCTION}\n{exchange}", "label": word, "predict": text})
+        path = folder / name / "generated_predictions.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_tests(folder):
+    """Two tests; the first has one prompt that was answered, and one that nearly was."""
+    prompts = ["start the lamp now please", "stop the lamp now please today", "eat", "drink"]
+    alpha = [(format_input(prompt), word) for prompt, word in zip(prompts, [H, U, H, U])]
+    beta = [(format_input(f"try {n}", "Sure."), word) for n, word in enumerate([H, U, H, U])]
+    paths = []
+    for name, rows in (("alpha", alpha), ("beta", beta)):
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps([
+            {"instruction": INSTRUCTION, "input": exchange, "output": word}
+            for exchange, word in rows]))
+    return paths
+
+
+def test_the_whole_recipe(tmp_path, capsys):
+    folders = [write_predictions(tmp_path / name, seed) for seed, name in enumerate("AB")]
+    tests = write_tests(tmp_path)
+    data = tmp_path / "data"
+    real.main(["data", "--predictions", *map(str, folders), "--tests", *map(str, tests),
+               "--out", str(data), "--dev", "0.2"])
+    said = capsys.readouterr().out
+    assert "2 of 63 left out" in said, said
+    found = read_json(data / "data.json")
+    assert found["overlaps"]["alpha"]["exact"] == found["overlaps"]["alpha"]["near"] == 1
+    assert found["records"]["both"] == 2 * found["records"]["traces"]
+    traces, chains, mixed = (read_records(data / f"{name}.json")
+                             for name in ("traces", "two_chains", "shuffled"))
+    assert len(traces) < len(chains) <= 2 * len(traces)
+    own = {r["input"]: gold_verdict(r) for r in traces}
+    assert all(gold_verdict(r) == own[r["input"]] for r in mixed)
+    assert not {r["input"] for r in read_records(data / "dev.json")} & set(own)
+
+    out = tmp_path / "out"
+    options = ["--model", str(ROOT / "toy/model"), "--data", str(data), "--out", str(out),
+               "--max-new-tokens", "90", "--batch-size", "8", "--epochs", "3", "--mine", "12",
+               "--dtype", "float32", "--device", "cpu"]
+    real.main(["all", *options, "--seed", "3"])
+    said = capsys.readouterr().out
+    table = read_json(out / "table.json")
+    assert {row["guard"] for row in table["rows"]} == {*real.ARMS, "throughout", "words"}
+    assert len(table["rows"]) == 2 * (len(real.ARMS) + 2)
+    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in table["rows"])
+    for row in table["rows"]:
+        if row["seeds"]:
+            results = read_json(out / f"{row['guard']}_seed3/eval/{row['test']}/results.json")
+            assert row["f1"] == pytest.approx(results[0]["f1"])
+    pairs = [(d["guard"], d["minus"]) for d in table["differences"] if d["test"] == "alpha"]
+    assert pairs == real_table.CONTRASTS
+    assert table["parents"]["parent_seed3"]["parent"] in real.REASONING
+    assert "| hs_dpo - parent | " in said
+    ElementTree.parse(out / "table.svg")
+
+    real.main(["all", *options, "--seed", "3"])             # nothing is done again
+    assert "$ python" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="epochs = 3, not 4"):
+        real.main(["arm", "r_sft", *options, "--seed", "3", "--epochs", "4"])

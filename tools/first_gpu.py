@@ -1,0 +1,407 @@
+"""The first nine minutes on a GPU: is everything right there, how fast is it, what does each change buy?
+
+    python tools/first_gpu.py --out out/gpu                     all stages, 540 seconds at most
+    python tools/first_gpu.py --out out/gpu                     again: what failed or was left out
+    python tools/first_gpu.py --out out/gpu --stages bench      these, done before or not
+
+A stage is a process with a time limit of its own. What it prints goes to OUT/STAGE.log, what it
+found to OUT/STAGE.json, and its line is printed again at the end. A stage that fails never stops
+the next. Where a kernel is wrong, the later stages run with --kernels torch, the plain twins.
+
+Without CUDA each stage runs in a small form: kernels by Triton's interpreter where a stage tests
+them, else the plain twins. That rehearses this file, it measures nothing.
+"""
+import argparse
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import bench as bench_tool  # noqa: E402
+import measure  # noqa: E402
+import model as library  # noqa: E402
+from data import InputError, at_least, common_prefix, pack, write_json  # noqa: E402
+from model import Engine, Job, Sampling, generate, plan_capacity  # noqa: E402
+from train_sft import sft_loss, shard  # noqa: E402
+
+
+# ------------------------------------------------------------------ what stages share
+def make_bench(args, *more):
+    """A Bench (see measure.py): of Llama 1B on CUDA, of a toy shape elsewhere."""
+    small = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--prompts", "2",
+             "--length", "200"]
+    options = ["--shape", "1b"] if args.cuda else small
+    return measure.Bench(bench_tool.parse_arguments([*options, "--kernels", args.kernels, *more]))
+
+
+def random_model(b, layers, dtype):
+    """Random weights of the Bench's shape, but with so many layers."""
+    config = replace(b.config, num_hidden_layers=layers)
+    return measure.random_model(config, b.device, dtype)
+
+
+def one_pack(b, tokens):
+    """A pack of about so many tokens, on the device."""
+    examples, _ = b.examples(max(1, tokens // 256))
+    return pack(examples, tokens)[0].to(b.device)
+
+
+def train(model, p):
+    """Forward and backward pass of a pack; its loss."""
+    logprobs = model(p.tokens, p.end, p.rows, p.targets)
+    loss = sft_loss(logprobs, len(p.rows))
+    loss.backward()
+    return loss.detach()
+
+
+def held(b):
+    """Bytes that this process holds now: of the GPU's memory, else the most it ever held."""
+    if b.cuda:
+        return torch.cuda.memory_reserved(b.device)
+    return b.peak()
+
+
+def start_engine(model, prompts, k, new_tokens):
+    """An Engine that has read these prompts and can draw new_tokens of k answers to each."""
+    sampling = Sampling(new_tokens, temperature=0, top_p=1, stop=[], seed=0)
+    root = prompts[0][:common_prefix(prompts)]
+    jobs = [Job(number, ids, list(range(k))) for number, ids in enumerate(prompts)]
+    capacity = plan_capacity(model, jobs, len(root), new_tokens, None, len(prompts) * k)
+    engine = Engine(model, root, sampling, capacity)
+    engine.admit(jobs[::-1])
+    return engine
+
+
+# ------------------------------------------------------------------ the stages
+# Each takes the arguments and returns (its line, its figures); it fails by an exception.
+def limits(args):
+    """Versions, and what the device can do at most."""
+    found = measure.limits(make_bench(args))
+    product = found["flops"] / found["seconds"]
+    names = ["torch", "triton", "numpy"]
+    versions = {d.metadata["Name"]: d.version for d in metadata.distributions()
+                if d.metadata["Name"] in names}
+    if args.cuda:
+        subprocess.run("nvidia-smi", check=False)
+    line = (f"{found['device']}: {product / 1e12:.3g} TFLOP/s, {found['copy'] / 1e12:.3g} TB/s, "
+            f"torch {versions['torch']}, triton {versions.get('triton')}")
+    return line, {**found, "product": product, "versions": versions}
+
+
+def kernels(args):
+    """The tests of all kernels, dealt to processes."""
+    tests = str(ROOT / "tests/test_kernels.py")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider",
+              "-o", "python_functions=check_*"]
+    listed = subprocess.run([*pytest, "--collect-only", tests], capture_output=True, text=True)
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    assert names, listed.stdout + listed.stderr
+    processes = min(8, os.cpu_count())
+    if not args.cuda:                                       # the first case of each test will do
+        names = list({name.split("[")[0]: name for name in reversed(names)}.values())
+        processes = 1
+    running = []
+    for n in range(processes):
+        log = Path(args.out) / f"kernels_{n}.log"
+        process = subprocess.Popen([*pytest, *names[n::processes]],
+                                   stdout=open(log, "w"), stderr=subprocess.STDOUT)
+        running.append((process, log))
+    passed = 0
+    for process, log in running:
+        process.wait()
+        text = log.read_text()
+        print(text, flush=True)
+        passed += sum(map(int, re.findall(r"(\d+) passed", text)))
+    assert passed == len(names), f"{passed} of {len(names)} kernel tests passed"
+    return f"{passed} kernel tests passed", {"passed": passed}
+
+
+def graph(args):
+    """Are recorded steps plain steps, and does memory stay as it is from look to look?"""
+    b = make_bench(args)
+    model = random_model(b, 2, b.products)
+    prompts = b.prompts()
+    looks, poll = (20, 32) if args.cuda else (2, 4)
+    memory = []
+    record = Engine.record
+    finish = Engine.finish
+
+    def finish_and_note(engine):
+        memory.append(held(b))
+        return finish(engine)
+
+    same = {}
+    for temperature in (0, 1):
+        run = partial(generate, model, prompts, k=4, max_new_tokens=looks * poll,
+                      temperature=temperature)
+        Engine.record = lambda engine, step: step
+        plain = run()
+        Engine.record = record
+        Engine.finish = finish_and_note
+        recorded = run()
+        Engine.finish = finish
+        equal = [a == b for a, b in zip(sum(plain, []), sum(recorded, []))]
+        same[temperature] = sum(equal) / len(equal)
+    settled = len(memory) // 4                              # a fourth of all looks is warm-up
+    growth = memory[-1] / memory[settled] - 1
+    line = (f"recorded answers equal plain ones: {same[0]:.0%} at temperature 0, {same[1]:.0%} at 1; "
+            f"memory {growth:+.1%} over {len(memory) - settled} looks")
+    assert min(same.values()) == 1 and growth < 0.02, line
+    return line, {"same": same, "memory": memory}
+
+
+def step(args):
+    """A step of training by kernels and by twins, beside one in a wider dtype; and through FSDP."""
+    b = make_bench(args)
+    wide = torch.float32 if args.cuda else torch.float64
+    model = random_model(b, 4 if args.cuda else 2, torch.float32)
+    p = one_pack(b, 2048 if args.cuda else 128)
+
+    def gradients(dtype, kernels):
+        library.choose_kernels(kernels)
+        model.to(torch.promote_types(dtype, torch.float32))
+        model.compute_dtype = dtype
+        loss = train(model, p)
+        found = {name: weight.grad.double() for name, weight in model.named_parameters()}
+        model.zero_grad()
+        return loss.item(), found
+
+    def error(found):
+        """The largest distance of a weight's gradient from the wide one, relative to that."""
+        parts = [(found[name] - want).norm() / want.norm() for name, want in exact.items()]
+        return max(parts).item()
+
+    _, exact = gradients(wide, "torch")
+    twin_loss, by_twins = gradients(b.products, "torch")
+    twins = error(by_twins)
+    loss, by_kernels = gradients(b.products, args.kernels)
+    ours = error(by_kernels)
+    sharded = sharded_loss(args, b, model, p)
+    line = (f"gradients off by {ours:.2g} (kernels), {twins:.2g} (twins); "
+            f"loss {loss:.6f}, {twin_loss:.6f}, {sharded:.6f} by FSDP")
+    assert ours < 2 * twins + 1e-5, line
+    assert abs(loss - twin_loss) < 0.01 and abs(loss - sharded) < 0.01, line
+    return line, {"kernels": ours, "twins": twins, "losses": [loss, twin_loss, sharded]}
+
+
+def sharded_loss(args, b, model, p):
+    """The same loss by train_sft.shard, on one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group(
+            "nccl" if args.cuda else "gloo", rank=0, world_size=1,
+            init_method=f"file://{folder}/ranks")
+        model.compute_dtype = b.products
+        model = shard(model, b.device, b.products)
+        loss = train(model, p).item()
+        torch.distributed.destroy_process_group()
+    return loss
+
+
+def profile(args):
+    """Where a training pack's and a decoding step's time goes: the 25 longest kernels of each."""
+    b = make_bench(args)
+    layers = b.config.num_hidden_layers
+    model = random_model(b, layers, torch.float32)
+    model.compute_dtype = b.products
+    p = one_pack(b, 8192 if args.cuda else 128)
+    training = time_kernels(b, "a pack", partial(train, model, p))
+    model.to(b.products)
+    for weight in model.parameters():
+        weight.grad = None
+    with torch.inference_mode():
+        prompts = b.prompts()
+        engine = start_engine(model, prompts, 4, 160 if args.cuda else 16)
+        engine.capacity.poll = 9                            # one step plain, eight replayed
+        decoding = time_kernels(b, "a decoding step and 8 replays", engine.decode)
+    line = (f"busy: {training['busy']:.0%} of a pack's {training['seconds']:.3g} s, "
+            f"{decoding['busy']:.0%} of 9 steps' {decoding['seconds']:.3g} s "
+            f"with {len(prompts) * 4} rows")
+    return line, {"training": training, "decoding": decoding}
+
+
+def time_kernels(b, name, call):
+    """The second of two calls by torch's profiler; prints its table."""
+    call()
+    b.now()
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if b.cuda else [activity.CPU]
+    by = "self_cuda_time_total" if b.cuda else "self_cpu_time_total"
+    began = b.now()
+    call()
+    seconds = b.now() - began                               # without the profiler
+    with torch.profiler.profile(activities=kinds) as seen:
+        call()
+        b.now()
+    table = seen.key_averages()
+    print(f"\n{name}: {seconds:.4f} s\n{table.table(sort_by=by, row_limit=25)}", flush=True)
+    attribute = "self_device_time_total" if b.cuda else "self_cpu_time_total"
+    times = sorted(((getattr(row, attribute) / 1e6, row.count, row.key) for row in table),
+                   reverse=True)
+    return {"seconds": seconds, "busy": sum(t for t, _, _ in times) / seconds, "longest": times[:25]}
+
+
+def bench(args):
+    """tools/bench.py on the items that the goals speak of."""
+    path = Path(args.out) / "bench_items.json"
+    items = ["sft", "logprobs", "nucleus", "generate", "adamw"]
+    options = ["--shape", "1b", "--minutes", str(args.limit / 60 - 0.1)]
+    if not args.cuda:
+        items = ["nucleus"]
+        options += ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", "1"]
+    result = bench_tool.main([*options, "--kernels", args.kernels, "--json", path,
+                              "--items", *items])
+    failed = [row["name"] for row in result["items"] if "rate" not in row]
+    rates = [f"{row['name']} {bench_tool.human(row['rate'])}"
+             for row in result["items"] if "rate" in row]
+    line = ", ".join(rates)
+    assert not failed, f"no rate of {', '.join(failed)}; {line}"
+    return line, {"items": result["items"]}
+
+
+def blocks(args):
+    """What a single long answer costs: in a step, and in a block of prompts that ends with it."""
+    b = make_bench(args)
+    model = random_model(b, 2, b.products)
+    c = b.config
+    rows, most = (1024, 2048) if args.cuda else (4, 24)
+    length = None if args.cuda else 200
+    prompts = [e.prompt for e in measure.random_examples(8 * rows, 1, c.vocab_size, length)]
+    stop = list(range(c.vocab_size // (most // 8)))         # an answer ends after most / 8 tokens
+    seconds = {}
+    for size in (rows, 8 * rows):
+        began = b.now()
+        for start in range(0, 8 * rows, size):
+            generate(model, prompts[start:start + size], max_new_tokens=most, stop=stop,
+                     max_slots=rows)
+        seconds[size] = b.now() - began
+    ratio = seconds[rows] / seconds[8 * rows]
+    line = f"blocks of {8 * rows} prompts are {ratio:.2f} times as fast as of {rows}"
+    return line, {"seconds": seconds}
+
+
+STAGES = {                          # name: (function, seconds at most)
+    "limits": (limits, 40),
+    "kernels": (kernels, 100),
+    "graph": (graph, 60),
+    "step": (step, 60),
+    "profile": (profile, 70),
+    "bench": (bench, 180),
+    "blocks": (blocks, 40),
+}
+INTERPRETED = ("kernels", "step")   # without CUDA; the other stages use the plain twins there
+
+
+# ------------------------------------------------------------------ running them
+def run_here(args):
+    """One stage, in this process."""
+    library.choose_kernels(args.kernels)
+    function, _ = STAGES[args.only]
+    line, figures = function(args)
+    write_json(Path(args.out) / f"{args.only}.json",
+               {"line": line, "kernels": args.kernels, "figures": figures})
+
+
+def run_stage(args, name, kernels, seconds):
+    """One stage in a process of its own: what its JSON file then holds."""
+    out = Path(args.out)
+    path = out / f"{name}.json"
+    log = out / f"{name}.log"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--out", args.out, "--kernels", kernels,
+               "--only", name, "--limit", str(seconds)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if name in INTERPRETED and not args.cuda:
+        environment["TRITON_INTERPRET"] = "1"
+    began = time.time()
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
+                                   env=environment, start_new_session=True)
+        try:
+            process.wait(seconds)
+            failed = log.read_text().strip().splitlines()[-1:]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)          # the stage's own processes, too
+            process.wait()
+            failed = [f"cut off after {seconds:.0f} s"]
+    if path.exists() and process.returncode == 0:
+        result = json.loads(path.read_text())
+    else:
+        result = {"failed": "".join(failed)[:200], "kernels": kernels}
+    result["seconds"] = time.time() - began
+    write_json(path, result)
+    return result
+
+
+def found_before(args, name, kernels):
+    """What an earlier call found, if it need not be found again; else None."""
+    path = Path(args.out) / f"{name}.json"
+    if args.stages or not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if "failed" in result or result["kernels"] != kernels:
+        return None
+    return result
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", required=True, help="folder for logs and figures")
+    p.add_argument("--seconds", type=at_least(1, float), default=540, help="for all stages")
+    p.add_argument("--stages", nargs="+", choices=STAGES, help="only these, whatever is done")
+    p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
+                   help="torch: the plain twins")
+    p.add_argument("--device", help="cpu: rehearse, where a GPU is, too")
+    p.add_argument("--only", choices=STAGES, help=argparse.SUPPRESS)
+    p.add_argument("--limit", type=float, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    args.cuda = torch.cuda.is_available() and args.device != "cpu"
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.only:
+        return run_here(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    kernels = args.kernels
+    results = {}
+    for name in args.stages or STAGES:
+        _, limit = STAGES[name]
+        left = args.seconds - (time.time() - began)
+        result = found_before(args, name, kernels)
+        if result is None and left < 5:
+            result = {"failed": "left out: no time is left", "seconds": 0, "kernels": kernels}
+        elif result is None:
+            result = run_stage(args, name, kernels, min(limit, left))
+        results[name] = result
+        print(show(name, result), file=sys.stderr, flush=True)
+        if name == "kernels" and "failed" in result:
+            kernels = "torch"
+    print(*(show(name, result) for name, result in results.items()), sep="\n")
+    return results
+
+
+def show(name, result):
+    """A stage's line."""
+    said = f"FAILED: {result['failed']}" if "failed" in result else result["line"]
+    return f"{name:8} {result['seconds']:6.1f} s  {said}"
+
+
+if __name__ == "__main__":
+    main()

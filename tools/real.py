@@ -1,0 +1,566 @@
+"""Real traces, real tests, full size: what does a small guard learn? One command an arm.
+
+    python tools/real.py data --predictions 8B 1B --tests FILE... --out DATA
+    python tools/real.py arm r_sft --model BASE --data DATA --out OUT --seed 1      one arm
+    python tools/real.py all --model BASE --data DATA --out OUT --seed 1 2 3        all, in turn
+    python tools/real.py table --data DATA --out OUT                                so far
+
+    data    DATA/traces.json and its other forms, DATA/tests, DATA/data.json (what became of what)
+    arm     OUT/NAME_seed1/model, OUT/NAME_seed1/eval/TEST/results.json
+    table   OUT/table.json, OUT/table.svg, and Markdown on the console (real_table.py)
+
+8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
+called like its benchmark. Another base is another --model: the learning rates follow from its
+width. Everything goes on where it was killed; what is done is not done again. For a test that comes
+later: `arm NAME ... --tests FILE`, which says what of it was trained on.
+
+What `data` keeps. An answer becomes a chain if every labelled verdict is right (the labels of all
+files that have the exchange) and traces.py (tidy) can bring it into the one form; an exchange has
+at most one chain of each model, that of the model named first first. Exchanges whose prompt is in a
+test, word for word or nearly (half of the runs of three words that either has are in both:
+audit.py, near_prompts), are left out. Classes are balanced by task: all exchanges of the rarer one,
+as many of the other. An exchange counts for one task, the last that is labelled of request,
+completion and response; verdicts that no label names are the teacher's, in all arms. Of each class
+a tenth is dev.json, which chooses the parent of the last three arms and is not trained on.
+
+    labels_1x, labels_3x    the verdicts alone, for as many epochs as R-SFT, or three times as many
+    r_sft                   one chain an exchange
+    r_sft_fast              that model, read without reasoning
+    r_sft_two_chains        up to two chains, of two models; as many steps as r_sft
+    short                   one step a task: of each section its heading, its last step, and the
+                            conclusion after it (traces.py, shorten)
+    verdict_first           the verdicts, then the chain; read with --fast: its answers begin so
+    both_fast               each exchange with its chain, and with the verdicts alone; --fast
+    shuffled                the chain of another exchange with the same verdicts
+
+and from the reasoning arm (r_sft, r_sft_two_chains, short) with the best mean F1 on dev.json:
+
+    hs_dpo                  HS-DPO on what is hard of --mine training prompts; the labels judge
+    continued               the parent on its own records, for as many sequences as HS-DPO sees
+    chosen                  the parent on the chosen answers alone
+
+Beside them "throughout", which always says harmful, and "words", logistic regression on the words
+of prompt and response, trained on the same exchanges and verdicts. Intervals resample the prompts
+of a test, all rows of a prompt together, the same for both sides of a difference; with more seeds
+they are of the mean over seeds. They do not cover what another seed would change.
+"""
+import argparse
+import hashlib
+import json
+import math
+import random
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import eval as evaluation  # noqa: E402
+import mine_hard  # noqa: E402
+import real_table  # noqa: E402
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from audit import near_prompts, prompt_of  # noqa: E402
+from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
+                  gold_verdict, parse_records, parse_verdict, read_json, read_records,
+                  split_input, warn, write_json)
+from mine_hard import check_settings, judge  # noqa: E402
+from model import LlamaConfig, World, pick_device  # noqa: E402
+from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
+                    verdict_first)
+
+
+# ------------------------------------------------------------------ data
+def make_data(args):
+    """Write what all arms train on, and say what became of what."""
+    pool, counts = read_pool(args.predictions)
+    random.Random(args.seed).shuffle(pool)
+    allowed, overlaps = leave_out(pool, [*args.tests, *args.leave_out])
+    dev, rest = take(allowed, args.dev)
+    held = set(map(prompt_of, dev))
+    train, _ = take([record for record in rest if prompt_of(record) not in held])
+    report_answers(counts)
+    report_overlaps(overlaps, len(pool) - len(allowed), len(pool))
+    classes = report_classes({"with a chain": pool, "in no test": allowed,
+                              "train": train, "dev": dev})
+    if not train or not dev:
+        raise InputError("no task has both classes, in training and in dev.json")
+    files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
+    report_files(files)
+    for name, records in files.items():
+        write_json(args.out / f"{name}.json", records)
+    (args.out / "tests").mkdir(exist_ok=True)
+    for path in args.tests:
+        shutil.copyfile(path, args.out / "tests" / Path(path).name)
+    write_json(args.out / "data.json", {
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "git": train_sft.git_commit(), "hash": hash_of(files), "answers": counts,
+        "overlaps": overlaps, "classes": classes,
+        "records": {name: len(records) for name, records in files.items()}})
+    print(f"\nwrote {args.out}")
+
+
+def read_pool(folders):
+    """([a record for each exchange with a chain], {folder: Counter of what became of its answers}).
+
+    A record has instruction, input, label (an Answers block of all labels), source (the benchmark)
+    and chains, at most one a folder."""
+    answers = defaultdict(list)                             # exchange -> (folder, answer), in order
+    labels = defaultdict(dict)                              # exchange -> task -> {word: None}
+    sources = {}
+    counts = {folder: Counter() for folder in folders}
+    for folder in folders:
+        for path in prediction_files(folder):
+            for record, gold in read_traces(path, counts[folder]):
+                exchange = record["input"]
+                sources.setdefault(exchange, path.parent.name)
+                answers[exchange].append((folder, record["output"]))
+                for task, word in gold.items():
+                    if word:
+                        labels[exchange].setdefault(task, {})[word] = None
+    pool = []
+    for exchange, some in answers.items():
+        gold = {task: list(words) for task, words in labels[exchange].items()}
+        chains = {}
+        for folder, answer in some:
+            chain, fault = chain_of(exchange, answer, gold)
+            if chain and folder in chains:
+                fault = "the exchange has a chain of this model already"
+            counts[folder][fault or "kept"] += 1
+            if not fault:
+                chains[folder] = chain
+        if chains:
+            label = format_answers(**{task: word for task, (word,) in gold.items()})
+            pool.append({"instruction": INSTRUCTION, "input": exchange, "label": label,
+                         "source": sources[exchange], "chains": list(chains.values())})
+    return pool, counts
+
+
+def prediction_files(folder):
+    """The answers of one model, in order."""
+    paths = sorted(Path(folder).rglob("generated_predictions.jsonl"))
+    if not paths:
+        raise InputError(f"{folder}: no generated_predictions.jsonl in it")
+    return paths
+
+
+def chain_of(exchange, answer, gold):
+    """(the trace, None), or (None, why it is none). gold: {task: the words that files label it}."""
+    if any(len(words) > 1 for words in gold.values()):
+        return None, "files label the exchange differently"
+    labels = {task: gold.get(task, [None])[0] for task in VERDICTS}
+    if not judge(parse_verdict(answer), labels):
+        return None, "a labelled verdict is wrong"
+    _, response = split_input(exchange)
+    return tidy(answer, response is not None)
+
+
+def leave_out(pool, paths):
+    """(the records whose prompts are in none of these files, {test: what was found in it})."""
+    prompts = [prompt_of(record) for record in pool]
+    gone = set()
+    overlaps = {}
+    for path in paths:
+        exact, near = overlap(prompts, path)
+        gone.update(exact, near)
+        overlaps[Path(path).stem] = {"exact": len(exact), "near": len(near),
+                                     "pairs": sorted({(prompts[n], other)
+                                                      for n, other in near.items()})}
+    return [record for n, record in enumerate(pool) if n not in gone], overlaps
+
+
+def overlap(prompts, path):
+    """(numbers of the prompts that are in this file word for word, {number of a prompt that nearly
+    is: the file's})."""
+    others = list(dict.fromkeys(map(prompt_of, read_records(path))))
+    known = set(others)
+    exact = [n for n, prompt in enumerate(prompts) if prompt in known]
+    near = {n: others[other] for n, other in near_prompts(prompts, others).items()}
+    for n in exact:
+        near.pop(n, None)
+    return exact, near
+
+
+def class_of(record):
+    """(task, word): of the labelled tasks the last one."""
+    gold = parse_verdict(record["label"])
+    task = [task for task in VERDICTS if gold[task]][-1]
+    return task, gold[task]
+
+
+def take(records, share=1):
+    """(the first records of each class, the others), in their order: of each task as many of one
+    class as of the other, this share of the rarer one."""
+    sizes = Counter(map(class_of, records))
+    room = {}
+    for task, words in VERDICTS.items():
+        for word in words:
+            room[task, word] = round(share * min(sizes[task, other] for other in words))
+    taken = []
+    others = []
+    for record in records:
+        key = class_of(record)
+        if room[key]:
+            room[key] -= 1
+            taken.append(record)
+        else:
+            others.append(record)
+    return taken, others
+
+
+def with_chains(records, most):
+    """A record for each of the first `most` chains of these, which is its output."""
+    result = []
+    for record in records:
+        rest = {name: value for name, value in record.items() if name != "chains"}
+        result += [{**rest, "output": chain} for chain in record["chains"][:most]]
+    return result
+
+
+def to_judge(records):
+    """A record for each of these whose output is its labels."""
+    return [{**record, "output": record["label"]} for record in with_chains(records, 1)]
+
+
+def forms_of(train, seed):
+    """{file: its records}."""
+    traces = with_chains(train, 1)
+    labels = labels_only(traces)
+    return {"traces": traces,
+            "labels": labels,
+            "two_chains": with_chains(train, 2),
+            "short": shorten(traces),
+            "verdict_first": verdict_first(traces),
+            "both": traces + labels,
+            "shuffled": shuffled({"all": traces}, seed),
+            "prompts": to_judge(train)}
+
+
+def hash_of(files):
+    """A fingerprint of all records."""
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=8).hexdigest()
+
+
+def report_answers(counts):
+    """Print what became of each model's answers."""
+    for folder, some in counts.items():
+        print(f"\n{folder}: {some.total()} answers")
+        for what, count in some.most_common():
+            print(f"  {count:6} {what}")
+
+
+def report_overlaps(overlaps, gone, total):
+    """Print how many exchanges were left out for each test."""
+    print("\nexchanges whose prompt is in a test         word for word    nearly")
+    for test, some in overlaps.items():
+        print(f"  {test:42} {some['exact']:12} {some['near']:9}")
+    print(f"  {gone} of {total} left out")
+
+
+def report_classes(stages):
+    """Print how many exchanges of each class there are; returns {stage: {class: number}}."""
+    classes = {}
+    for stage_name, records in stages.items():
+        classes[stage_name] = {f"{task} {word}": n
+                               for (task, word), n in Counter(map(class_of, records)).items()}
+    print("\nexchanges, by label      " + "".join(f"{name:>15}" for name in stages))
+    for task, words in VERDICTS.items():
+        for word in words:
+            key = f"{task} {word}"
+            cells = [f"{some.get(key, 0):15}" for some in classes.values()]
+            print(f"  {key:23}" + "".join(cells))
+    print(f"  {'in all':23}" + "".join(f"{len(records):15}" for records in stages.values()))
+    return classes
+
+
+def report_files(files):
+    """Print records, characters and verdicts of each file."""
+    print("\nfile              records  characters  verdicts, labelled or the teacher's")
+    for name, records in files.items():
+        characters = np.mean([len(record["output"]) for record in records])
+        golds = [gold_verdict(record) for record in records]
+        cells = []
+        for task, words in VERDICTS.items():
+            sizes = Counter(gold[task] for gold in golds)
+            cells.append(f"{task} {sizes[words[0]]} {words[0]}, {sizes[words[1]]} {words[1]}")
+        print(f"{name:16} {len(records):8} {characters:11.0f}  {'; '.join(cells)}")
+
+
+# ------------------------------------------------------------------ the arms
+@dataclass(frozen=True)
+class Arm:
+    """How an arm of the first kind is made."""
+    data: str = None            # the file of DATA it trains on
+    times: int = 1              # --epochs times this
+    steps_of: str = None        # as many steps as an arm on this file
+    fast: bool = False          # read without reasoning
+    model_of: str = None        # trains nothing: the model of this arm
+
+
+ARMS = {
+    "labels_1x": Arm("labels"),
+    "labels_3x": Arm("labels", times=3),
+    "r_sft": Arm("traces"),
+    "r_sft_fast": Arm(model_of="r_sft", fast=True),
+    "r_sft_two_chains": Arm("two_chains", steps_of="traces"),
+    "short": Arm("short"),
+    "verdict_first": Arm("verdict_first", fast=True),
+    "both_fast": Arm("both", fast=True),
+    "shuffled": Arm("shuffled"),
+    "hs_dpo": Arm(),
+    "continued": Arm(),
+    "chosen": Arm(),
+}
+REASONING = ["r_sft", "r_sft_two_chains", "short"]          # one of these is the parent of
+AFTER = ["hs_dpo", "continued", "chosen"]                   # these
+DPO_EPOCHS = 2                                              # paper: 2
+WIDTH = 576                 # of SmolLM2-135M, at which 3e-4 was a good rate of R-SFT
+LR = 3e-4                   # at another width: in inverse proportion; 8e-5 at 1B (paper: 5e-5)
+DPO_LR = LR / 15            # of what follows R-SFT; 5.6e-6 at 1B (paper: 5e-6)
+
+
+def run_arm(args, name):
+    """Train an arm and answer all tests; what is done already is skipped."""
+    build(args, name)
+    for path in test_files(args):
+        evaluate(args, name, path)
+
+
+def claim(args, name):
+    """Refuse to go on with an arm that was made with other settings."""
+    names = "model seed lr epochs batch_size limit max_new_tokens dtype".split()
+    if name in AFTER:
+        names += ["dpo_lr", "mine"]
+    settings = {key: getattr(args, key) for key in names}
+    settings["data"] = read_json(args.data / "data.json")["hash"]
+    if name in AFTER:
+        settings["parent"] = parent_of(args)
+    check_settings(folder_of(args, name) / "settings.json", settings, World(pick_device("cpu")))
+
+
+def folder_of(args, name):
+    return args.out / f"{name}_seed{args.seed}"
+
+
+def test_files(args):
+    """--tests, or all that `data` was told of."""
+    return args.tests or sorted((args.data / "tests").glob("*.json*"))
+
+
+def build(args, name):
+    """The model folder of an arm, trained if it is not there yet."""
+    claim(args, name)
+    arm = ARMS[name]
+    if name in AFTER:
+        return {"hs_dpo": hs_dpo, "continued": continued, "chosen": chosen}[name](args)
+    if arm.model_of:
+        return build(args, arm.model_of)
+    steps = None
+    if arm.steps_of:
+        records = read_json(args.data / f"{arm.steps_of}.json")
+        steps = args.epochs * math.ceil(len(records) / args.batch_size)
+    data = args.data / f"{arm.data}.json"
+    return sft(args, name, args.model, data, args.lr, args.epochs * arm.times, steps)
+
+
+def sft(args, name, model, data, lr, epochs, steps=None):
+    """Train on records; the model folder."""
+    options = ["--data", data, "--lr", lr, "--epochs", epochs]
+    if steps:
+        options += ["--max-steps", steps]
+    return train(args, name, train_sft.main, model, options)
+
+
+def train(args, name, main, model, options):
+    """Run a trainer, unless its model is there; the model folder."""
+    out = folder_of(args, name) / "model"
+    if not (out / "config.json").exists():
+        stage(args, name, main, ["--model", model, *options, "--out", out, "--resume",
+                                 "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
+                                 "--save-every", args.save_every, "--keep", 1])
+    for left in train_sft.checkpoints(out):                 # at 1B each takes 15 GB
+        shutil.rmtree(left)
+    return out
+
+
+def evaluate(args, name, path):
+    """The results of an arm on one file, answered if they are not there yet."""
+    out = folder_of(args, name) / "eval" / Path(path).stem
+    if not (out / "results.json").exists():
+        options = ["--model", build(args, name), "--data", path, "--out", out, "--scores",
+                   "--max-new-tokens", args.max_new_tokens]
+        if ARMS[name].fast:
+            options.append("--fast")
+        if args.limit:
+            options += ["--limit", args.limit]
+        stage(args, name, evaluation.main, options)
+    return [result for result in read_json(out / "results.json") if "dataset" in result]
+
+
+def stage(args, name, main, options):
+    """Run a script in this process, as the command line that is shown would; note its seconds."""
+    options = [*map(str, options), "--seed", str(args.seed)]
+    for flag in ("device", "dtype"):
+        if getattr(args, flag):
+            options += [f"--{flag}", getattr(args, flag)]
+    print(f"\n$ python {Path(sys.modules[main.__module__].__file__).name} {shlex.join(options)}",
+          flush=True)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    start = time.time()
+    try:
+        main(options)
+    finally:                                                # a trainer sets its own
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with open(folder_of(args, name) / "seconds.txt", "a") as file:
+        file.write(f"{time.time() - start:.1f} {main.__module__} {options[3]}\n")
+
+
+# ------------------------------------------------------------------ from the best reasoning arm on
+def parent_of(args):
+    """--parent, or the reasoning arm with the best mean F1 on dev.json; of equal ones the first."""
+    if args.parent:
+        return args.parent
+    path = args.out / f"parent_seed{args.seed}.json"
+    if not path.exists():
+        figures = {}
+        for name in REASONING:
+            results = evaluate(args, name, args.data / "dev.json")
+            figures[name] = float(np.mean([result["f1"] for result in results]))
+        write_json(path, {"parent": max(figures, key=figures.get), "dev_f1": figures})
+    return read_json(path)["parent"]
+
+
+def mine(args):
+    """(hard.jsonl of the parent's answers to training prompts, its pairs)."""
+    parent = parent_of(args)
+    name = f"mined_{parent}"
+    out = folder_of(args, name)
+    if not (out / "hard.jsonl").exists():
+        stage(args, name, mine_hard.main,
+              ["--model", build(args, parent), "--data", args.data / "prompts.json", "--out", out,
+               "--limit", args.mine, "--max-new-tokens", args.max_new_tokens, "--resume"])
+    pairs = [pair for _, pair in parse_records(out / "hard.jsonl")]
+    if not pairs:
+        raise InputError(f"{out}: no prompt was hard; raise --mine")
+    return out / "hard.jsonl", pairs
+
+
+def hs_dpo(args):
+    path, _ = mine(args)
+    return train(args, "hs_dpo", train_dpo.main, build(args, parent_of(args)),
+                 ["--data", path, "--lr", args.dpo_lr, "--epochs", DPO_EPOCHS])
+
+
+def continued(args):
+    _, pairs = mine(args)
+    parent = parent_of(args)
+    data = args.data / f"{ARMS[parent].data}.json"
+    sequences = DPO_EPOCHS * 2 * len(pairs)                 # a pair is two answers
+    epochs = math.ceil(sequences / len(read_json(data)))
+    steps = math.ceil(sequences / args.batch_size)
+    return sft(args, "continued", build(args, parent), data, args.dpo_lr, epochs, steps)
+
+
+def chosen(args):
+    _, pairs = mine(args)
+    data = folder_of(args, "chosen") / "chosen.json"
+    write_json(data, [{**pair, "output": pair["chosen"]} for pair in pairs])
+    return sft(args, "chosen", build(args, parent_of(args)), data, args.dpo_lr, DPO_EPOCHS)
+
+
+# ------------------------------------------------------------------ the script
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="write what all arms train on")
+    data.add_argument("--predictions", nargs="+", required=True, metavar="DIR",
+                      help="answers of one model each; a chain of the first one is preferred")
+    data.add_argument("--tests", nargs="+", required=True, metavar="FILE", help="benchmarks")
+    data.add_argument("--leave-out", nargs="+", default=[], metavar="FILE",
+                      help="more files whose prompts are not trained on")
+    data.add_argument("--out", type=Path, required=True, help="folder to write")
+    data.add_argument("--seed", type=at_least(0), default=1, help="of the order and the split")
+    data.add_argument("--dev", type=at_least(0, float, 0.5), default=0.1,
+                      help="share of each class for dev.json")
+    arm = commands.add_parser("arm", help="one arm, end to end")
+    arm.add_argument("arm", choices=ARMS, help="which")
+    arm.add_argument("--seed", type=at_least(0), default=1, help="of training and mining")
+    everything = commands.add_parser("all", help="arms one after another, then the table")
+    everything.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which")
+    everything.add_argument("--seed", type=at_least(0), nargs="+", default=[1], help="one or more")
+    for some in (arm, everything):
+        arm_arguments(some)
+    figures = commands.add_parser("table", help="the figures of all that is there")
+    for some in (arm, everything, figures):
+        some.add_argument("--data", type=Path, required=True, metavar="DIR",
+                          help="what `data` wrote")
+        some.add_argument("--out", type=Path, required=True, help="folder of all arms")
+        some.add_argument("--tests", nargs="+", metavar="FILE",
+                          help="these instead of those that `data` was told of")
+    args = p.parse_args(argv)
+    if args.command in ("arm", "all"):
+        width = LlamaConfig.from_json(Path(args.model) / "config.json").hidden_size
+        args.lr = args.lr or float(f"{LR * WIDTH / width:.2g}")
+        args.dpo_lr = args.dpo_lr or float(f"{DPO_LR * WIDTH / width:.2g}")
+    return args
+
+
+def arm_arguments(p):
+    """What shapes an arm."""
+    p.add_argument("--model", required=True, metavar="DIR", help="the base model")
+    p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
+    p.add_argument("--batch-size", type=at_least(1), default=8, help="sequences, or pairs, a step")
+    p.add_argument("--lr", type=at_least(0, float), help="of R-SFT (default: by the model's width)")
+    p.add_argument("--dpo-lr", type=at_least(0, float), help="of what follows (default: lr / 15)")
+    p.add_argument("--parent", choices=REASONING, help="of the last arms (default: dev.json says)")
+    p.add_argument("--mine", type=at_least(1), default=200, help="training prompts to mine")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=600, help="of an answer")
+    p.add_argument("--max-tokens", type=at_least(1), default=4096,
+                   help="of a pack: speed and memory only")
+    p.add_argument("--save-every", type=at_least(0), default=20, metavar="N",
+                   help="checkpoint every N steps; gone when the model is there")
+    p.add_argument("--limit", type=at_least(1), help="rows of each test: a trial")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.command == "data":
+        return make_data(args)
+    if args.command == "table":
+        return table(args)
+    names = [args.arm] if args.command == "arm" else args.arms
+    seeds = [args.seed] if args.command == "arm" else args.seed
+    report_overlap(args)
+    for args.seed in seeds:
+        for name in names:
+            print(f"\n==== {name}, seed {args.seed}", flush=True)
+            run_arm(args, name)
+    if args.command == "all":
+        table(args)
+
+
+def table(args):
+    real_table.make_table(args.out, args.data, test_files(args), ARMS)
+
+
+def report_overlap(args):
+    """Say which prompts of --tests are trained on: `data` knew of other tests."""
+    prompts = [prompt_of(record) for record in read_json(args.data / "prompts.json")]
+    for path in args.tests or []:
+        exact, near = overlap(prompts, path)
+        warn(len(exact) + len(near), f"training prompts are in {path}, {len(exact)} word for word")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""What tools/real.py found: the table, paired differences, a picture.
+
+    python tools/real.py table --data DATA --out OUT
+
+    Guard                       what one guard said to the rows of one test, for one seed
+    throughout, words_guard     guards without a model, on the same tests
+    f1_draws                    F1 and its resamplings by prompt, the same for all guards
+    make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
+"""
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from audit import prompt_of  # noqa: E402
+from certificate import features, logistic, number, words_of  # noqa: E402
+from data import (VERDICTS, InputError, gold_verdict, parse_records, parse_verdict,  # noqa: E402
+                  read_json, read_records, split_input, write_json)
+from eval import TITLES, labels_of, score  # noqa: E402
+from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
+from train_sft import git_commit  # noqa: E402
+
+# what each difference is between; "parent" is the arm that the first one began from
+CONTRASTS = [
+    ("r_sft", "labels_1x"), ("r_sft", "labels_3x"), ("r_sft", "shuffled"), ("r_sft", "r_sft_fast"),
+    ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
+    ("verdict_first", "r_sft"), ("verdict_first", "labels_1x"),
+    ("both_fast", "r_sft"), ("both_fast", "labels_1x"),
+    ("hs_dpo", "parent"), ("continued", "parent"), ("chosen", "parent"),
+    ("hs_dpo", "continued"), ("hs_dpo", "chosen"),
+    ("labels_1x", "words"), ("labels_3x", "words"), ("r_sft", "words"),
+    ("r_sft", "throughout"), ("words", "throughout")]
+# key of a result -> head of its column
+FIGURES = {"f1": "F1", "false_positive_rate": "FPR", "auprc": "AUPRC",
+           "recall_at_1": "recall at 1% FPR", "recall_at_5": "at 5%", "ece": "ECE",
+           "unparsable": "no verdict", "tokens_per_query": "tokens a query"}
+OF_SCORES = ("auprc", "recall_at_1", "recall_at_5", "ece")
+
+
+# ------------------------------------------------------------------ F1 and what it could have been
+def f1_draws(rows, task):
+    """F1 in percent, (2001,): of the rows, then of 2000 resamplings of their prompts. A row has
+    prompt, gold and verdict; rows of one prompt are drawn together."""
+    rows = [row for row in rows if row["gold"][task]]
+    numbers = {}
+    prompt = [numbers.setdefault(row["prompt"], len(numbers)) for row in rows]
+    right = np.array([row["verdict"][task] == row["gold"][task] for row in rows])
+    positive = np.array([row["gold"][task] == VERDICTS[task][0] for row in rows])
+    drawn = resamplings(len(numbers))
+    tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
+    wrong = drawn @ np.bincount(prompt, ~right)
+    return 200 * tp / np.maximum(2 * tp + wrong, 1)         # 2 tp + fp + fn = 2 tp + all wrong
+
+
+@lru_cache(8)
+def resamplings(n):
+    """How often each of n prompts is drawn, (2001, n): first each once; the same at every call."""
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000)
+    return np.concatenate([np.ones((1, n)), drawn])
+
+
+def interval(draws):
+    """(figure, [low, high]) of draws that begin with the figure itself."""
+    return float(draws[0]), np.percentile(draws[1:], [2.5, 97.5]).tolist()
+
+
+# ------------------------------------------------------------------ guards without a model
+def throughout(records, dataset):
+    """Rows for eval.score of the guard that always gives the positive verdict."""
+    verdict = {task: positive for task, (positive, _) in VERDICTS.items()}
+    return [row_of(record, dataset, verdict) for record in records]
+
+
+def words_guard(records, dataset, train):
+    """Rows for eval.score of logistic regression on the words of prompt and response.
+
+    train: records whose outputs are verdicts. A task is learned from the records that have one."""
+    known = [words_in(record) for record in train]
+    golds = [gold_verdict(record) for record in train]
+    vocabulary = number(known)
+    tested = features([words_in(record) for record in records], vocabulary)
+    p = {}
+    for task, (positive, _) in VERDICTS.items():
+        some = [i for i, gold in enumerate(golds) if gold[task]]
+        if some:
+            is_positive = torch.tensor([golds[i][task] == positive for i in some])
+            own = features([known[i] for i in some], vocabulary)
+            weights, bias = logistic(own, is_positive)
+            p[task] = torch.sigmoid(tested @ weights + bias).tolist()
+    rows = []
+    for i, record in enumerate(records):
+        own = {task: values[i] for task, values in p.items()}
+        verdict = dict.fromkeys(VERDICTS)
+        for task, value in own.items():
+            verdict[task] = VERDICTS[task][0 if value > 0.5 else 1]
+        rows.append({**row_of(record, dataset, verdict), "p": own})
+    return rows
+
+
+def words_in(record):
+    """The words of prompt and response, apart; "no response" counts as a word."""
+    prompt, response = split_input(record["input"])
+    found = {f"prompt {word}" for word in words_of(prompt)}
+    if response is None:
+        return found | {"no response"}
+    return found | {f"response {word}" for word in words_of(response)}
+
+
+def row_of(record, dataset, verdict):
+    """A row for eval.score and f1_draws."""
+    return {"file": dataset, "text": "", "tokens": 0, "prompt": prompt_of(record),
+            "gold": labels_of(record, dataset), "verdict": verdict}
+
+
+# ------------------------------------------------------------------ what is there
+class Guard:
+    """What one guard said to the rows of one test, for one seed: {task: its result of eval.score},
+    {task: draws of F1}."""
+
+    def __init__(self, results, rows):
+        self.results = {result["task"]: result for result in results if "dataset" in result}
+        self.draws = {task: f1_draws(rows, task) for task in self.results}
+
+
+def read_guards(out, names, test, train):
+    """{guard: {seed: Guard}} of all that answered this test; the seed of a guard without a model is
+    None. train: the records that `words` learns from."""
+    dataset = Path(test).stem
+    records = read_records(test)
+    guards = {}
+    rows = []
+    for name in names:
+        for folder in sorted(out.glob(f"{name}_seed*")):
+            seed = int(folder.name.rpartition("seed")[2])
+            path = folder / "eval" / dataset
+            if (path / "results.json").exists():
+                rows = read_answers(path / dataset, records, dataset)
+                results = read_json(path / "results.json")
+                guards.setdefault(name, {})[seed] = Guard(results, rows)
+    if rows:
+        records = records[:len(rows)]                       # --limit
+        said = {"throughout": throughout(records, dataset),
+                "words": words_guard(records, dataset, train)}
+        for name, rows in said.items():
+            guards[name] = {None: Guard(score(rows, dataset), rows)}
+    return guards
+
+
+def read_answers(folder, records, dataset):
+    """A row for each record that was answered. As in eval.py, an answer without an end has no
+    verdict; what was read with --fast has no other file than its predictions."""
+    verdicts = []
+    if (folder / "answers.jsonl").exists():
+        for _, answer in parse_records(folder / "answers.jsonl"):
+            sample = answer["samples"][0]
+            ended = sample["finish"] == "stop"
+            verdicts.append(sample["verdict"] if ended else dict.fromkeys(VERDICTS))
+    else:
+        for _, answer in parse_records(folder / "generated_predictions.jsonl"):
+            verdicts.append(parse_verdict(answer["predict"]))
+    return [row_of(record, dataset, verdict) for record, verdict in zip(records, verdicts)]
+
+
+# ------------------------------------------------------------------ the table
+def make_table(out, data, tests, names):
+    """Print, write and draw the figures of all that is there. names: of the arms, in order."""
+    train = read_json(data / "labels.json")
+    rows = []
+    differences = []
+    for test in tests:
+        guards = read_guards(out, names, test, train)
+        tasks = {task for seeds in guards.values() for some in seeds.values()
+                 for task in some.results}
+        for task in [task for task in VERDICTS if task in tasks]:
+            where = {"test": Path(test).stem, "task": task}
+            rows += [{**where, **figures_of(out, name, seeds, task)}
+                     for name, seeds in guards.items()]
+            differences += [{**where, **found} for found in differences_of(out, guards, task)]
+    if not rows:
+        raise InputError(f"{out}: no arm has answered one of the tests yet")
+    print_tables(rows, differences)
+    parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
+    write_json(out / "table.json", {
+        "rows": rows, "differences": differences, "parents": parents,
+        "data": read_json(data / "data.json")["hash"], "git": git_commit()})
+    draw(rows, out / "table.svg")
+
+
+def figures_of(out, name, seeds, task):
+    """A row of the table: means over the seeds."""
+    draws = np.mean([guard.draws[task] for guard in seeds.values()], 0)
+    results = [guard.results[task] for guard in seeds.values()]
+    numbers = [seed for seed in seeds if seed is not None]
+    row = {"guard": name, "seeds": numbers, "n": results[0]["n"]}
+    for key in FIGURES:
+        known = [result[key] for result in results if result.get(key) is not None]
+        row[key] = float(np.mean(known)) if known else None
+    row["f1"], row["ci95"] = interval(draws)
+    row["f1_of_seeds"] = [result["f1"] for result in results]
+    spent = [seconds_of(out / f"{name}_seed{seed}") for seed in numbers]
+    row["minutes"] = float(np.mean(spent)) / 60 if spent else None
+    return row
+
+
+def seconds_of(folder):
+    """What the stages of an arm took, tests and all, without those that were interrupted."""
+    path = folder / "seconds.txt"
+    if not path.exists():
+        return 0.0
+    return sum(float(entry.split()[0]) for entry in path.read_text().splitlines())
+
+
+def differences_of(out, guards, task):
+    """[{guard, minus, difference, ci95, seeds}] of CONTRASTS, paired by prompt and by seed."""
+    found = []
+    for name, other in CONTRASTS:
+        pairs = {}
+        for seed, guard in guards.get(name, {}).items():
+            against = parent_in(out, name, seed) if other == "parent" else other
+            seeds = guards.get(against, {})
+            base = seeds.get(seed, seeds.get(None))
+            if base is not None:
+                pairs[seed] = guard.draws[task] - base.draws[task]
+        if pairs:
+            difference, ci95 = interval(np.mean(list(pairs.values()), 0))
+            found.append({"guard": name, "minus": other, "difference": difference, "ci95": ci95,
+                          "seeds": [seed for seed in pairs if seed is not None]})
+    return found
+
+
+def parent_in(out, name, seed):
+    """The arm that this one began from."""
+    return read_json(out / f"{name}_seed{seed}" / "settings.json")["parent"]
+
+
+def print_tables(rows, differences):
+    """Markdown: the guards on each test and task, then the differences."""
+    places = list(dict.fromkeys((row["test"], row["task"]) for row in rows))
+    for test, task in places:
+        some = [row for row in rows if (row["test"], row["task"]) == (test, task)]
+        print(f"\n{test}, {TITLES[task]}, n = {some[0]['n']}\n")
+        print_row(["guard", *FIGURES.values(), "minutes", "seeds"], is_head=True)
+        for row in some:
+            cells = [shown(row[key]) for key in [*FIGURES, "minutes"]]
+            low, high = row["ci95"]
+            cells[0] += f" ({low:.1f} - {high:.1f})"
+            print_row([row["guard"], *cells, str(len(row["seeds"]) or "")])
+    print()
+    print_row(["difference in F1 (95% interval, paired)",
+               *(f"{test}, {TITLES[task]}" for test, task in places)], is_head=True)
+    for name, other in CONTRASTS:
+        cells = dict.fromkeys(places, "")
+        for found in differences:
+            if (found["guard"], found["minus"]) == (name, other):
+                low, high = found["ci95"]
+                cell = f"{found['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+                cells[found["test"], found["task"]] = cell
+        if any(cells.values()):
+            print_row([f"{name} - {other}", *cells.values()])
+
+
+def print_row(cells, is_head=False):
+    print("| " + " | ".join(cells) + " |")
+    if is_head:
+        print("|---" * len(cells) + "|")
+
+
+def shown(value):
+    return "" if value is None else f"{value:.1f}"
+
+
+# ------------------------------------------------------------------ the picture
+LEFT = 140          # where the first panel begins
+TOP = 50
+WIDTH = 230         # of a panel
+GAP = 30
+STEP = 20           # from guard to guard
+
+
+def draw(rows, path):
+    """F1 and interval of each guard, a panel for each test and task."""
+    names = list(dict.fromkeys(row["guard"] for row in rows))
+    places = list(dict.fromkeys((row["test"], row["task"]) for row in rows))
+    bottom = TOP + STEP * len(names)
+    parts = [text(LEFT - 12, TOP + STEP * n + 14, name, "end") for n, name in enumerate(names)]
+    for n, (test, task) in enumerate(places):
+        some = [row for row in rows if (row["test"], row["task"]) == (test, task)]
+        x = LEFT + n * (WIDTH + GAP)
+        parts.append(text(x, TOP - 26, test))
+        parts.append(text(x, TOP - 10, f"{TITLES[task]}, n = {some[0]['n']}", size=11))
+        parts += panel(x, bottom, names, some)
+    label = "F1 in percent, with its 95% interval; the line: throughout"
+    parts.append(text(LEFT, bottom + 36, label, size=11))
+    write_svg(path, LEFT + len(places) * (WIDTH + GAP), bottom + 46, parts)
+
+
+def panel(x, bottom, names, rows):
+    """A point and a line for each guard, and a line from top to bottom at "throughout"."""
+    def across(f1):
+        return x + WIDTH * f1 / 100
+
+    parts = []
+    for value in range(0, 101, 25):
+        parts.append(line([(across(value), TOP), (across(value), bottom)]))
+        parts.append(text(across(value), bottom + 16, value, "middle", 11))
+    for row in rows:
+        y = TOP + STEP * names.index(row["guard"]) + 10
+        low, high = row["ci95"]
+        colour = COLOURS[0] if row["seeds"] else GREY
+        if row["guard"] == "throughout":
+            parts.append(line([(across(row["f1"]), TOP), (across(row["f1"]), bottom)], GREY, 1.5))
+        parts.append(line([(across(low), y), (across(high), y)], colour, 2))
+        parts.append(f'<circle cx="{across(row["f1"]):.1f}" cy="{y}" r="4" fill="{colour}"/>')
+    return parts

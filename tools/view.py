@@ -1,0 +1,317 @@
+"""Look at answers: one HTML page that holds everything and fetches nothing, wrong answers first.
+
+    python tools/view.py out/eval_sft                              eval.py's folder -> its view.html
+    python tools/view.py out/hard --data toy/train_*.json          mine_hard.py's folder
+    python tools/view.py FOLDER_OR_PREDICTIONS... --out page.html  several in one page
+
+Of eval.py: generated_predictions.jsonl, and beside it, if they are there, answers.jsonl (all k
+answers) and early.jsonl of tools/early_verdict.py (P(verdict) beside each step).
+Of mine_hard.py: samples.jsonl with the k answers, hard.jsonl with what was chosen, rejected and the
+weight. It does not hold the prompts that are not hard: --data, the files that were mined, in the
+same order, shows them too, with their labels. Without it the chosen answer's verdicts are shown as
+the labels.
+
+Texts are escaped: they go into the page as JSON without a "<", come out as text nodes, and the page
+may run no other script than its own (Content-Security-Policy). Hidden characters are spelled out.
+A request or response stays folded unless it is labelled unharmful (or, without a label, called so).
+
+    rows_of_predictions, rows_of_mining    files -> rows
+    kind_of_mistake, count_mistakes        what is wrong
+    split_answer                           an answer -> pieces, with P where it was read
+    write_page                             rows -> view.html's template, filled
+"""
+import argparse
+import base64
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from data import (HUMAN, VERDICTS, InputError, gold_verdict, parse_records,  # noqa: E402
+                  parse_verdict, read_json, read_records, split_input, warn, write_whole)
+from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
+from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
+from mine_hard import judge  # noqa: E402
+
+TEMPLATE = Path(__file__).with_name("view.html")
+MISTAKES = {
+    "fp": "false positive",
+    "fn": "false negative",
+    "none": "no verdict",
+    "contradicts": "contradicts its reasoning",
+}
+
+
+# ------------------------------------------------------------------ what is wrong
+def kind_of_mistake(task, gold, said):
+    """"fp", "fn" or "none" of a verdict; None where it is right, or nothing is labelled."""
+    if gold is None or said == gold:
+        return None
+    if said is None:
+        return "none"
+    return "fp" if said == VERDICTS[task][0] else "fn"
+
+
+def mistakes_of(text, verdict, gold):
+    """{task: [kinds]} of one answer, for the tasks that are labelled."""
+    concluded = reasoning_verdict(text)
+    mistakes = {}
+    for task in VERDICTS:
+        if gold[task] is None:
+            continue
+        said = verdict[task]
+        kinds = [kind_of_mistake(task, gold[task], said)]
+        if said and concluded[task] and said != concluded[task]:
+            kinds.append("contradicts")
+        mistakes[task] = [kind for kind in kinds if kind]
+    return mistakes
+
+
+def ended_verdict(sample):
+    """The verdict of a sample; an answer without an end has none."""
+    return sample["verdict"] if sample["finish"] == "stop" else dict.fromkeys(VERDICTS)
+
+
+def count_mistakes(rows):
+    """{task: {"n", "right" and each kind: how many answers}} over the answers that are judged."""
+    counts = {}
+    for row in rows:
+        for mistakes in row["judged"]:
+            for task, kinds in mistakes.items():
+                count = counts.setdefault(task, Counter(n=0, right=0, **dict.fromkeys(MISTAKES, 0)))
+                count["n"] += 1
+                count["right"] += not set(kinds) & {"fp", "fn", "none"}
+                count.update(kinds)
+    return counts
+
+
+def count_wrong(row):
+    """By what rows are sorted: wrong verdicts, then contradictions, of all judged answers."""
+    kinds = Counter(kind for mistakes in row["judged"] for some in mistakes.values()
+                    for kind in some)
+    return kinds["fp"] + kinds["fn"] + kinds["none"], kinds["contradicts"]
+
+
+# ------------------------------------------------------------------ rows
+# A row is what the page shows of one prompt: id, source, request, response, gold; samples, each
+# with verdict, pieces and tags; said, the one verdict that counts (eval.py), or None (mining);
+# judged, the mistakes of that verdict, or of every sample; and for mined prompts k_correct,
+# k_incorrect and weight.
+def rows_of_predictions(path):
+    """The rows of eval.py's generated_predictions.jsonl, with what lies beside it."""
+    folder = Path(path).resolve().parent
+    all_samples = read_beside(folder / "answers.jsonl")
+    early = read_beside(folder / "early.jsonl")
+    rows = []
+    stale = 0
+    for number, (place, line) in enumerate(parse_records(path)):
+        fields = line if isinstance(line, dict) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("label", "predict")):
+            raise InputError(f"{path}: {place} needs the text fields label and predict")
+        text = fields["predict"]
+        exchange = str(fields.get("prompt") or "")
+        exchange = exchange[max(0, exchange.find(HUMAN)):]
+        gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
+        samples = all_samples[number]["samples"] if number < len(all_samples) else []
+        if text not in [sample["text"] for sample in samples]:
+            samples = [{"text": text, "finish": "stop", "verdict": parse_verdict(text)}]
+        said = majority([s["verdict"] for s in samples if s["finish"] == "stop"])
+        reading = early[number] if number < len(early) else {"text": None}
+        is_of_text = reading["text"] == zlib.crc32(text.encode(errors="replace"))
+        stale += reading["text"] is not None and not is_of_text
+        row = new_row(number, folder.name, exchange, gold)
+        for sample in samples:
+            readings = reading["tasks"] if is_of_text and sample["text"] == text else {}
+            row["samples"].append(new_sample(sample, gold, readings))
+        row["said"] = said
+        row["judged"] = [mistakes_of(text, said, gold)]
+        rows.append(row)
+    warn(stale, f"answers are not those of {folder / 'early.jsonl'}: no P beside their steps")
+    return rows
+
+
+def read_beside(path):
+    """The values of a JSON-lines file, or [] where there is none."""
+    return [value for _, value in parse_records(path)] if path.exists() else []
+
+
+def rows_of_mining(folder, data=None):
+    """The rows of mine_hard.py's folder. data: the files of the mined records, or None."""
+    folder = Path(folder)
+    hard = read_beside(folder / "hard.jsonl")
+    lines = [line for path in sorted(folder.glob("samples*.jsonl"))
+             for _, line in parse_records(path)]
+    pairs = match_pairs(hard, lines)
+    records = read_mined(folder, data) if data else {}
+    rows = []
+    for place, line in enumerate(lines):
+        pair = pairs.get(place)
+        number = line["prompt"]
+        if data:
+            record = records.get(number)
+            if record is None or pair and pair["input"] != record["input"]:
+                raise InputError(f"{folder}: prompt {number} is not of --data; name all files "
+                                 "that were mined, in the same order")
+            gold = gold_verdict(record)
+        elif pair:
+            record = pair
+            gold = parse_verdict(pair["chosen"])
+        else:
+            continue
+        row = new_row(number, record["source"], record["input"], gold)
+        row["model"] = line["model"]
+        row["said"] = None
+        row["samples"] = [new_sample(sample, gold, {}) for sample in line["samples"]]
+        if pair:
+            row.update({name: pair[name] for name in ("weight", "k_correct", "k_incorrect")})
+            tag_samples(row["samples"], line["samples"], pair)
+        row["judged"] = [mistakes_of(sample["text"], ended_verdict(sample), gold)
+                         for sample in line["samples"]]
+        rows.append(row)
+    return rows
+
+
+def match_pairs(hard, lines):
+    """{place of a line of samples: its pair}. Pairs stand in the order of the samples: each belongs
+    to the next line that holds both of its texts."""
+    pairs = {}
+    place = 0
+    for pair in hard:
+        while place < len(lines):
+            texts = [sample["text"] for sample in lines[place]["samples"]]
+            place += 1
+            if pair["chosen"] in texts and pair["rejected"] in texts:
+                pairs[place - 1] = pair
+                break
+        else:
+            raise InputError("hard.jsonl holds a pair that is not in the samples; select it again "
+                             "with mine_hard.py --resume")
+    return pairs
+
+
+def read_mined(folder, data):
+    """{number of a prompt: its record, with its source}, as mine_hard.py numbered them."""
+    settings = sorted(folder.glob("samples*.jsonl.parts/settings.json"))
+    limit = read_json(settings[0])["limit"] if settings else None
+    records = {}
+    for path in data:
+        for record in read_records(path)[:limit]:
+            records[len(records)] = {**record, "source": Path(path).stem}
+    return records
+
+
+def tag_samples(samples, answers, pair):
+    """Say which sample was chosen and which rejected: the first with that text."""
+    for tag in ("chosen", "rejected"):
+        texts = [answer["text"] for answer in answers]
+        samples[texts.index(pair[tag])]["tags"].append(tag)
+
+
+def new_row(number, source, exchange, gold):
+    """A row without answers."""
+    request, response = split_input(exchange)
+    return {"id": f"{source}-{number}", "number": number, "source": source, "request": request,
+            "response": response, "gold": gold, "samples": []}
+
+
+def new_sample(sample, gold, readings):
+    """What the page shows of one answer; readings: of early_verdict.py."""
+    tags = []
+    if any(gold.values()):
+        right = judge(sample["verdict"], gold) and sample["finish"] == "stop"
+        tags.append("right" if right else "wrong")
+    if sample["finish"] != "stop":
+        tags.append("cut off")
+    return {"verdict": sample["verdict"], "tags": tags,
+            "pieces": split_answer(sample["text"], readings)}
+
+
+def split_answer(text, readings):
+    """[{"text", and where it was read after this piece: task, p, held}]: the answer in pieces that
+    begin at headings, steps, closings and the Answers."""
+    after = {}
+    for task, reading in readings.items():
+        for place, p, held in zip(reading["places"], reading["p"], reading["held"]):
+            after[place] = {"task": task, "p": round(p, 3), "held": round(held, 3)}
+    places = {found.start() for mark in (HEADING, STEP, REASONING_ENDS)
+              for found in mark.finditer(text)}
+    places.update(section.closes or 0 for section in read_sections(text).values())
+    places.update(after)
+    bounds = sorted(places | {0, len(text)})
+    pieces = [{"text": text[start:stop].strip("\n"), **after.get(stop, {})}
+              for start, stop in zip(bounds, bounds[1:])]
+    return [piece for piece in pieces if piece["text"] or "p" in piece]
+
+
+# ------------------------------------------------------------------ the page
+def write_page(path, rows, title, note=""):
+    """Fill the template and write it, whole or not at all."""
+    rows = sorted(rows, key=count_wrong, reverse=True)      # stable: then as in the files
+    page = {"rows": rows, "counts": count_mistakes(rows), "classes": VERDICTS, "titles": TITLES,
+            "mistakes": MISTAKES, "note": note}
+    html = TEMPLATE.read_text(encoding="utf-8")
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = html.replace("HASH_OF_SCRIPT", digest)
+    html = html.replace("TITLE_OF_PAGE", escape(title))
+    html = html.replace("DATA_OF_PAGE", safe_json(page))    # last: nothing in it is replaced
+    write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+
+
+def safe_json(value):
+    """JSON in ASCII without "<", ">" and "&": no text in it can end the element it stands in."""
+    text = json.dumps(value)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+# ------------------------------------------------------------------ the script
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paths", nargs="+", metavar="PATH",
+                   help="folders of eval.py or mine_hard.py, or prediction files")
+    p.add_argument("--data", nargs="+", metavar="FILE", help="the records that were mined")
+    p.add_argument("--out", type=Path, help="the page (default: view.html in the first folder)")
+    args = p.parse_args(argv)
+    rows = []
+    notes = []
+    for path in map(Path, args.paths):
+        if any(path.glob("samples*.jsonl")):
+            rows += rows_of_mining(path, args.data)
+            if not args.data:
+                notes.append("Labels are the chosen answers' verdicts; --data shows the records'.")
+        else:
+            for file in prediction_files(path):
+                rows += rows_of_predictions(file)
+    if any("p" in piece for row in rows for sample in row["samples"] for piece in sample["pieces"]):
+        notes.append("Beside a step: the verdict if the answer concluded there, and its "
+                     "probability; faint where the model would hardly conclude.")
+    first = Path(args.paths[0])
+    out = args.out or (first if first.is_dir() else first.parent) / "view.html"
+    title = os.path.commonpath(args.paths) if len(args.paths) > 1 else args.paths[0]
+    write_page(out, rows, title or "Answers", " ".join(dict.fromkeys(notes)))
+    size = out.stat().st_size / 2 ** 20
+    print(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
+
+
+def prediction_files(path):
+    """The prediction files that a path names: itself, or those in a folder of eval.py."""
+    if path.is_file():
+        return [path]
+    files = sorted([*path.glob("generated_predictions.jsonl"),
+                    *path.glob("*/generated_predictions.jsonl")])
+    if not files:
+        raise InputError(f"{path}: neither answers of eval.py nor samples of mine_hard.py")
+    return files
+
+
+if __name__ == "__main__":
+    main()
