@@ -168,7 +168,8 @@ def main(argv=None):
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
-    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers] for e in examples])
+    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers]
+                           for e in examples])
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
     world.wait()                                            # all have seen that --out is free
@@ -185,14 +186,16 @@ def main(argv=None):
             pairs = torch.unique(p.answer // 2)     # of this pack: answers 2i and 2i + 1 lie in one
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[pairs]
+            policy = answer_sums(logprobs, p.answer, 2 * count)
+            policy = policy.view(-1, 2)[pairs]              # (B, 2): chosen, rejected
             lengths = [[len(ids) for ids in batch[i].answers] for i in pairs]
             lengths = policy.new_tensor(lengths).view(-1, 2)
             part = pairs_loss(policy, reference[numbers][pairs].to(policy), lengths[:, 0],
                               weights[numbers][pairs].to(policy),
                               args.beta, args.sft)
             verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            part.update(watched(part["loss"], policy, verdict.view(-1, 2)[pairs], lengths))
+            verdict = verdict.view(-1, 2)[pairs]
+            part.update(watched(part["loss"], policy, verdict, lengths))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()

@@ -1,18 +1,21 @@
 """tools/real.py: what it keeps of answers, its intervals, and the whole recipe on a toy model."""
 import json
 import random
+import re
+import signal
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import real
 import real_table
+import train_sft
 from audit import near_prompts
 from conftest import ROOT
 from traces import shorten, tidy, verdict_first
 
 from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
-                  parse_verdict, read_json, read_records)
+                  parse_verdict, read_json, read_records, write_json)
 from eval import confusion, f1
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
@@ -154,32 +157,49 @@ def test_words_learn_what_words_tell_and_throughout_says_harmful():
 
 
 # ------------------------------------------------------------------ the whole recipe
-THINGS = "lamp door pump gate horn bell fan oven saw drill kettle radio clock lock tap mill".split()
+THINGS = "lamp door pump gate horn bell fan oven saw drill radio clock".split()
+KINDS = (("Requests", "{} the {} now please", None),
+         ("Responses", "how do I {} my {}", "Press it."))
 
 
-def answer(request, completion=None, response=None):
-    """A trace as a small model can learn it."""
-    parts = [f"# Task 1\n## Reasoning Step 1: Look.\n## Reasoning Step 2: So {request}."]
-    if completion:
-        parts.append(f"# Task 2\n## Reasoning Step 1: So {completion}.")
-        parts.append(f"# Task 3\n## Reasoning Step 1: So {response}.")
-    return "\n\n".join([*parts, format_answers(request, completion, response)])
+def answer(word, response):
+    """A trace as a tiny model can learn it; the word is the last task's verdict."""
+    step = "## Reasoning Step"
+    if response is None:
+        return f"# Task 1\n{step} 1: Look.\n{step} 2: So {word}.\n\n{format_answers(word)}"
+    return (f"# Task 1\n{step} 1: So {H}.\n\n# Task 2\n{step} 1: So {C}.\n\n"
+            f"# Task 3\n{step} 1: So {word}.\n\n{format_answers(H, C, word)}")
+
+
+def exchanges(wording, response, seed):
+    """[(exchange, word)] of all things; half of the words are harmful, and nothing tells which."""
+    words = [H, U] * len(THINGS)
+    random.Random(seed).shuffle(words)
+    return [(format_input(wording.format(("start", "stop")[n % 2], THINGS[n // 2]), response), word)
+            for n, word in enumerate(words)]
+
+
+def write_base(folder):
+    """A base model that knows the form of the answers, and guesses."""
+    records = [{"instruction": INSTRUCTION, "input": exchange, "output": answer(word, response)}
+               for _, wording, response in KINDS
+               for exchange, word in exchanges("please " + wording, response, seed=5)]
+    write_json(folder / "base.json", records)
+    train_sft.main(["--model", str(ROOT / "toy/model"), "--data", str(folder / "base.json"),
+                    "--out", str(folder / "base"), "--lr", "4e-3", "--epochs", "6",
+                    "--batch-size", "4", "--dtype", "float32", "--device", "cpu"])
+    return folder / "base"
 
 
 def write_predictions(folder, seed):
-    """Answers of a made-up model to two benchmarks, a tenth of them wrong; words tell nothing."""
+    """Answers of a made-up model to two benchmarks, a tenth of them wrong."""
     mistakes = random.Random(seed)
-    for name, wording, response in (("Requests", "{} the {} now please", None),
-                                    ("Responses", "how do I {} my {}", "Press it.")):
-        words = [H, U] * len(THINGS)
-        random.Random(0).shuffle(words)
+    for name, wording, response in KINDS:
         lines = []
-        for n, word in enumerate(words):
-            verb = ("start", "stop")[n % 2]
-            exchange = format_input(wording.format(verb, THINGS[n // 2]), response)
+        for exchange, word in exchanges(wording, response, seed=0):
             said = word if mistakes.random() < 0.9 else {H: U, U: H}[word]
-            text = answer(H, C, said) if response else answer(said)
-            lines.append({"prompt": f"{INSTRUCTION}\n{exchange}", "label": word, "predict": text})
+            lines.append({"prompt": f"{INSTRUCTION}\n{exchange}", "label": word,
+                          "predict": answer(said, response)})
         path = folder / name / "generated_predictions.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -200,14 +220,18 @@ def write_tests(folder):
     return paths
 
 
-def test_the_whole_recipe(tmp_path, capsys):
+def raise_interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     folders = [write_predictions(tmp_path / name, seed) for seed, name in enumerate("AB")]
     tests = write_tests(tmp_path)
     data = tmp_path / "data"
     real.main(["data", "--predictions", *map(str, folders), "--tests", *map(str, tests),
                "--out", str(data), "--dev", "0.2"])
     said = capsys.readouterr().out
-    assert "2 of 63 left out" in said, said
+    assert "2 of 47 left out" in said, said
     found = read_json(data / "data.json")
     assert found["overlaps"]["alpha"]["exact"] == found["overlaps"]["alpha"]["near"] == 1
     assert found["records"]["both"] == 2 * found["records"]["traces"]
@@ -219,11 +243,20 @@ def test_the_whole_recipe(tmp_path, capsys):
     assert not {r["input"] for r in read_records(data / "dev.json")} & set(own)
 
     out = tmp_path / "out"
-    options = ["--model", str(ROOT / "toy/model"), "--data", str(data), "--out", str(out),
-               "--max-new-tokens", "90", "--batch-size", "8", "--epochs", "3", "--mine", "12",
-               "--dtype", "float32", "--device", "cpu"]
+    options = ["--model", str(write_base(tmp_path)), "--data", str(data), "--out", str(out),
+               "--max-new-tokens", "100", "--batch-size", "8", "--epochs", "1", "--mine", "16",
+               "--dtype", "float32", "--device", "cpu", "--lr", "1e-3"]
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(real.evaluation, "score", raise_interrupt)        # a kill, after training
+        real.main(["arm", "r_sft", *options, "--seed", "3"])
+    assert signal.getsignal(signal.SIGTERM) is before       # a trainer has its own while it runs
+    capsys.readouterr()
+
     real.main(["all", *options, "--seed", "3"])
     said = capsys.readouterr().out
+    trained = re.findall(r"^\$ python train_\w+.py .* --out \S+/(\w+)_seed3/model ", said, re.M)
+    assert trained == [name for name in real.ARMS if name not in ("r_sft", "r_sft_fast")]
     table = read_json(out / "table.json")
     assert {row["guard"] for row in table["rows"]} == {*real.ARMS, "throughout", "words"}
     assert len(table["rows"]) == 2 * (len(real.ARMS) + 2)
@@ -240,5 +273,5 @@ def test_the_whole_recipe(tmp_path, capsys):
 
     real.main(["all", *options, "--seed", "3"])             # nothing is done again
     assert "$ python" not in capsys.readouterr().out
-    with pytest.raises(InputError, match="epochs = 3, not 4"):
+    with pytest.raises(InputError, match="epochs = 1, not 4"):
         real.main(["arm", "r_sft", *options, "--seed", "3", "--epochs", "4"])

@@ -12,6 +12,7 @@ Without CUDA each stage runs in a small form: kernels by Triton's interpreter wh
 them, else the plain twins. That rehearses this file, it measures nothing.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ import bench as bench_tool  # noqa: E402
 import measure  # noqa: E402
 import model as library  # noqa: E402
 from data import InputError, at_least, common_prefix, pack, write_json  # noqa: E402
-from model import Engine, Job, Sampling, generate, plan_capacity  # noqa: E402
+from model import Engine, Job, Sampling, generate, join_results, plan_capacity  # noqa: E402
 from train_sft import sft_loss, shard  # noqa: E402
 
 
@@ -224,7 +225,7 @@ def profile(args):
         weight.grad = None
     with torch.inference_mode():
         prompts = b.prompts()
-        engine = start_engine(model, prompts, 4, 160 if args.cuda else 16)
+        engine = start_engine(model, prompts, 4, 64)        # of which three calls draw 28
         engine.capacity.poll = 9                            # one step plain, eight replayed
         decoding = time_kernels(b, "a decoding step and 8 replays", engine.decode)
     line = (f"busy: {training['busy']:.0%} of a pack's {training['seconds']:.3g} s, "
@@ -272,6 +273,88 @@ def bench(args):
     return line, {"items": result["items"]}
 
 
+@contextlib.contextmanager
+def undone(change):
+    """As if this change had not been made."""
+    owner, name, before = CHANGES[change]
+    now = vars(owner)[name]
+    setattr(owner, name, before)
+    yield
+    setattr(owner, name, now)
+
+
+def plain_norm(self, x):
+    return library.recomputed(library.rms_norm, x, self.weight, self.eps)
+
+
+def join_by_twin(*args):
+    kernels = library.KERNELS
+    library.choose_kernels("torch")
+    joined = join_results(*args)
+    library.choose_kernels(kernels)
+    return joined
+
+
+CHANGES = {                         # name: (where it is, its name there, what was there before)
+    "norm": (library.RMSNorm, "forward", plain_norm),
+    "rope": (library, "rope", library.apply_rope),
+    "logits": (library.TokenLogprobs, "ON_CUDA", 1),
+    "tiles": (library.TreeAttention, "tile_sizes", staticmethod(lambda q: (64, 8, 64, 8))),
+    "join": (library, "join_results", join_by_twin),
+}
+
+
+def compare(b, call, changes):
+    """How many times as long a call takes with each of these changes undone."""
+    seconds = {change: [] for change in ("none", *changes)}
+    for _ in range(8 if b.cuda else 2):                     # in turn, as clocks drift
+        for change, times in seconds.items():
+            with undone(change) if change in CHANGES else contextlib.nullcontext():
+                ready = call()                              # compiles, or records
+                began = b.now()
+                ready()
+                times.append(b.now() - began)
+    now = median(seconds["none"][1:])
+    return {change: median(seconds[change][1:]) / now for change in changes}
+
+
+def changes(args):
+    """What each change of the code buys: the time without it over the time with it."""
+    b = make_bench(args)
+    layers = 4 if args.cuda else 2
+    model = random_model(b, layers, torch.float32)
+    model.compute_dtype = b.products
+    p = one_pack(b, 8192 if args.cuda else 128)
+
+    def training():
+        train(model, p)
+        return partial(train, model, p)
+
+    found = {"training": compare(b, training, ["norm", "rope", "logits"])}
+    if args.cuda:                                           # heads of 128
+        eight = make_bench(args, "--shape", "8b")
+        model = random_model(eight, layers, torch.float32)
+        model.compute_dtype = b.products
+        found["training 8b"] = compare(b, training, ["tiles", "norm", "rope"])
+    with torch.inference_mode():
+        engine = start_engine(random_model(b, layers, b.products), b.prompts(), 4, 64)
+
+        def decoding():
+            batch = engine.make_batch()
+            step = partial(engine.step, batch)
+            step()
+            step = engine.record(step)
+            return lambda: [step() for _ in range(20 if b.cuda else 1)]
+
+        found["decoding"] = compare(b, decoding, ["norm", "rope", "join"])
+        slot = next(iter(engine.owned))
+        engine.owned[slot] += engine.pool.take_highest(len(engine.pool.free) // 2)
+        found["decoding beside a long answer"] = compare(b, decoding, ["join"])
+    parts = [f"{what}: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+             for what, ratios in found.items()]
+    return "time without / with; " + "; ".join(parts), found
+
+
 def blocks(args):
     """What a single long answer costs: in a step, and in a block of prompts that ends with it."""
     b = make_bench(args)
@@ -300,6 +383,7 @@ STAGES = {                          # name: (function, seconds at most)
     "step": (step, 60),
     "profile": (profile, 70),
     "bench": (bench, 180),
+    "changes": (changes, 80),
     "blocks": (blocks, 40),
 }
 INTERPRETED = ("kernels", "step")   # without CUDA; the other stages use the plain twins there
