@@ -330,13 +330,13 @@ class Tokenizer:
             trims = {render_turn(template, "\n" + REQUEST) == rendered,
                      render_turn(template, REQUEST + "\n") == rendered}
         except NotKnown as error:
-            print(f"{self.folder}: its chat template holds what is not known here, {error}; {ours}",
-                  file=sys.stderr)
+            print(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
+                  f"{ours}", file=sys.stderr)
             return
         before, found, after = rendered.partition(REQUEST)
         control = {*self.special, *self.words}
         words = [piece for piece in split_at(control, before + after) if piece not in control]
-        if found and len(trims) == 1 and set("".join(words).split()) <= {"user", "assistant"}:
+        if found and len(trims) == 1 and set(" ".join(words).split()) <= {"user", "assistant"}:
             self.use_control(before + after)
             self.before = before
             self.after = after
@@ -430,9 +430,8 @@ class Tokenizer:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (self.folder / name).exists():
                 write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
-        path = self.folder / "tokenizer_config.json"
-        config = (read_json(path) if path.exists()
-                  else {"tokenizer_class": "PreTrainedTokenizerFast"})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                  **read_object(self.folder / "tokenizer_config.json")}
         config["eos_token"] = self.end
         config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
@@ -934,7 +933,7 @@ def read_sizes(folder, vocabulary):
     told; InputError where text can have more ids. (Control tokens that no template uses may lie
     beyond.)"""
     path = folder / "config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_object(path)
     size = config.get("vocab_size", math.inf)
     context = config.get("max_position_embeddings", math.inf)
     if not isinstance(size, (int, float)) or not isinstance(context, (int, float)):
@@ -953,6 +952,27 @@ class NotKnown(Exception):
     """A piece of Jinja that is not evaluated here."""
 
 
+class Undefined:
+    """What a name stands for that nobody gave a value: printed as nothing, and false."""
+
+    def __bool__(self):
+        return False
+
+    def __str__(self):
+        return ""
+
+
+UNDEFINED = Undefined()
+
+
+def not_of_request(value):
+    """The value; NotKnown where it holds the user's text, as another text could mean another
+    prompt."""
+    if isinstance(value, str) and REQUEST in value:
+        raise NotKnown("what depends on the user's text")
+    return value
+
+
 def jinja_of(start, template):
     """A Template in Jinja, as Hugging Face folders hold it."""
     turn = template.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + template.close
@@ -961,19 +981,28 @@ def jinja_of(start, template):
 
 
 def read_chat_template(folder):
-    """{"chat_template", "bos_token", "eos_token"} of a folder, or {} where it has no template."""
+    """{"chat_template", and of what it may name "bos_token", "eos_token", ...} of a folder, or {}
+    where it has no template."""
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
-    told = read_json(config) if config.exists() else {}
-    text = (read_text(file) if file.exists() else "") or told.get("chat_template")
-    if isinstance(text, list):                              # several, each with a name
-        text = {entry["name"]: entry["template"] for entry in text}.get("default")
-    if not text:
+    told = {**read_object(folder / "special_tokens_map.json"), **read_object(config)}
+    text = read_text(file, "utf-8") if file.exists() else told.get("chat_template")
+    if text is None:
         return {}
-    found = {"chat_template": text}
-    for name in ("bos_token", "eos_token"):
-        token = told.get(name) or ""
-        found[name] = token["content"] if isinstance(token, dict) else token
+    try:
+        if isinstance(text, list):                          # several, each with a name
+            text = {entry["name"]: entry["template"] for entry in text}.get("default", "")
+        found = {"chat_template": text + ""}
+    except (TypeError, KeyError):
+        raise InputError(f"{config}: chat_template is neither a text nor a list of them, each with "
+                         "name and template") from None
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = told.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(text, str):
+            raise InputError(f"{config}: {name} is {token!r}, which is no text")
+        if token is not None:
+            found[name] = text
     return found
 
 
@@ -988,16 +1017,20 @@ def find_format(template, special):
 def render_turn(template, request):
     """What a chat template makes of one user's turn, ready for the answer; NotKnown where it holds
     what is not evaluated here. template: as read_chat_template gives it."""
-    names = {**template, "messages": [{"role": "user", "content": request}],
-             "add_generation_prompt": True, "true": True, "false": False, "none": None}
-    text = template["chat_template"]
+    names = {**template, "messages": [{"role": "user", "content": request}], "tools": None,
+             "documents": None, "add_generation_prompt": True,
+             "true": True, "false": False, "none": None}
+    text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
     text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
     text = re.sub(r"([%#]\})\n", r"\1", text)   # lines of tags leave none
     text = re.sub(r"\s*(\{[{%#])-", r"\1", text)
     text = re.sub(r"-([}%#]\})\s*", r"\1", text)
     tokens = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
-    nodes, _ = parse_template(iter(tokens), ("",))
-    return "".join(run_template(nodes, names))
+    try:
+        nodes, _ = parse_template(iter(tokens), ("",))
+        return "".join(run_template(nodes, names))
+    except (TypeError, RecursionError) as error:            # a loop over nothing; deep nesting
+        raise NotKnown(error) from None
 
 
 def parse_template(tokens, until):
@@ -1035,7 +1068,8 @@ def parse_template(tokens, until):
 
 
 def run_template(nodes, names):
-    """Yield the text of these nodes; names: the variables, which `set` and `for` change."""
+    """Yield the text of these nodes; names: the variables, which `set` changes. What is set in a
+    loop ends with it."""
     for kind, text, branches in nodes:
         if kind == "text":
             yield text
@@ -1052,10 +1086,10 @@ def run_template(nodes, names):
             name, _, expression = text.partition(" in ")
             values = evaluate(expression, names)
             for index, value in enumerate(values):
-                last = index == len(values) - 1
-                loop = {"first": index == 0, "last": last, "index0": index, "index": index + 1}
-                names.update({"loop": loop, name.strip(): value})
-                yield from run_template(branches[0][1], names)
+                left = len(values) - index
+                loop = {"first": index == 0, "last": left == 1, "index0": index, "index": index + 1,
+                        "length": len(values), "revindex": left, "revindex0": left - 1}
+                yield from run_template(branches[0][1], {**names, "loop": loop, name.strip(): value})
 
 
 def evaluate(expression, names):
@@ -1065,37 +1099,44 @@ def evaluate(expression, names):
     pieces[1::2] = [text.replace("\n", "\\n") for text in pieces[1::2]]     # in quotes
     try:
         return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, names)
-    except (SyntaxError, TypeError, LookupError, AttributeError):
+    except (SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+            MemoryError):
         raise NotKnown(expression.strip()[:60]) from None
 
 
 def value_of(node, names):
-    """The value of a node of Python's syntax tree, read as Jinja; a name that is not defined:
-    None."""
+    """The value of a node of Python's syntax tree, read as Jinja."""
     def value(inner):
         return value_of(inner, names)
 
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
-        return names.get(node.id)
+        return names.get(node.id, UNDEFINED)
     if isinstance(node, ast.Attribute) and node.attr == "trim":
         return value(node.value).strip()
     if isinstance(node, ast.Attribute):
-        return value(node.value).get(node.attr)
+        return value(node.value).get(node.attr, UNDEFINED)
+    if isinstance(node, ast.Call) and ast.unparse(node).endswith(".strip()"):
+        return value(node.func.value).strip()
     if isinstance(node, ast.Slice):
         return slice(node.lower and value(node.lower), node.upper and value(node.upper))
     if isinstance(node, ast.Subscript):
-        whole = value(node.value)
+        whole = not_of_request(value(node.value))
         key = value(node.slice)
-        return whole.get(key) if isinstance(whole, dict) else whole[key]
+        return whole.get(key, UNDEFINED) if isinstance(whole, dict) else whole[key]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return value(node.left) + value(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+        return int.__mod__(value(node.left), value(node.right))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not value(node.operand)
     if isinstance(node, ast.BoolOp):
-        test = any if isinstance(node.op, ast.Or) else all
-        return test(value(inner) for inner in node.values)
+        for inner in node.values:
+            result = value(inner)
+            if bool(result) == isinstance(node.op, ast.Or):
+                break
+        return result
     if isinstance(node, ast.IfExp):
         return value(node.body) if value(node.test) else value(node.orelse)
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -1106,10 +1147,11 @@ def value_of(node, names):
 def compare(left, operator, right, value):
     """left == right and the like; `is` is followed by the name of a test."""
     if isinstance(operator, (ast.Is, ast.IsNot)):
-        tests = {"defined": left is not None, "none": left is None, "None": left is None,
+        tests = {"defined": left is not UNDEFINED, "none": left is None, "None": left is None,
                  "string": isinstance(left, str), "mapping": isinstance(left, dict)}
         return tests[ast.unparse(right)] == isinstance(operator, ast.Is)
-    right = value(right)
+    left = not_of_request(left)
+    right = not_of_request(value(right))
     if isinstance(operator, (ast.Eq, ast.NotEq)):
         return (left == right) == isinstance(operator, ast.Eq)
     if isinstance(operator, (ast.In, ast.NotIn)):
@@ -1167,10 +1209,10 @@ def write_json(path, value):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_text(path):
+def read_text(path, encoding="utf-8-sig"):
     """The text of a UTF-8 file; InputError where there is none."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding=encoding)
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -1189,6 +1231,15 @@ def parse_json(place, text):
 def read_json(path):
     """The value in a JSON file."""
     return parse_json(path, read_text(path))
+
+
+def read_object(path):
+    """The dict in a JSON file, {} where there is no file; InputError where it holds anything
+    else."""
+    value = read_json(path) if Path(path).exists() else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is not a JSON object")
+    return value
 
 
 # ------------------------------------------------------------------ python data.py FILE

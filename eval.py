@@ -170,7 +170,8 @@ def score(rows, dataset, legacy=False, fpr=None):
             pairs = list(zip(gold, predicted))
         if not pairs:
             continue
-        result = {"file": rows[0]["file"], "dataset": dataset, "task": task, "n": len(pairs)}
+        result = {"file": rows[0]["file"], "dataset": dataset,
+                  "task": task, "n": len(pairs)}
         result.update(counted(pairs, task), unparsable=predicted.count(None),
                       reasoning_disagrees=disagreements(labelled, task))
         result.update(costs(labelled), **closed(labelled, task))
@@ -204,7 +205,9 @@ def costs(rows):
         if key != "latency_ms":
             figures[f"{key}_per_query"] = float(np.mean(values))
         if key != "ms":
-            figures[f"{key}_p50"], figures[f"{key}_p95"] = np.percentile(values, [50, 95]).tolist()
+            p50, p95 = np.percentile(values, [50, 95])
+            figures[f"{key}_p50"] = float(p50)
+            figures[f"{key}_p95"] = float(p95)
     return figures
 
 
@@ -220,9 +223,11 @@ def closed(rows, task):
 
 def scored(rows, task, fpr):
     """What a result says of probabilities."""
-    positive = np.array([row["gold"][task] == VERDICTS[task][0] for row in rows])
+    name = VERDICTS[task][0]
+    positive = np.array([row["gold"][task] == name for row in rows])
     p = np.array([row["p"][task] for row in rows])
-    figures = {"auprc": auprc(positive, p), "ece": calibration_error(positive, p),
+    figures = {"auprc": auprc(positive, p),
+               "ece": calibration_error(positive, p),
                "recall_at_1": recall_at(positive, p, 0.01)[0],
                "recall_at_5": recall_at(positive, p, 0.05)[0]}
     if fpr is not None:
@@ -441,7 +446,8 @@ def main(argv=None):
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
         rows = read_predictions(path, dataset, args.by)
-        results += score(rows, dataset, args.legacy) + by_column(rows, dataset, args.fpr)
+        results += score(rows, dataset, args.legacy)
+        results += by_column(rows, dataset, args.fpr)
     if args.model:
         guard = LazyModel(args, args.model, world.device)
         if args.prompt is not None or args.moderate:
@@ -498,7 +504,8 @@ def judge_lines(lines, before, guard, options):
         try:
             exchanges[i] = parse_exchange(line)
         except (ValueError, RecursionError) as error:
-            results[i] = refusal(f"line {before + i + 1}: {error}", options["on_unparsable"])
+            place = f"line {before + i + 1}"
+            results[i] = refusal(f"{place}: {error}", options["on_unparsable"])
     numbers = list(exchanges)
     shown = 0
     answered = moderate_iter(guard.model, guard.tokenizer, list(exchanges.values()), **options)
@@ -597,7 +604,8 @@ def evaluate_file(args, path, dataset, guard, world):
     milliseconds = 1000 * (time.time() - start) / len(records)
     rows = []
     for record, gold, answer in zip(records, golds, answers):
-        row = {"file": str(path), "gold": gold, **slice_of(record, args.by), **answer}
+        row = {"file": str(path), "gold": gold,
+               **slice_of(record, args.by), **answer}
         if not resumed:
             row["ms"] = milliseconds
         rows.append(row)
@@ -662,7 +670,8 @@ def add_probabilities(rows, guard, prompts, tasks, world):
     mean over its answers."""
     owner = [i for i, row in enumerate(rows) for _ in row["texts"]]
     for task in tasks:
-        texts = [up_to_verdict(text, task) for row in rows for text in row["texts"]]
+        texts = [up_to_verdict(text, task)
+                 for row in rows for text in row["texts"]]
         values = verdict_probability(guard.model, guard.tokenizer, [prompts[i] for i in owner],
                                      texts, task, world)
         means = np.bincount(owner, values) / np.bincount(owner)
@@ -744,9 +753,10 @@ def print_notes(results):
                   f"{r['recall_at_5']:.1f} at 5% false positives, calibration error {r['ece']:.1f}")
     first = results[0] if results else {}
     if "latency_ms_p50" in first:
-        print(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), answered "
-              f"{first['latency_ms_p50'] / 1000:.1f} s (95%: {first['latency_ms_p95'] / 1000:.1f}) "
-              "after their block began")
+        p50 = first["latency_ms_p50"] / 1000
+        p95 = first["latency_ms_p95"] / 1000
+        print(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), "
+              f"answered {p50:.1f} s (95%: {p95:.1f}) after their block began")
     forced = [r for r in results if "forced" in r]
     for r in forced:
         print(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end and count as "
@@ -760,8 +770,12 @@ def print_notes(results):
 def table_line(r):
     """One result, and the paper's figures for its data set."""
     low, high = r["ci95"]
-    name = f"  {r['slice']}" if "slice" in r else r["dataset"]
-    figures = [] if "slice" in r else paper_row(r["task"], r["dataset"])[2:]
+    if "slice" in r:
+        name = f"  {r['slice']}"
+        figures = []
+    else:
+        name = r["dataset"]
+        figures = paper_row(r["task"], name)[2:]
     paper = "  /  ".join(f"{f1:.2f}" for f1 in figures)
     return (f"{name[:24]:24} {r['n']:5}  {r['f1']:6.2f}   "
             f"{low:5.1f} - {high:5.1f}   "

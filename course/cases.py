@@ -1093,7 +1093,7 @@ def _(rng):
     figures = [200 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in drawn]
     want = np.percentile(figures, [2.5, 97.5])
     got = bootstrap(tuple(cells))
-    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 0.24 * np.std(figures),
+    holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 0.32 * np.std(figures),
           f"bootstrap({cells}) is about {want.round(1)}, not {got}")
     holds(bootstrap(tuple(cells)) == got, "the same seed gives the same interval")
     holds(np.isfinite(bootstrap((0, 0, 0, 9))).all(), "no positives: still a number")

@@ -173,6 +173,11 @@ def check_lora_trains_adapters_alone_and_merges_them():
     before = logprobs_of(model, examples)
     add_adapters(model, 4, 6.0, seed=0)
     assert torch.equal(logprobs_of(model, examples), before)                 # B = 0
+    again, other = tiny_model(), tiny_model()
+    add_adapters(again, 4, 6.0, seed=0)
+    add_adapters(other, 4, 6.0, seed=1)
+    a, b, c = (m.model["layers"][2].mlp.down_proj.A for m in (model, again, other))
+    assert torch.equal(a, b) and (a - c).abs().min() > 0
     optimizer = make_optimizer(model, 1e-2)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     assert sum(weight.numel() for weight in trained) == 4 * 3 * TINY_IN_PLUS_OUT
@@ -312,26 +317,28 @@ def check_min_length(tmp_path, monkeypatch):
         mine_hard.main([*arguments, "--resume"])
 
 
-def check_group_preference_by_hand():
-    from train_dpo import all_pairs, groups_loss, pairs_loss
+def check_group_preference_by_hand(tmp_path, monkeypatch):
+    import train_dpo
+    from data import INSTRUCTION, format_input
+    from test_dpo import run
+    seen, reference_logprobs = [], train_dpo.reference_logprobs
+    ratios = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)             # log pi - log ref: two correct ones, one not
 
-    def loss(policy, reference, length, correct, weight, name="loss"):
-        """Of one prompt with these answers, the first `correct` of them correct."""
-        tensor = lambda values: torch.tensor(values, dtype=torch.float64)
-        example = tiny_examples(shapes=[(3, length)])
-        part = groups_loss(tensor(policy), tensor(reference), tensor(length), tensor([weight]),
-                           *all_pairs(example, [correct]), beta=0.5, sft=2.0)
-        return part[name].sum().item()
+    def shifted(model, examples, *more):
+        (reference,) = reference_logprobs(model, examples, *more)
+        seen.append(-reference / torch.tensor([len(ids) for ids in examples[0].answers]))
+        return [reference - ratios]
 
-    row = lambda *values: torch.tensor([values], dtype=torch.float64)
-    pair = pairs_loss(row(-3.0, -7.0), row(-4.0, -5.0), row(3)[0], row(1.2)[0], 0.5, 2.0)
-    for name, value in pair.items():
-        assert loss([-3.0, -7.0], [-4.0, -5.0], [3, 5], 1, 1.2, name) == value.item()
-    # margins of the correct answers 1 and -2, of the incorrect one 0: -log sigmoid(0.5) = 0.474077 and
-    # -log sigmoid(-1) = 1.313262; times alpha 1.2, mean; the SFT term 2 (3 / 3 + 8 / 4) / 2
-    policy, reference, length = [-3.0, -8.0, -7.0], [-4.0, -6.0, -7.0], [3, 4, 5]
-    assert loss(policy, reference, length, 2, 1.2) == pytest.approx(1.2 * (0.474077 + 1.313262) / 2 + 3, abs=1e-6)
-    assert loss(policy, reference, length, 2, 1.2, "accuracy") == 0.5
+    monkeypatch.setattr(train_dpo, "reference_logprobs", shifted)
+    line = {"instruction": INSTRUCTION, "input": format_input("Please lock the chest."), "chosen": "b", "rejected": "d e",
+            "correct": ["a b c", "b"], "incorrect": ["d e"], "weight": 1.2}
+    (tmp_path / "hard.jsonl").write_text(json.dumps(line))
+    rows, _ = run(tmp_path / "run", tmp_path / "hard.jsonl", "--dtype", "float64", "--lr", 0, "--beta", 0.5)
+    # -log sigmoid(0.5) = 0.474077, -log sigmoid(-1) = 1.313262
+    assert rows[0]["preference"] == pytest.approx(1.2 * (0.474077 + 1.313262) / 2, abs=1e-6)
+    assert rows[0]["loss"] - rows[0]["preference"] == pytest.approx(2.0 * seen[0][:2].mean().item(), abs=1e-9)
+    assert (rows[0]["pairs"], rows[0]["accuracy"]) == (2, 0.5)
+    assert rows[0]["margin"] == pytest.approx(0.5 * (1 - 2) / 2, abs=1e-9)
 
 
 def write_groups(path, turn=0):
@@ -355,7 +362,8 @@ def check_group_preference_depends_neither_on_order_nor_on_packing(tmp_path):
     rows, weights = run(tmp_path / "run", write_groups(tmp_path / "groups.jsonl"), *exact)
     assert [r["pairs"] for r in rows] == [1 * 2 + 2 * 1 + 3 * 2 + 1 * 1 + 2 * 2 + 3 * 1] * 2
     assert rows[1]["preference"] < rows[0]["preference"]
-    names = ["loss", "preference", "margin", "grad_norm", "chosen_logprob", "rejected_logprob", "tokens"]
+    names = ["loss", "preference", "margin", "grad_norm", "chosen_logprob", "rejected_logprob", "chosen_push",
+             "chosen_verdict", "rejected_verdict", "rejected_length", "tokens"]
     for number, (turn, *more) in enumerate([(0, "--max-tokens", 1), (0, "--no-share"), (1,)]):
         again, same = run(tmp_path / str(number), write_groups(tmp_path / "groups.jsonl", turn), *exact, *more)
         for a, b in zip(rows, again):
@@ -378,7 +386,9 @@ def check_group_preference_of_pairs_is_dpo(tmp_path):
         logprobs = Llama.from_pretrained("toy/model", "cpu", torch.float64)(p.tokens, p.end, p.rows, p.targets)
     policy = answer_sums(logprobs, p.answer, 24).view(-1, 2)
     length = torch.tensor([len(e.answers[0]) for e in examples])
-    for name, values in pairs_loss(policy, policy, length, weights, 0.1, 2.0).items():
+    want = pairs_loss(policy, policy, length, weights, 0.1, 2.0)
+    del want["accuracy"]                                                     # at margins that are 0 up to rounding
+    for name, values in want.items():
         means = [values[numbers].mean().item() for numbers in batches(12, 5, 1, 42)]
         assert [r[name] for r in rows] == pytest.approx(means, abs=1e-12)
 
