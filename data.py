@@ -431,7 +431,7 @@ class Tokenizer:
             if (self.folder / name).exists():
                 write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  **read_object(self.folder / "tokenizer_config.json")}
+                  **read_object(self.folder / "tokenizer_config.json", {})}
         config["eos_token"] = self.end
         config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
@@ -933,11 +933,11 @@ def read_sizes(folder, vocabulary):
     told; InputError where text can have more ids. (Control tokens that no template uses may lie
     beyond.)"""
     path = folder / "config.json"
-    config = read_object(path)
+    config = read_object(path, {})
     size = config.get("vocab_size", math.inf)
     context = config.get("max_position_embeddings", math.inf)
-    if not isinstance(size, (int, float)) or not isinstance(context, (int, float)):
-        raise InputError(f"{path}: vocab_size and max_position_embeddings must be numbers")
+    if not all(number == math.inf or type(number) is int for number in (size, context)):
+        raise InputError(f"{path}: vocab_size and max_position_embeddings must be whole numbers")
     ids = [*vocabulary.tokens.values(), *vocabulary.words.values()]
     if max(ids, default=0) >= size:
         raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: "
@@ -985,7 +985,7 @@ def read_chat_template(folder):
     where it has no template."""
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
-    told = {**read_object(folder / "special_tokens_map.json"), **read_object(config)}
+    told = {**read_object(folder / "special_tokens_map.json", {}), **read_object(config, {})}
     text = read_text(file, "utf-8") if file.exists() else told.get("chat_template")
     if text is None:
         return {}
@@ -1233,10 +1233,12 @@ def read_json(path):
     return parse_json(path, read_text(path))
 
 
-def read_object(path):
-    """The dict in a JSON file, {} where there is no file; InputError where it holds anything
-    else."""
-    value = read_json(path) if Path(path).exists() else {}
+def read_object(path, absent=None):
+    """The dict in a JSON file; InputError where it holds anything else, or where there is no file
+    and no dict `absent` to take instead."""
+    if absent is not None and not Path(path).exists():
+        return absent
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: is not a JSON object")
     return value

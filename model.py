@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import (FORMATS, InputError, at_least, common_prefix, deal, read_json, write_json,
+from data import (FORMATS, InputError, at_least, common_prefix, deal, read_object, write_json,
                   write_whole)
 
 # ================================================================== part I: the model
@@ -72,41 +72,44 @@ class LlamaConfig:
     def from_json(cls, path):
         """Read config.json in either spelling (`rope_scaling`, or `rope_parameters` since 2025).
         InputError for another kind of model, and where a field is absent."""
-        raw = read_json(path)
+        raw = read_object(path)
         check_llama(path, raw)
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise InputError(f"{path}: rope scaling {kind!r} is unknown, only 'llama3' is")
-        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        raw["rope_scaling"] = rope if kind == "llama3" else None
-        dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
-        if dtype not in STORED_DTYPES:
-            raise InputError(f"{path}: dtype {dtype!r} is unknown, only {STORED_DTYPES} are")
-        raw["torch_dtype"] = dtype
+        raw.update(read_rope(path, raw), torch_dtype=read_dtype(path, raw))
+        raw["tie_word_embeddings"] = raw.get("tie_word_embeddings") or False
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
                                       or raw.get("num_attention_heads"))
         names = [f.name for f in fields(cls)]
         known = {name: raw[name] for name in names if name in raw}
         try:
             config = cls(**known)
-            rope_frequencies(config)
-            fits = config.is_consistent()
+            fault = config.fault()
         except (TypeError, KeyError, ValueError, ArithmeticError) as error:
             what = str(error).split("__init__() ")[-1]
             raise InputError(f"{path}: {what} (absent or of another type)") from None
-        if not fits:
-            raise InputError(f"{path}: sizes must be whole numbers from 1 on, heads a multiple of "
-                             "key/value heads, and head_dim even")
+        if fault:
+            raise InputError(f"{path}: {fault}")
         return config
 
-    def is_consistent(self):
-        """Can there be a model of these sizes?"""
-        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers,
-                 self.num_attention_heads, self.num_key_value_heads, self.head_dim)
-        whole = all(isinstance(size, int) and size > 0 for size in sizes)
-        divides = self.num_attention_heads % self.num_key_value_heads == 0
-        return whole and divides and self.head_dim % 2 == 0
+    def fault(self):
+        """What is wrong with these fields, or None: can there be such a model?"""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim"):
+            size = getattr(self, name)
+            most = 1000 if name == "num_hidden_layers" else 2 ** 19
+            if type(size) is not int or not 0 < size <= most:
+                return f"{name} is {size!r}, not a whole number from 1 to {most}"
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            return "heads must be a multiple of key/value heads, and head_dim even"
+        if type(self.max_position_embeddings) is not int or self.max_position_embeddings < 1:
+            return f"max_position_embeddings is {self.max_position_embeddings!r}"
+        if type(self.tie_word_embeddings) is not bool:
+            return f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false"
+        if not 0 <= self.rms_norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
+            return f"rms_norm_eps is {self.rms_norm_eps!r} and rope_theta {self.rope_theta!r}"
+        frequencies = rope_frequencies(self)
+        if not (frequencies > 0).all() or not frequencies.isfinite().all():
+            return f"rope_scaling {self.rope_scaling} turns by angles that are no numbers"
+        return None
 
     def to_json(self):
         """The dict to store as config.json, loadable by transformers and vLLM."""
@@ -120,6 +123,30 @@ class LlamaConfig:
         if self.rope_scaling:
             stored["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling}
         return stored
+
+
+def read_rope(path, raw):
+    """{"rope_theta", "rope_scaling"} of a config.json, whose spelling has changed over the years;
+    InputError for a kind of scaling that is not known."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope scaling {rope!r} is unknown, only 'llama3' is")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kind = rope.get("rope_type") or rope.get("type")
+    plain = kind == "default" or kind is None and not any(rope.values())
+    if kind != "llama3" and not plain:
+        raise InputError(f"{path}: rope scaling {kind or rope!r} is unknown, only 'llama3' is")
+    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
+
+
+def read_dtype(path, raw):
+    """The name of the dtype that a config.json wants weights stored in, as torch spells it."""
+    told = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+    name = str(getattr(torch, told, told)).removeprefix("torch.")       # half is float16
+    if name not in STORED_DTYPES:
+        raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
+    return name
 
 
 def check_llama(path, raw):
@@ -471,8 +498,8 @@ class Llama(nn.Module):
         found = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path):
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue                                # follows from config.json
+                if "rotary_emb." in name:
+                    continue                                # a buffer: follows from config.json
                 check_tensor(path, name, tensor, wanted, config)
                 if name in found:
                     raise InputError(f"{path}: tensor {name} is in another file, too")
@@ -506,9 +533,12 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [whole]
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: has no weight_map")
+    for name in weight_map.values():
+        if not str(name).endswith(".safetensors") or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is no safetensors file of this folder")
     names = set(weight_map.values())
     if whole.exists() and names != {whole.name}:
         print(f"{folder}: two sets of weights; {whole.name} is read, and not the files that "
@@ -916,7 +946,8 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD")  # no new kernel for each value
+    # no new kernel for each value of these
+    VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD")
     jit = triton.jit(do_not_specialize=VARYING)
     KERNELS = "triton"                                              # see choose_kernels
 except ImportError:                     # no wheel for this system: the twins do the work

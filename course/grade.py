@@ -1,260 +1,286 @@
-"""Grade a student's copy made by make_assignment.py.
+"""Grade students' copies made by make_assignment.py.
 
-    python course/grade.py STUDENT                       points of each exercise, each set, and all
-    python course/grade.py STUDENT --sets 1 2 --seed 7   only these sets; other random cases
-    python course/grade.py STUDENT --only dpo_loss       one exercise, with the output of its tests
-    python course/grade.py --self-check                  0 for blanks and mistakes, all for our code
+    python course/grade.py STUDENT                          points of each exercise, each set, and all
+    python course/grade.py STUDENT --sets 1 2 --seed 7      only these sets; other random cases
+    python course/grade.py STUDENT --only dpo_loss          one exercise, with all that it printed
+    python course/grade.py class/* --table class.csv --feedback feedback
+    python course/grade.py --self-check                     blanks, our code, mistakes and cheats
 
-Every exercise is graded in a copy of *our* checkout in which only that function is the student's (with what
-else their file has at top level that ours has not: helpers, imports). So a blank or broken function costs its
-own points and no others, and edited tests do not matter. Where functions agree on something between them (a
-forward and its backward pass), the student's own together count as well. Each runs in a process of its own,
-for at most --seconds of CPU time. That guards against mistakes, not malice: grade strangers in a container.
+Every exercise is graded in a copy of *our* scripts in which only that function is the student's,
+with the helpers at top level that it needs. So a blank or broken function costs its own points and
+no others, and edited tests do not matter. Where functions agree between them (a forward and its
+backward pass), the student's own together count as well. First rules.py reads the function; then it
+runs in a process of its own, for at most --seconds of CPU time (see sandbox.py), where twins of it
+are blank. A part of an exercise gives its points if its tests and its random cases all pass.
 """
 import argparse
-import ast
+import csv
 import json
-import multiprocessing
-import os
-import re
-import resource
-import signal
 import sys
 import tempfile
-import textwrap
 import time
-import traceback
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # a forked process must not need its parent's threads
+import sandbox
+from exercises import (EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of, extras, find, is_blank,
+                       lines_of, parse, splice)
+from make_assignment import copy_parts
+from rules import refusals
 
-from make_assignment import (EXERCISES, ROOT, SCRIPTS, SETS, blank, copy_repository, find,  # noqa: E402
-                             first_line, is_blank)
-
-# ------------------------------------------------------------------ a student's function in our file
-
-
-@lru_cache
-def parse(source):
-    """The syntax tree of a file, or None where it has a mistake in syntax."""
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None
+NEEDED = ["toy/model", "tests/test_exercises.py", "tests/test_exercises_kernels.py",
+          "course/cases.py", "course/exercises.py"]
 
 
-def lines_of(source, name):
-    """The text of a function or method, decorators included and not indented; None where it is not there.
+@dataclass
+class Result:
+    """What an exercise is worth; remarks: {part: what is wrong, or ""}."""
+    points: int
+    remarks: dict
+    seconds: float = 0.0
+    log: str = ""
 
-    A file with a mistake in syntax is searched by indentation: one broken function must not cost others."""
-    lines, tree = source.split("\n"), parse(source)
-    if tree:
-        node = find(tree, name)
-        text = node and lines[first_line(node) - 1:node.end_lineno]
-    else:
-        text, start = None, 0
-        for depth, part in enumerate(name.split(".")):
-            head = re.compile(rf"{'    ' * depth}(def|class) {part}\b")
-            start = next((i for i in range(start, len(lines)) if head.match(lines[i])), None)
-            if start is None:
-                return None
-        indent = "    " * name.count(".")
-        inside = lambda line: not line.strip() or line.startswith((indent + " ", indent + ")"))
-        stop = next((i for i in range(start + 1, len(lines)) if not inside(lines[i])), len(lines))
-        while start and lines[start - 1].startswith(indent + "@"):
-            start -= 1
-        text = lines[start:stop]
-    return text and textwrap.dedent("\n".join(text)).rstrip()
+    @property
+    def remark(self):
+        """One line for the table."""
+        said = {wrong: None for wrong in self.remarks.values() if wrong}
+        whole = set(self.remarks.values()) == set(said)
+        if len(said) == 1 and whole:
+            return first_line(next(iter(said)))
+        return "; ".join(f"{part}: {first_line(wrong)}" if part else first_line(wrong)
+                         for part, wrong in self.remarks.items() if wrong)
 
 
-def bound(node):
-    """The names that a statement at top level binds."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+def first_line(text):
+    lines = text.splitlines()
+    return lines[0] if lines else text
 
 
-def extras(ours, theirs):
-    """The statements at top level of the student's file that bind a name which ours has not, as text."""
-    ours, tree, lines = parse(ours), parse(theirs), theirs.split("\n")
-    known = set().union(*map(bound, ours.body))
-    nodes = [] if tree is None else [n for n in tree.body if isinstance(
-        n, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)) and bound(n) - known]
-    return ["\n".join(lines[first_line(n) - 1:n.end_lineno]) for n in nodes]
+# ------------------------------------------------------------------ one exercise
+def graded_copy(folder, exercise, functions):
+    """Write what one function is graded in: our scripts with these functions {(file, name): (text,
+    helpers)} in them, and the exercise's twins blank."""
+    copy_parts(folder, NEEDED)
+    for file in SCRIPTS:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        if file == exercise.file:
+            source = blank(source, exercise.twins)
+        for (where, name), (text, helpers) in functions.items():
+            if where == file:
+                source = splice(source, name, text, helpers)
+        (folder / file).write_text(source, encoding="utf-8")
 
 
-def splice(ours, name, text, more=()):
-    """Our file with the function `name` replaced by `text`, and the statements `more` before it."""
-    tree, lines = parse(ours), ours.split("\n")
-    node, top = find(tree, name), find(tree, name.split(".")[0])
-    lines[first_line(node) - 1:node.end_lineno] = textwrap.indent(text, " " * node.col_offset).split("\n")
-    at = first_line(top) - 1
-    return "\n".join([*lines[:at], *more, *lines[at:]])
-
-
-# ------------------------------------------------------------------ one exercise, in a process of its own
-
-
-def child(folder, exercise, seed, seconds, result):
-    """Run the instructor's case and the named tests in the copy `folder`; send "" or what is wrong."""
-    os.setsid()
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    with open(folder.parent / "log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    parts = ("", "tests", "toy", "tools", "course")
-    ours = [ROOT / part for part in parts]
-    elsewhere = [p for p in sys.path if Path(p or ".").resolve() not in ours]
-    sys.path[:] = [*(str(folder / part) for part in parts), *elsewhere]
-    os.chdir(folder)
-    sys.dont_write_bytecode, options = True, []
-    if exercise.set == 5:                               # before Triton is imported
-        os.environ["TRITON_INTERPRET"], options = "1", ["-o", "python_functions=check_*"]
-    try:
-        import cases
-        cases.run(exercise.name, seed)
-        import pytest
-        options += ["-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(folder)]
-        options += ["--basetemp", str(folder.parent / "tmp")]
-        code = pytest.main([*options, f"tests/{exercise.tests}", "-k", exercise.keys])
-        wrong = {0: "", 5: "no test matches the table in make_assignment.py"}.get(
-            int(code), f"fails in {exercise.tests} -k \"{exercise.keys}\"")
-    except BaseException as error:                      # SystemExit too: whatever a student's function does
-        traceback.print_exc()
-        first = (str(error).splitlines() or [""])[0]
-        wrong = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    sys.stdout.flush()
-    result.send(wrong)
-    os._exit(0)
-
-
-def attempt(exercise, functions, seed, seconds, show=False):
-    """What is wrong with our checkout once it has these functions, {(file, name): (text, extras)}; or ""."""
+def attempt(exercise, functions, seed, seconds):
+    """({part: what is wrong, or ""}, what it printed) of these functions, {(file, name): (text,
+    helpers)}, among our others."""
+    for text, helpers in functions.values():
+        if parse(text) is None:
+            return dict.fromkeys(exercise.parts, "a mistake in syntax"), ""
+        against = refusals([text, *helpers], exercise.forbidden)
+        if against:
+            return dict.fromkeys(exercise.parts, "refused: " + "; ".join(against)), ""
     with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
         folder = Path(scratch).resolve() / "copy"
-        copy_repository(folder)
-        for (file, name), (text, more) in functions.items():
-            if parse(text) is None:
-                return "a mistake in syntax"
-            path = folder / file
-            path.write_text(splice(path.read_text(encoding="utf-8"), name, text, more), encoding="utf-8")
-        context = multiprocessing.get_context("fork")                        # torch is imported once, here
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(folder, exercise, seed, seconds, send))
-        process.start()
-        send.close()
-        try:                                            # the wall may be far behind the CPU on a busy machine
-            wrong = receive.recv() if receive.poll(60 + 20 * seconds) else "hangs"
-        except EOFError:
-            wrong = f"ended by itself, or took more than {seconds} s"
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.join()
-        if show:
-            print((folder.parent / "log").read_text(errors="replace"))
-    return wrong
+        graded_copy(folder, exercise, functions)
+        return sandbox.run(folder, exercise, seed, seconds)
 
 
-def preload(exercises):
-    """Import what every process needs, once; not Triton where its interpreter is to be chosen later."""
-    import numpy, pytest, safetensors.torch, tiktoken, torch  # noqa: E401, F401
-    if all(e.set != 5 for e in exercises):
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            pass
+def student_function(exercise_file, name, read):
+    """(text, helpers) of a student's function, or None where it is blank or not there."""
+    source = read(exercise_file)
+    text = source and lines_of(source, name)
+    if not text:
+        return None
+    tree = parse(text)
+    if tree and is_blank(find(tree, name.split(".")[-1])):
+        return None
+    ours = (ROOT / exercise_file).read_text(encoding="utf-8")
+    return text, extras(ours, source, text)
 
 
-# ------------------------------------------------------------------ all exercises
-
-
-def grade_one(exercise, read, seed, seconds, show=False):
-    """(points, remark) of one exercise; read(file) gives the text of a student's file, or None."""
-    def theirs(name):
-        ours, source = (ROOT / exercise.file).read_text(encoding="utf-8"), read(exercise.file)
-        text = source and lines_of(source, name)
-        tree = parse(text) if text else None
-        return None if text is None or (tree and is_blank(tree.body[-1])) else (text, extras(ours, source))
-
-    mine = theirs(exercise.name)
+def grade_one(exercise, read, seed, seconds):
+    """The Result of one exercise; read(file) gives the text of a student's file, or None."""
+    start = time.time()
+    mine = student_function(exercise.file, exercise.name, read)
     if mine is None:
-        return 0, "not attempted"
+        return Result(0, dict.fromkeys(exercise.parts, "not attempted"))
     functions = {(exercise.file, exercise.name): mine}
-    wrong = attempt(exercise, functions, seed, seconds, show)
-    partners = {(exercise.file, name): theirs(name) for name in exercise.together}
-    if wrong and partners and all(partners.values()):
-        wrong = attempt(exercise, functions | partners, seed, seconds, show) and wrong
-    return (0, wrong) if wrong else (exercise.points, "")
+    remarks, log = attempt(exercise, functions, seed, seconds)
+    partners = {(exercise.file, name): student_function(exercise.file, name, read)
+                for name in exercise.together if name != exercise.name}
+    partners = {place: theirs for place, theirs in partners.items() if theirs}
+    if any(remarks.values()) and partners:
+        again, _ = attempt(exercise, {**partners, **functions}, seed, seconds)
+        remarks = {part: wrong and again[part] and wrong for part, wrong in remarks.items()}
+    points = sum(points for part, points in exercise.parts.items() if not remarks[part])
+    return Result(points, remarks, time.time() - start, log)
 
 
+# ------------------------------------------------------------------ students
 def grade(folder, exercises, seed, seconds, show=False):
-    """Print the table; returns {name: points}."""
+    """Print a student's table; returns {exercise: Result}."""
     def read(file):
         path = Path(folder) / file
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
-    points = {}
+    results = {}
     for number in sorted({e.set for e in exercises}):
-        print(f"\nset {number}: {SETS[number][0]}")
+        print(f"\nset {number}: {SETS[number].title}")
         some = [e for e in exercises if e.set == number]
         for e in some:
-            start = time.time()
-            points[e.name], remark = grade_one(e, read, seed, seconds, show)
-            print(f"   {e.name:24}{points[e.name]:3} /{e.points:3}  {time.time() - start:5.1f} s   {remark}",
-                  flush=True)
-        print(f"   {'':24}{sum(points[e.name] for e in some):3} /{sum(e.points for e in some):3}")
-    print(f"\ntotal {sum(points.values())} of {sum(e.points for e in exercises)} points (seed {seed})")
-    return points
+            result = results[e.name] = grade_one(e, read, seed, seconds)
+            print(f"   {e.name:24}{result.points:3} /{e.points:3}  {result.seconds:5.1f} s   "
+                  f"{result.remark[:160]}", flush=True)
+            if show:
+                print(result.log)
+        print(f"   {'':24}{points_of(results, some):3} /{sum(e.points for e in some):3}")
+    print(f"\ntotal {points_of(results, exercises)} of {sum(e.points for e in exercises)} points "
+          f"(seed {seed})")
+    return results
 
 
+def points_of(results, exercises):
+    return sum(results[e.name].points for e in exercises)
+
+
+def feedback(name, results, exercises, seed):
+    """What a student is told, as Markdown: points, and what is wrong, with the input where a test
+    of theirs says it."""
+    total = sum(e.points for e in exercises)
+    lines = [f"# {name}: {points_of(results, exercises)} of {total} points", ""]
+    for number in sorted({e.set for e in exercises}):
+        some = [e for e in exercises if e.set == number]
+        lines += [f"## Set {number}: {SETS[number].title}: {points_of(results, some)} of "
+                  f"{sum(e.points for e in some)}", "", "| function | points | |", "|---|---|---|"]
+        for e in some:
+            parts = [f"{part} {'yes' if not wrong else 'no'}"
+                     for part, wrong in results[e.name].remarks.items() if part]
+            said = ", ".join(parts) or ("" if results[e.name].points else "no")
+            lines.append(f"| `{e.name}` | {results[e.name].points} / {e.points} | {said} |")
+        lines.append("")
+        for e in some:
+            for part, wrong in results[e.name].remarks.items():
+                if wrong and wrong != "not attempted":
+                    title = f"`{e.name}`" + (f", {part}" if part else "")
+                    lines += [f"**{title}**", "", "```", wrong[:1500], "```", "",
+                              f"Next: `python course/check.py {e.name}`, and `--hint 1`.", ""]
+    lines += [f"Random cases: seed {seed}. Questions marked by hand are not in here.", ""]
+    return "\n".join(lines)
+
+
+def write_table(path, graded, exercises):
+    """One CSV row a student: total, each set, each exercise."""
+    sets = sorted({e.set for e in exercises})
+    head = ["student", "total", *(f"set {n}" for n in sets), *(e.name for e in exercises)]
+    most = [sum(e.points for e in exercises), *(sum(e.points for e in exercises if e.set == n)
+                                                for n in sets), *(e.points for e in exercises)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerow(["(of)", *most])
+        for name, results in graded.items():
+            by_set = [points_of(results, [e for e in exercises if e.set == n]) for n in sets]
+            writer.writerow([name, points_of(results, exercises), *by_set,
+                             *(results[e.name].points for e in exercises)])
+
+
+# ------------------------------------------------------------------ the grader itself
 def self_check(exercises, seed, seconds):
-    """Each exercise blank, with our body, and with a known mistake; returns how many come out otherwise."""
-    from cases import WRONG
+    """Each exercise blank, right, with each known mistake and trick, through the whole grader;
+    returns how many come out otherwise than they should."""
+    from mistakes import BY_HAND, CHEATS, MISTAKES
+    from swap import mistaken
     surprises = 0
     for e in exercises:
-        ours, start = (ROOT / e.file).read_text(encoding="utf-8"), time.time()
-        tries = [("blank", lines_of(blank(ours, [e.name]), e.name), False),
-                 ("ours", lines_of(ours, e.name), True)]
-        tries += [("mistake", WRONG[e.name], False)] if e.name in WRONG else []
+        start = time.time()
+        ours = (ROOT / e.file).read_text(encoding="utf-8")
+        own = lines_of(ours, e.name)
+        right = BY_HAND.get(e.name, own)
+        tries = {"blank": lines_of(blank(ours, [e.name]), e.name), "right": right}
+        for number, mistake in enumerate(MISTAKES[e.name], 1):
+            tries[f"mistake {number}"] = mistaken(own, mistake)
+        for number, (name, text, _) in enumerate(CHEATS, 1):
+            if name == e.name:
+                tries[f"cheat {number}"] = text
         said = []
-        for what, text, good in tries:
-            wrong = attempt(e, {(e.file, e.name): (text, [])}, seed, seconds)
-            surprises += (wrong == "") != good
-            said.append(f"{what} {0 if wrong else e.points}" + (f" ({wrong})" if good and wrong else ""))
+        for what, text in tries.items():
+            if what.startswith("mistake") and right != own:             # ours is against the rules
+                remarks, _ = attempt_unruled(e, text, seed, seconds)
+            else:
+                remarks, _ = attempt(e, {(e.file, e.name): (text, [])}, seed, seconds)
+            passed = [part for part, wrong in remarks.items() if not wrong]
+            points = sum(e.parts[part] for part in passed)
+            good = points == e.points if what == "right" else (
+                points < e.points if what.startswith("mistake") else points == 0)
+            surprises += not good
+            said.append(f"{what} {points}" + ("" if good else " (!)"))
         print(f"   set {e.set}  {e.name:24}{e.points:3} points: {', '.join(said)}   "
               f"{time.time() - start:.1f} s", flush=True)
-    print(f"{len(exercises)} exercises, {sum(e.points for e in exercises)} points; {surprises} surprises")
+    print(f"{len(exercises)} exercises, {sum(e.points for e in exercises)} points; {surprises} "
+          "surprises")
     return surprises
 
 
+def attempt_unruled(exercise, text, seed, seconds):
+    """`attempt` of a function that may call what is forbidden."""
+    with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
+        folder = Path(scratch).resolve() / "copy"
+        graded_copy(folder, exercise, {(exercise.file, exercise.name): (text, [])})
+        return sandbox.run(folder, exercise, seed, seconds)
+
+
+def check_reach():
+    """Say so where graded code could read the reference."""
+    if not sandbox.is_out_of_reach(ROOT):
+        print("NOTE: here, graded code can read this repository and other files (no Landlock, or "
+              f"{ROOT} lies in a system folder); grade strangers in a container", file=sys.stderr)
+
+
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("student", nargs="?", metavar="STUDENT", help="folder of a student")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("students", nargs="*", metavar="STUDENT", help="folders of students")
     p.add_argument("--sets", nargs="+", type=int, choices=SETS, default=[1, 2, 3, 4],
                    help="what to grade (default: 1 2 3 4)")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="only these exercises, whatever their set")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="only these exercises")
     p.add_argument("--seed", type=int, default=0, help="of the random cases")
-    p.add_argument("--seconds", type=int, default=60, help="CPU time an exercise may take")
-    p.add_argument("--json", metavar="FILE", help="also write {exercise: points} there")
-    p.add_argument("--self-check", action="store_true", help="grade blanks, our code and known mistakes")
+    p.add_argument("--seconds", type=int, default=20, help="CPU time an exercise may take")
+    p.add_argument("--table", metavar="FILE", help="also write a CSV row a student there")
+    p.add_argument("--feedback", metavar="DIR", help="also write DIR/STUDENT.md for each")
+    p.add_argument("--json", metavar="FILE", help="also write {student: {exercise: points}} there")
+    p.add_argument("--self-check", action="store_true",
+                   help="grade blanks, our code, known mistakes and cheats")
     args = p.parse_args(argv)
     unknown = set(args.only or []) - {e.name for e in EXERCISES}
     if unknown:
         p.error(f"no exercise is called {', '.join(sorted(unknown))}")
-    some = [e for e in EXERCISES if (e.name in args.only if args.only else e.set in args.sets)]
-    if not args.self_check and not (args.student
-                                    and any((Path(args.student) / file).exists() for file in SCRIPTS)):
-        p.error("STUDENT must be a folder that holds the six scripts")
-    preload(some)
+    some = exercises_of(args.sets)
+    if args.only:
+        some = [e for e in EXERCISES if e.name in args.only]
+    for student in args.students:
+        if not any((Path(student) / file).exists() for file in SCRIPTS):
+            p.error(f"{student}: holds none of the six scripts")
+    if not (args.students or args.self_check):
+        p.error("STUDENT... is missing")
+    check_reach()
     if args.self_check:
         return self_check(some, args.seed, args.seconds) > 0
-    points = grade(args.student, some, args.seed, args.seconds, show=len(args.only or []) == 1)
+    graded = {}
+    for student in args.students:
+        name = Path(student).resolve().name
+        if len(args.students) > 1:
+            print(f"\n==== {name}")
+        graded[name] = grade(student, some, args.seed, args.seconds, len(args.only or []) == 1)
+        if args.feedback:
+            path = Path(args.feedback) / f"{name}.md"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(feedback(name, graded[name], some, args.seed), encoding="utf-8")
+    if args.table:
+        write_table(args.table, graded, some)
     if args.json:
+        points = {name: {key: r.points for key, r in results.items()}
+                  for name, results in graded.items()}
         Path(args.json).write_text(json.dumps(points, indent=2) + "\n")
     return 0
 

@@ -24,8 +24,6 @@ ATTRIBUTES = ("load", "save", "fromfile", "from_file", "tofile", "memmap", "load
               "genfromtxt", "read_text", "read_bytes", "write_text", "write_bytes", "open",
               "from_pretrained", "hub", "cpp_extension", "f_back", "f_globals", "f_locals",
               "f_code", "f_builtins", "tb_frame", "tb_next", "gi_frame", "gi_code")
-# whose attributes a function may set
-OWNERS = ("ctx", "self")
 
 
 def refusals(texts, forbidden=()):
@@ -56,7 +54,7 @@ def reason_against(node, forbidden, own):
         if is_dunder(word) or banned and word not in own:
             return f"`{word}` is not allowed"
     elif isinstance(node, ast.Attribute):
-        return reason_against_attribute(node, forbidden)
+        return reason_against_attribute(node, forbidden, own)
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
         return reason_against_import(node, forbidden)
     elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and is_dunder(node.name):
@@ -68,14 +66,16 @@ def reason_against(node, forbidden, own):
         return "`global` is not allowed"
 
 
-def reason_against_attribute(node, forbidden):
+def reason_against_attribute(node, forbidden, own):
     """What speaks against `value.attr`."""
     word = node.attr
+    owner = node.value.id if isinstance(node.value, ast.Name) else None
+    if word == "load" and owner == "tl" and owner not in own:
+        return None                                         # Triton's, from memory
     banned = word in ATTRIBUTES or word in MODULES or word in forbidden
     if banned or is_dunder(word) and word != "__init__":
         return f"`.{word}` is not allowed"
-    owner = node.value.id if isinstance(node.value, ast.Name) else None
-    if isinstance(node.ctx, (ast.Store, ast.Del)) and owner not in OWNERS:
+    if isinstance(node.ctx, (ast.Store, ast.Del)) and owner not in own:
         return f"`.{word}` of something else must not be set"
 
 
@@ -104,9 +104,9 @@ def published(exercises):
     lines = [f"- import only {listed(PACKAGES)}",
              f"- do not use {listed(NAMES)}",
              f"- nor these modules, also through another one: {listed(MODULES)}",
-             f"- nor an attribute {listed(ATTRIBUTES)}",
+             f"- nor an attribute {listed(ATTRIBUTES)} (but `tl.load`)",
              "- no names like `__dict__`, no `global`, no class with methods like `__eq__`; set no "
-             f"attribute of anything but {listed(OWNERS)}"]
+             "attribute of what is not yours (arguments and variables are)"]
     for e in exercises:
         if e.forbidden:
             lines.append(f"- in `{e.name}` also none of {listed(e.forbidden)}")

@@ -5,9 +5,12 @@ may use `seconds` of CPU time. On Linux (5.13 on) Landlock then leaves it the pa
 and the folder of the graded copy, where neither the solution nor a finished twin of it is; another
 process's memory is closed to it, too. Elsewhere `confined` says so: grade strangers in a container.
 """
+import builtins
 import ctypes
+import math
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import struct
@@ -95,13 +98,30 @@ def life(folder, name, seed, seconds, tell):
         if exercise.needs_triton:
             os.environ["TRITON_INTERPRET"] = "1"            # before Triton is imported
         import cases
+        cases.own_tests(exercise, "")                       # which loads them
+        before = what_judges(cases, exercise)
         for part in exercise.parts:
-            tell.send((part, what_is_wrong(cases, exercise, part, seed)))
+            wrong = what_is_wrong(cases, exercise, part, seed)
+            if what_judges(cases, exercise, before) != before:
+                wrong = "refused: it changed a function that judges it"
+            tell.send((part, wrong))
     except BaseException as error:                          # the file cannot even be imported
         traceback.print_exc()
         tell.send((None, message_of(error)))
     sys.stdout.flush()
     os._exit(0)
+
+
+def what_judges(cases, exercise, before=None):
+    """{name of a module or class and of what it holds: the thing itself}, of all that tests use;
+    with `before` only of what was there then, as packages load parts of themselves late."""
+    import torch
+    import numpy
+    tests = sys.modules[exercise.tests.removesuffix(".py")]
+    places = [torch, torch.Tensor, torch.nn.functional, numpy, math, random, builtins, cases, tests]
+    found = {(place.__name__, name): id(value)
+             for place in places for name, value in vars(place).items()}
+    return {key: found.get(key) for key in before or found}
 
 
 def what_is_wrong(cases, exercise, part, seed):

@@ -32,7 +32,7 @@ ANSWER = 260
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh",
              "_unsafe_view", "_reshape_alias")
 WRITE_ONLY = ("copy_", "fill_", "zero_")                # their first input is not read
-PICK = ("index", "gather", "embedding")                 # of their first input, as much as they return
+PICK = ("index", "gather", "embedding")                 # of their first input, what they return
 
 
 def tensors(values):
@@ -58,7 +58,7 @@ def bytes_moved(name, args, result):
     elif name == "index_put_":                          # (into, indices, values)
         written = read[-1]
         read = read[1:]
-    elif name.startswith("_embedding_bag"):             # (table, indices, ...): a row for each index
+    elif name.startswith("_embedding_bag"):             # (table, indices, ...): a row for each
         table = args[0]
         read[0] = args[1].numel() * table.shape[1] * table.element_size()
     return sum(read) + written

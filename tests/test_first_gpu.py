@@ -16,7 +16,7 @@ def test_all_stages_run_and_a_second_call_has_nothing_to_do(tmp_path, capsys, mo
     assert not failed, f"{failed}\n{logs}"
     assert list(results) == list(first_gpu.STAGES)
     summary = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in summary] == list(results)       # one line each, printed last
+    assert [line.split()[0] for line in summary] == list(results)       # one line each
 
     def unwanted(*_):
         raise AssertionError("a stage ran again")

@@ -247,9 +247,6 @@ def parse_arguments(argv):
         raise InputError("--memory-cap needs a CUDA device")
     args.batch_size = args.batch_size or (64 if args.cuda else 4)
     args.prompts = args.prompts or (256 if args.cuda else 16)
-    if args.max_tokens is None:
-        large = args.shape in ("3b", "8b")
-        args.max_tokens = (16384 if large else 32768) if args.cuda else 8192
     return args
 
 

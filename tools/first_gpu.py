@@ -1,4 +1,4 @@
-"""The first nine minutes on a GPU: is everything right there, how fast is it, what does each change buy?
+"""The first nine minutes on a GPU: is all right there, how fast is it, what does each change buy?
 
     python tools/first_gpu.py --out out/gpu                     all stages, 540 seconds at most
     python tools/first_gpu.py --out out/gpu                     again: what failed or was left out
@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -162,8 +161,8 @@ def graph(args):
         same[temperature] = sum(equal) / len(equal)
     settled = len(memory) // 4                              # a fourth of all looks is warm-up
     growth = memory[-1] / memory[settled] - 1
-    line = (f"recorded answers equal plain ones: {same[0]:.0%} at temperature 0, {same[1]:.0%} at 1; "
-            f"memory {growth:+.1%} over {len(memory) - settled} looks")
+    line = (f"recorded answers equal plain ones: {same[0]:.0%} at temperature 0, "
+            f"{same[1]:.0%} at 1; memory {growth:+.1%} over {len(memory) - settled} looks")
     assert min(same.values()) == 1 and growth < 0.02, line
     return line, {"same": same, "memory": memory}
 
@@ -255,7 +254,8 @@ def time_kernels(b, name, call):
     attribute = "self_device_time_total" if b.cuda else "self_cpu_time_total"
     times = sorted(((getattr(row, attribute) / 1e6, row.count, row.key) for row in table),
                    reverse=True)
-    return {"seconds": seconds, "busy": sum(t for t, _, _ in times) / seconds, "longest": times[:25]}
+    busy = sum(time for time, _, _ in times) / seconds
+    return {"seconds": seconds, "busy": busy, "longest": times[:25]}
 
 
 def bench(args):

@@ -72,6 +72,9 @@ class Bench:
         self.head = c.vocab_size * c.hidden_size
         norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
         self.parameters = self.body + norms + self.head * (1 if c.tie_word_embeddings else 2)
+        if args.max_tokens is None and self.cuda:
+            args.max_tokens = 32768 if self.parameters < 2e9 else 16384
+        args.max_tokens = args.max_tokens or 8192
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.memory_cap:

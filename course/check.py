@@ -1,0 +1,139 @@
+"""Try your functions.
+
+    python course/check.py                       where you stand
+    python course/check.py rms_norm              one exercise: what came, and what was wanted
+    python course/check.py rms_norm --hint 1     a first hint; 2 and 3 say more
+"""
+import argparse
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / part) for part in ("", "tests", "course")]
+sys.dont_write_bytecode = True
+
+from exercises import BY_NAME, exercises_of, find, is_blank, lines_of, parse  # noqa: E402
+from rules import refusals  # noqa: E402
+
+SECONDS = 20                                            # that a test may take, as in grading
+
+
+def handed_out():
+    """The exercises of the sets whose handouts are here."""
+    numbers = [int(path.stem[3:]) for path in (ROOT / "course").glob("set*.md")]
+    return exercises_of(sorted(numbers))
+
+
+def hint(exercise, number):
+    """The text of a hint, as the handouts hold it."""
+    for path in sorted((ROOT / "course").glob("set*.md")):
+        section = re.search(rf"^### `{re.escape(exercise.name)}`$(.*?)(?=^#|\Z)",
+                            path.read_text(encoding="utf-8"), re.M | re.S)
+        if section:
+            hints = re.findall(r"<summary>Hint \d</summary>\s*(.*?)\s*</details>", section[1], re.S)
+            return hints[number - 1]
+    return "There is none."
+
+
+# ------------------------------------------------------------------ one exercise
+def tests_of(exercise):
+    """{name: function} of an exercise's tests."""
+    module = importlib.import_module(exercise.tests.removesuffix(".py"))
+    start = f"test_{exercise.slug}__"
+    return {name: f for name, f in vars(module).items() if name.startswith(start)}
+
+
+def what_is_wrong(test):
+    """"" or what a test says."""
+    def ring(number, frame):
+        raise TimeoutError(f"took more than {SECONDS} s: an endless loop?")
+
+    has_alarm = hasattr(signal, "SIGALRM")
+    if has_alarm:
+        signal.signal(signal.SIGALRM, ring)
+        signal.alarm(SECONDS)
+    try:
+        test()
+    except AssertionError as error:
+        return str(error) or "AssertionError"
+    except BaseException as error:                      # SystemExit too: whatever is raised
+        return where(error)
+    finally:
+        if has_alarm:
+            signal.alarm(0)
+    return ""
+
+
+def where(error):
+    """An exception, and the place in the scripts where it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).parent == ROOT]
+    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    if not frames:
+        return said
+    last = frames[-1]
+    place = f"{Path(last.filename).name}, line {last.lineno}, in {last.name}: {last.line}"
+    if isinstance(error, NotImplementedError):
+        return f"{place}\n    this one is not written yet"
+    return f"{said}\n    {place}"
+
+
+def state(exercise):
+    """("done", "blank", "wrong" or "refused", lines to show)."""
+    source = (ROOT / exercise.file).read_text(encoding="utf-8")
+    if parse(source) is None:
+        return "wrong", [f"{exercise.file} has a mistake in syntax"]
+    node = find(parse(source), exercise.name)
+    if node is None or is_blank(node):
+        return "blank", [f"{exercise.name} in {exercise.file} is not written yet"]
+    against = refusals([lines_of(source, exercise.name)], exercise.forbidden)
+    if against:
+        return "refused", [f"of {exercise.name}, {reason}" for reason in against]
+    told = {name: what_is_wrong(test) for name, test in tests_of(exercise).items()}
+    lines = [f"{'no ' if wrong else 'ok '} {name.removeprefix('test_')}"
+             + (f"\n    {wrong}" if wrong else "") for name, wrong in told.items()]
+    return "wrong" if any(told.values()) else "done", lines
+
+
+def by_interpreter(name):
+    """(state, lines) of a kernel, from a process in which Triton's interpreter is on."""
+    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    *lines, last = (done.stdout or done.stderr).splitlines() or [""]
+    return last.rsplit(" ", 1)[-1], lines
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", nargs="?", choices=BY_NAME, metavar="NAME", help="an exercise")
+    p.add_argument("--hint", type=int, choices=(1, 2, 3), help="show a hint instead")
+    args = p.parse_args(argv)
+    os.chdir(ROOT)
+    if args.hint:
+        print(hint(BY_NAME[args.name], args.hint) if args.name else "which exercise?")
+        return 0
+    some = [BY_NAME[args.name]] if args.name else handed_out()
+    points = 0
+    for e in some:
+        if e.needs_triton and os.environ.get("TRITON_INTERPRET") != "1":
+            word, lines = by_interpreter(e.name)
+        else:
+            word, lines = state(e)
+        points += e.points * (word == "done")
+        if args.name:
+            print("\n".join(lines))
+        print(f"{e.file:14}{e.name:26}{e.points} points  {word}", flush=True)
+    if not args.name:
+        print(f"{points} of {sum(e.points for e in some)} points by these tests")
+    return int(word != "done")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
