@@ -744,8 +744,8 @@ def vocabulary_of(path, raw):
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
         if spell(word) != word.encode():
-            raise InputError(f"{path}: the added token {word!r} is two texts: its own, and what the "
-                             "vocabulary spells in byte-level letters")
+            raise InputError(f"{path}: the added token {word!r} is two texts: its own, and what "
+                             "the vocabulary spells in byte-level letters")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     pairs = [(spell(left), spell(right)) for left, right in pairs]
     found.order = merge_order(path, found.tokens, pairs, bool(model.get("ignore_merges")))
@@ -784,8 +784,8 @@ def check_ids(path, vocab, added):
         following = max([*ids, *given.values()], default=-1) + 1
         given[name] = vocab.get(name, given.get(name, following))
         if type(entry["id"]) is not int or entry["id"] != given[name]:
-            raise InputError(f"{path}: the added token {name!r} has id {entry['id']!r}, but counted "
-                             f"in order it is {given[name]}")
+            raise InputError(f"{path}: the added token {name!r} has id {entry['id']!r}, but "
+                             f"counted in order it is {given[name]}")
 
 
 def merge_order(path, tokens, pairs, whole):
@@ -800,8 +800,8 @@ def merge_order(path, tokens, pairs, whole):
     for left, right in pairs:
         token = left + right
         if not {left, right, token} <= tokens.keys():
-            raise InputError(f"{path}: {left!r} and {right!r} are merged, but not all of this has an "
-                             "id in the vocabulary")
+            raise InputError(f"{path}: {left!r} and {right!r} are merged, but not all of this has "
+                             "an id in the vocabulary")
         if token in order and token != before:
             raise InputError(f"{path}: its merges make {token!r} in two places: not known here")
         order[token] = None
@@ -817,7 +817,8 @@ def merge_order(path, tokens, pairs, whole):
             continue
         last = last_merge(token, ranks)
         if last in others or last not in listed and not whole:
-            raise InputError(f"{path}: its merges do not make {token!r} as they stand: not known here")
+            raise InputError(f"{path}: its merges do not make {token!r} as they stand: "
+                             "not known here")
     return list(order)
 
 
@@ -1089,7 +1090,8 @@ def run_template(nodes, names):
                 left = len(values) - index
                 loop = {"first": index == 0, "last": left == 1, "index0": index, "index": index + 1,
                         "length": len(values), "revindex": left, "revindex0": left - 1}
-                yield from run_template(branches[0][1], {**names, "loop": loop, name.strip(): value})
+                inner = {**names, "loop": loop, name.strip(): value}
+                yield from run_template(branches[0][1], inner)
 
 
 def evaluate(expression, names):

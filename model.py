@@ -104,8 +104,10 @@ class LlamaConfig:
             return f"max_position_embeddings is {self.max_position_embeddings!r}"
         if type(self.tie_word_embeddings) is not bool:
             return f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false"
-        if not 0 <= self.rms_norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
-            return f"rms_norm_eps is {self.rms_norm_eps!r} and rope_theta {self.rope_theta!r}"
+        for name in ("rms_norm_eps", "rope_theta"):
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                return f"{name} is {number!r}, not a number above 0"
         frequencies = rope_frequencies(self)
         if not (frequencies > 0).all() or not frequencies.isfinite().all():
             return f"rope_scaling {self.rope_scaling} turns by angles that are no numbers"
@@ -142,11 +144,13 @@ def read_rope(path, raw):
 
 def read_dtype(path, raw):
     """The name of the dtype that a config.json wants weights stored in, as torch spells it."""
-    told = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
-    name = str(getattr(torch, told, told)).removeprefix("torch.")       # half is float16
-    if name not in STORED_DTYPES:
-        raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
-    return name
+    names = []
+    for field_name in ("torch_dtype", "dtype"):
+        told = str(raw.get(field_name) or "float32").removeprefix("torch.")
+        names.append(str(getattr(torch, told, told)).removeprefix("torch."))    # half is float16
+        if names[-1] not in STORED_DTYPES:
+            raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
+    return names[0] if raw.get("torch_dtype") else names[1]
 
 
 def check_llama(path, raw):

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import bench
 import measure
@@ -26,7 +27,8 @@ def test_one_command_reports_every_figure(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     assert {"date", "device", "dtype", "threads", "versions", "git", "arguments", "items"} <= result.keys()
-    assert result["threads"] == 1 and result["versions"]["torch"] == torch.__version__
+    assert result["threads"] == 1
+    assert torch.__version__.startswith(result["versions"]["torch"])           # "+cu130" may follow
     rows = {row["name"]: row for row in result["items"]}
     assert list(rows) == ["limits", "sft", "sft unshared"] and all(name in done.stdout for name in rows)
     for row in rows.values():
@@ -89,8 +91,20 @@ def test_errors_and_time(tmp_path, capsys):
     assert "left out" in capsys.readouterr().out
     failed = bench.run_child([*map(str, FAST), "--model", str(tmp_path)], "sft", None)
     assert "config.json: cannot read" in failed["error"]
+    assert failed["error"] in failed["stderr"]
     with pytest.raises(SystemExit, match="none of"):
         bench.main(["--items", "sftt"])
+
+
+def test_a_fault_on_cuda_is_told_by_its_own_line_and_not_by_the_advice_after_it():
+    fault = ["Traceback (most recent call last):", '  File "a.py", line 1', "  raise SomeError: no",
+             "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+             "CUDA kernel errors might be asynchronously reported at some other API call.",
+             "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."]
+    done = SimpleNamespace(stderr="\n".join(fault), returncode=1)
+    assert bench.error_line(done) == fault[3]
+    assert bench.error_line(SimpleNamespace(stderr="killed\n", returncode=1)) == "killed"
+    assert bench.error_line(SimpleNamespace(stderr="", returncode=-9)) == "exit status -9"
 
 
 def rounds(ours, other):

@@ -11,7 +11,8 @@ from conftest import CONFIG, tiny_model, tiny_examples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import Capacity, Engine, Job, Llama, Sampling, generate, generate_plain
+from model import (Capacity, Engine, Job, Llama, Sampling, generate, generate_iter,
+                   generate_plain)
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
@@ -86,3 +87,20 @@ def test_a_step_takes_nothing_from_the_host(monkeypatch):
         engine.jobs = [Job(0, [1, 2, 3], [0, 1], {0: 0, 1: 1}, prompt, 1)]
         engine.decode()
     assert len(seen) > 100 and all(x.device.type == "meta" for _, _, _, out in seen for x in tensors(out) if x.dim())
+
+
+def test_answers_are_handed_out_while_the_next_are_decoded(monkeypatch):
+    """What a caller does with an answer costs no time on a GPU, which has work by then."""
+    decode = Engine.decode
+    happened = []
+
+    def decode_and_note(engine):
+        happened.append("decode")
+        decode(engine)
+
+    monkeypatch.setattr(Engine, "decode", decode_and_note)
+    prompts = [e.prompt for e in tiny_examples(shapes=[(n, ()) for n in (1, 3, 2)])]
+    # one slot: a prompt at a time, with 1 + 4 tokens in one look
+    for number, _ in generate_iter(tiny_model(), prompts, max_new_tokens=5, max_slots=1):
+        happened.append(number)
+    assert happened == ["decode", "decode", 0, "decode", 1, 2]

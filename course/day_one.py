@@ -1,0 +1,101 @@
+"""The whole road in a minute: from the prompt to the DPO loss, by the five functions of day one.
+
+    python course/day_one.py        writes out/day_one anew
+
+Two losses are drawn. A stand-in gives the answers that a trained model would take minutes for: the
+record's own trace, or the same with its verdicts turned round.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from data import VERDICTS, format_input, gold_verdict, parse_verdict  # noqa: E402
+from data import read_records, split_input  # noqa: E402
+from mine_hard import judge, sample_weights  # noqa: E402
+
+COMMON = ["--dtype", "float32", "--device", "cpu", "--seed", "1"]
+
+
+def answers_to(record, rng, k=4):
+    """k answers: so many of them wrong as a die says."""
+    block = record["output"].rindex("Answers:")
+    wrong_block = record["output"][block:]
+    for words in set(VERDICTS.values()):
+        for a, b in (words, words[::-1]):
+            wrong_block = wrong_block.replace(f" {a}\n", f" #{b}\n").replace(f" {a}", f" #{b}")
+    wrong = record["output"][:block] + wrong_block.replace("#", "")
+    wrong_ones = rng.randrange(k + 1)
+    return [record["output"]] * (k - wrong_ones) + [wrong] * wrong_ones
+
+
+def mine(records, rng):
+    """Lines of hard.jsonl, as mine_hard.py makes them: judged, paired, weighed."""
+    pairs = []
+    for record in records:
+        gold = gold_verdict(record)
+        answers = answers_to(record, rng)
+        right = [judge(parse_verdict(text), gold) for text in answers]
+        if True in right and False in right:
+            pairs.append({
+                "instruction": record["instruction"], "input": record["input"],
+                "chosen": answers[right.index(True)], "rejected": answers[right.index(False)],
+                "k_correct": right.count(True), "k_incorrect": right.count(False)})
+    weights = sample_weights([p["k_incorrect"] - p["k_correct"] for p in pairs], 0.2)
+    return [{**pair, "weight": weight} for pair, weight in zip(pairs, weights)]
+
+
+def draw(title, losses):
+    """A bar a step."""
+    print(f"\n{title}")
+    for step, loss in enumerate(losses, 1):
+        print(f"  step {step:3}  {loss:8.4f}  {'#' * round(50 * loss / max(losses))}")
+
+
+def losses_of(folder, name):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[1:]
+    return [json.loads(line)[name] for line in lines]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="out/day_one", help="folder that is written anew")
+    args = p.parse_args(argv)
+    os.chdir(ROOT)
+    out = Path(args.out)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    records = read_records("toy/train_wildguard.json")[:48]
+    for record in records:
+        record["input"] = format_input(*split_input(record["input"]))
+    (out / "records.json").write_text(json.dumps(records))
+    train_sft.main(["--data", str(out / "records.json"), "--out", str(out / "sft"), "--lr", "2e-3",
+                    "--epochs", "6", "--batch-size", "16", *COMMON])
+    hard = mine(records, random.Random(0))
+    (out / "hard.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in hard))
+    train_dpo.main(["--model", str(out / "sft"), "--data", str(out / "hard.jsonl"),
+                    "--out", str(out / "dpo"), "--lr", "3e-4", "--epochs", "10", "--batch-size", "64",
+                    "--beta", "0.1", "--sft", "0", *COMMON])
+    sft, dpo = losses_of(out / "sft", "loss"), losses_of(out / "dpo", "loss")
+    draw("R-SFT, -log p of an answer token (your format_input, sft_loss)", sft)
+    draw("HS-DPO (your judge, sample_weights, dpo_loss)", dpo)
+    alpha = sum(pair["weight"] for pair in hard) / len(hard)
+    fell = sft[-1] < 0.6 * sft[0] and dpo[-1] < 0.7 * dpo[0]
+    print(f"\n{len(records)} records, {len(hard)} hard; mean(alpha) ln 2 over all of them is "
+          f"{alpha * math.log(2):.4f}")
+    print("both losses fall" if fell else "a loss does not fall as it should: which function is it?")
+    return 0 if fell else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
