@@ -500,7 +500,9 @@ class Llama(nn.Module):
         check_memory(need, device, f"{folder} does not fit on {device}")
         wanted = model.state_dict()
         found = {}
-        for path in weight_files(folder):
+        files = weight_files(folder)
+        name_others(folder, files)
+        for path in files:
             for name, tensor in read_tensors(path):
                 if "rotary_emb." in name:
                     continue                                # a buffer: follows from config.json
@@ -535,20 +537,24 @@ def weight_files(folder):
     """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if whole.exists() or not index.exists():
         return [whole]
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
     for name in weight_map.values():
         if not str(name).endswith(".safetensors") or Path(name).name != name:
             raise InputError(f"{index}: {name!r} is no safetensors file of this folder")
-    names = set(weight_map.values())
-    if whole.exists() and names != {whole.name}:
-        print(f"{folder}: two sets of weights; {whole.name} is read, and not the files that "
-              f"{index.name} names", file=sys.stderr)
-        return [whole]
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def name_others(folder, read):
+    """Say on stderr which weights of a folder are not read: another set, an adapter."""
+    others = set(folder.glob("*.safetensors")) - {*read, folder / "optimizer.safetensors"}
+    if others:
+        names = ", ".join(sorted(path.name for path in others)[:3])
+        print(f"{folder}: two sets of weights; {read[0].name} is read, and not {len(others)} more: "
+              f"{names}", file=sys.stderr)
 
 
 def weights_hash(folder):

@@ -8,6 +8,7 @@ and part by part. tests/test_course.py runs both.
 """
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 from pathlib import Path

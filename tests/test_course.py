@@ -1,19 +1,35 @@
-"""The course: what is handed out, and a grader that gives points for right functions and for nothing else.
+"""The course: what is handed out teaches and gives nothing away; the grader gives points for right
+functions and for nothing else.
 
-`python course/grade.py --self-check --sets 1 2 3 4 5` tries the grader itself on all exercises;
-here, it is tried on some.
+`python course/grade.py --self-check --sets 1 2 3 4 5` tries the grader itself on all exercises, all
+mistakes and all tricks; here, all of them are tried in one process, and some through the grader.
 """
 import ast
+import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import cases
 import grade
 import make_assignment
+import mine_hard
+import order
 import pytest
+import rules
+import sandbox
+import train_dpo
+import train_sft
+from check import hint
 from conftest import ROOT
-from make_assignment import EXERCISES, KEPT_BACK, SCRIPTS, SETS, blank, find, is_blank
+from exercises import (BY_NAME, EXERCISES, SCRIPTS, SETS, blank, exercises_of, extras, find,
+                       is_blank, lines_of, parse, splice)
+from mistakes import BY_HAND, CHEATS
+
+HANDOUTS = {n: (ROOT / f"course/set{n}.md").read_text(encoding="utf-8") for n in SETS}
+PLAIN = [e for e in EXERCISES if not e.needs_triton]
 
 
 @pytest.fixture(scope="module")
@@ -23,45 +39,155 @@ def blanked(tmp_path_factory):
     return folder
 
 
+def run(*command, **options):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          **options)
+
+
+# ------------------------------------------------------------------ what is handed out
 def test_the_handout_lists_everything_and_gives_nothing_away(blanked):
-    text = (blanked / "ASSIGNMENT.md").read_text()
     for e in EXERCISES:
-        ours, theirs = (find(grade.parse((f / e.file).read_text()), e.name) for f in (ROOT, blanked))
-        assert is_blank(theirs) and not is_blank(ours) and f"| `{e.name}` | {e.file} | {e.points} |" in text
+        ours, theirs = (find(parse((f / e.file).read_text()), e.name) for f in (ROOT, blanked))
+        assert is_blank(theirs) and not is_blank(ours), e.name
         assert ast.dump(ours.args) == ast.dump(theirs.args)
         assert ast.get_docstring(ours) == ast.get_docstring(theirs)
-        assert (ROOT / "tests" / e.tests).exists()
-    assert all(f"Set {number}: {title}" in text for number, (title, *_) in SETS.items())
+        assert f"| `{e.name}` | {e.file} | {e.points}" in (blanked / f"course/set{e.set}.md").read_text()
     names = {path.name for path in blanked.rglob("*")}
-    assert not names & {*KEPT_BACK, "__pycache__", ".git"}
-    assert {"conftest.py", "toy", "tools", "docs", "README.md", *SCRIPTS} <= names
-    assert [path.name for path in (blanked / "course").iterdir()] == ["QUESTIONS.md"]
+    assert not names & {"grade.py", "cases.py", "mistakes.py", "order.py", "forks", "mutants.py",
+                        "test_course.py", "docs", "__pycache__", ".git"}
+    assert {"conftest.py", "toy", "README.md", "Makefile", "check.py", *SCRIPTS} <= names
 
 
-@pytest.mark.parametrize("name", [e.name for e in EXERCISES if e.set < 5])         # kernels need an interpreter
-def test_the_instructors_cases_hold_for_our_code(name):
-    cases.run(name, seed=0)
+def test_every_exercise_has_a_docstring_or_comments_that_say_what_it_does():
+    for e in EXERCISES:
+        node = find(parse((ROOT / e.file).read_text()), e.name)
+        text = ast.get_docstring(node) or ""
+        if e.needs_triton:                                  # comments stand where docstrings would
+            text = lines_of((ROOT / e.file).read_text(), e.name)
+            text = "".join(re.findall(r"^    #(.*)", text, re.M))
+        assert len(text) > 60, e.name
+
+
+@pytest.mark.parametrize("number", SETS)
+def test_a_handout_teaches(number):
+    text = HANDOUTS[number]
+    some = exercises_of([number])
+    for heading in ("## The idea", "## The functions", "\nEXERCISES\n", "## Hints", "## What to look at"):
+        assert text.count(heading) == 1, heading
+    assert "derivation" in text.lower() and "```" in text
+    listed = re.findall(r"^### `(.*)`$", text, re.M)
+    assert listed == [e.name for e in some]
+    for e in some:
+        assert hint(e, 1) != hint(e, 2) != hint(e, 3) and min(len(hint(e, n)) for n in (1, 2, 3)) > 15
+    rubric = sum(map(int, re.findall(r"^\| (\d) \| ", text.split("## Research question")[-1], re.M)))
+    assert rubric == SETS[number].question
+    assert f"{sum(e.points for e in some)} points" in text
+
+
+def test_commands_of_the_handouts_are_taken_by_their_scripts():
+    for text in HANDOUTS.values():
+        for line in re.findall(r"`python ((?:train_sft|train_dpo|mine_hard)\.py[^`]*)`", text):
+            script, *argv = shlex.split(line)
+            module = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "mine_hard.py": mine_hard}[script]
+            module.parse_arguments(argv)
+        for name in re.findall(r"`python course/check.py (\w[\w.]*)", text):
+            assert name in (*BY_NAME, "NAME"), name
+        for file, key in re.findall(r"pytest -q tests/(\w+\.py) -k (\w+)", text):
+            assert key in (ROOT / "tests" / file).read_text(), key
+
+
+def test_the_readme_of_the_course_adds_up():
+    text = (ROOT / "course/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]*\| (\d): [^|]*\|[^|]*\| (\d+) \| (\d+) \| (\d+|-) \|$", text, re.M)
+    told = {int(n): (int(hours), int(points), int(question.replace("-", "0")))
+            for n, hours, points, question in rows}
+    assert told == {n: (s.hours, sum(e.points for e in exercises_of([n])), s.question)
+                    for n, s in SETS.items()}
+    main = [told[n] for n in (1, 2, 3, 4)]
+    assert "{} hours, {} points for functions and {} for questions".format(*map(sum, zip(*main))) in text
+    for path in re.findall(r"\]\(([\w.]+)\)", text):
+        assert (ROOT / "course" / path).exists(), path
+
+
+def test_questions_name_what_is_there():
+    text = (ROOT / "course/QUESTIONS.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\d+\. ", text, re.M)) == 20
+    for name, file in re.findall(r"`(\w+)`(?: and `\w+`)? in (\w+\.py)", text):
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.M), name
 
 
 def test_a_blanked_copy_can_be_imported_and_scores_nothing(blanked, capsys):
     modules = ", ".join(file.removesuffix(".py") for file in SCRIPTS)
-    done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=blanked, capture_output=True,
-                          text=True)
+    done = run("-B", "-c", f"import {modules}", cwd=blanked)
     assert done.returncode == 0, done.stderr
-    assert sum(grade.grade(blanked, EXERCISES, 0, 1).values()) == 0
+    assert not any(r.points for r in grade.grade(blanked, EXERCISES, 0, 1).values())
     assert "total 0 of" in capsys.readouterr().out
 
 
 def test_only_the_chosen_sets_are_blanked(tmp_path):
-    make_assignment.main([str(tmp_path / "out"), "--sets", "3"])
-    for e in EXERCISES:
-        node = find(grade.parse((tmp_path / "out" / e.file).read_text()), e.name)
-        assert is_blank(node) == (e.set == 3), e.name
-    assert "Set 3" in (tmp_path / "out/ASSIGNMENT.md").read_text() != make_assignment.handout([1, 3])
+    for sets in ("0", "3"):
+        make_assignment.main([str(tmp_path / sets), "--sets", sets])
+        chosen = exercises_of([int(sets)])
+        for e in EXERCISES:
+            node = find(parse((tmp_path / sets / e.file).read_text()), e.name)
+            assert is_blank(node) == (e in chosen), e.name
+        names = {path.name for path in (tmp_path / sets / "course").iterdir()}
+        assert f"set{sets}.md" in names and ("day_one.py" in names) == (sets == "0")
+        assert f"write {len(chosen)} functions" in (tmp_path / sets / "README.md").read_text()
     with pytest.raises(SystemExit, match="is not empty"):
-        make_assignment.main([str(tmp_path / "out")])
+        make_assignment.main([str(tmp_path / "0")])
 
 
+# ------------------------------------------------------------------ the copy works
+def test_all_tests_of_the_copy_can_be_collected_and_one_that_never_ends_is_ended(blanked):
+    done = run("-m", "pytest", "-q", "--collect-only", cwd=blanked)
+    assert done.returncode == 0, done.stdout[-2000:]
+    (blanked / "tests/test_endless.py").write_text("def test_endless():\n    while True:\n        pass\n")
+    done = run("-m", "pytest", "-q", "tests/test_endless.py", cwd=blanked, env={**order.os.environ, "TEST_SECONDS": "1"})
+    (blanked / "tests/test_endless.py").unlink()
+    assert done.returncode == 1 and "took more than 1 s: an endless loop?" in done.stdout
+
+
+def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_path):
+    make_assignment.main([str(tmp_path / "copy"), "--sets", "0"])
+    path = tmp_path / "copy/train_sft.py"
+    wrong = "def sft_loss(logprobs, count):\n    return -logprobs.mean()"
+    path.write_text(splice(path.read_text(), "sft_loss", wrong))
+    done = run("-B", tmp_path / "copy/course/check.py", "sft_loss")
+    assert done.returncode == 1 and "got     [1.5, 6," in done.stdout and "wanted  [1, 2, 0]" in done.stdout
+    assert "1 points  wrong" in done.stdout
+    wrong = "def sft_loss(logprobs, count):\n    return -open('x').read()"
+    path.write_text(splice(path.read_text(), "sft_loss", wrong))
+    done = run("-B", tmp_path / "copy/course/check.py")
+    assert "1 points  refused" in done.stdout and done.stdout.count("points  blank") == 4
+    done = run("-B", tmp_path / "copy/course/check.py", "sft_loss", "--hint", "2")
+    assert done.stdout.startswith("By `count`")
+
+
+# ------------------------------------------------------------------ the tests teach
+def test_every_test_is_red_before_its_function_is_written_and_green_right_after():
+    assert order.out_of_order(PLAIN) == []
+
+
+def test_students_and_instructors_tests_notice_every_blank_and_every_mistake():
+    assert order.unnoticed(PLAIN) == []
+
+
+def test_the_same_holds_for_the_kernels():
+    if order.importlib.util.find_spec("triton") is None:
+        pytest.skip("NO KERNEL IS TESTED: triton is not installed")
+    done = run("-W", "ignore", ROOT / "course/order.py", "--kernels")
+    assert done.returncode == 0 and "; 0 findings" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("exercise", PLAIN, ids=lambda e: e.name)
+def test_the_instructors_cases_hold_for_our_code(exercise):
+    for part in exercise.parts:
+        for seed in (0, 1):
+            cases.run(exercise.name, part, seed)
+
+
+# ------------------------------------------------------------------ the grader
 SOURCE = '''import math
 
 @decorated
@@ -118,71 +244,119 @@ def last():
 
 
 def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
-    assert grade.lines_of(SOURCE, "Thing.other").startswith("@staticmethod\ndef other(x):\n    def inner")
-    broken = SOURCE.replace("def last():", "def last(:")                     # the whole file no longer parses
+    assert lines_of(SOURCE, "Thing.other").startswith("@staticmethod\ndef other(x):\n    def inner")
+    broken = SOURCE.replace("def last():", "def last(:")                # the file no longer parses
     for name in ("plain", "Thing.method", "Thing.other"):
-        assert grade.lines_of(broken, name) == grade.lines_of(SOURCE, name)
-    assert grade.lines_of(broken, "gone") is grade.lines_of(SOURCE, "gone") is None
-    theirs = "import math\nimport os\n\n\ndef helper():\n    return os\n\n\ndef plain():\n    pass\n"
-    more = grade.extras(SOURCE, theirs)
+        assert lines_of(broken, name) == lines_of(SOURCE, name)
+    assert lines_of(broken, "gone") is lines_of(SOURCE, "gone") is None
+    theirs = ("import math\nimport os\nimport re\n\n\ndef helper():\n    return os\n\n\n"
+              "def unused():\n    return 1\n\n\ndef plain():\n    pass\n")
+    own = "@staticmethod\ndef other(x):\n    return helper()"
+    more = extras(SOURCE, theirs, own)
     assert more == ["import os", "def helper():\n    return os"]
-    spliced = grade.splice(SOURCE, "Thing.other", "@staticmethod\ndef other(x):\n    return helper()", more)
+    spliced = splice(SOURCE, "Thing.other", own, more)
     assert "    @staticmethod\n    def other(x):\n        return helper()\n\n\ndef last" in spliced
     assert spliced.index("def helper") < spliced.index("class Thing") and ast.parse(spliced)
 
 
+def test_rules_refuse_what_they_publish_and_let_honest_code_pass():
+    for e in EXERCISES:
+        text = BY_HAND.get(e.name) or lines_of((ROOT / e.file).read_text(), e.name)
+        assert rules.refusals([text], e.forbidden) == [], e.name
+    for text in ("def f(x):\n    return torch.os.listdir(x)", "def f(x):\n    from random import _os\n    return _os",
+                 "def f(x):\n    return x.__class__", "def f(x):\n    np.abs = max\n    return x",
+                 "def f(x):\n    return getattr(x, 'a')", "def f(x):\n    from torch import *"):
+        assert rules.refusals([text]), text
+    printed = rules.published(EXERCISES)
+    for word in (*rules.NAMES, *rules.ATTRIBUTES, "scaled_dot_product_attention", "enable_grad"):
+        assert f"`{word}`" in printed
+
+
+@pytest.mark.parametrize("number", range(len(CHEATS)))
+def test_no_trick_scores(number):
+    name, text, says = CHEATS[number]
+    e = BY_NAME[name]
+    remarks, _ = grade.attempt(e, {(e.file, name): (text, [])}, 0, 20)
+    assert all(remarks.values()) and any(says in wrong for wrong in remarks.values()), remarks
+
+
+def test_graded_code_reads_its_own_folder_and_no_other():
+    if not sandbox.is_out_of_reach(ROOT):
+        pytest.skip("no Landlock here: graded code is not confined, and grade.py says so")
+    e = BY_NAME["lr_at"]
+    tried = "def lr_at(step, steps, peak):\n    raise AssertionError(len(open({!r}).read()))"
+    remarks, _ = grade.attempt_unruled(e, tried.format(str(ROOT / "train_sft.py")), 0, 20)
+    assert "Permission denied" in remarks[""]
+    inside = f"/proc/{order.os.getpid()}/cwd/train_sft.py"
+    remarks, _ = grade.attempt_unruled(e, tried.format(inside), 0, 20)
+    assert "Permission denied" in remarks[""] or "No such file" in remarks[""]
+    remarks, _ = grade.attempt_unruled(e, tried.format("train_sft.py"), 0, 20)
+    assert remarks[""].isdecimal()                                      # its own copy, blank there
+
+
 def run_grader(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "course/grade.py", *map(str, arguments)],
-                          capture_output=True, text=True)
+    done = run(ROOT / "course/grade.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_blanks_and_mistakes_score_nothing_and_our_code_everything():
-    out = run_grader("--self-check", "--seed", 3, "--only", "apply_rope", "tree_plan", "sample_weights",
-                     "dpo_loss", "confusion")
-    assert out.count("blank 0") == out.count("ours") == 5 and out.count("mistake 0") == 4
-    assert "0 surprises" in out
-
-
 def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
-    """Some right, some wrong, one that does not end, two that end everything, and a file with a slip."""
+    """Some right, some wrong, one half right, one that does not end, two that end everything, and
+    a file with a slip; of two students."""
     ours = {file: (ROOT / file).read_text() for file in SCRIPTS}
     theirs = {file: (blanked / file).read_text() for file in SCRIPTS}
 
     def answer(name, text):
-        file = next(e.file for e in EXERCISES if e.name == name)
-        theirs[file] = grade.splice(theirs[file], name, text)
+        theirs[BY_NAME[name].file] = splice(theirs[BY_NAME[name].file], name, text)
 
-    answer("pick_pair", grade.lines_of(ours["mine_hard.py"], "pick_pair"))
+    answer("pick_pair", lines_of(ours["mine_hard.py"], "pick_pair"))
     answer("lr_at", "def half(x):\n    return x / 2\n\n\ndef lr_at(step, steps, peak):\n"
                     "    return half(peak) * (1 + math.cos(math.pi * step / steps))")
+    answer("rope_frequencies", "def rope_frequencies(config, device='cpu'):\n"
+           "    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)\n"
+           "    return config.rope_theta ** (-i / config.head_dim)")
     answer("common_prefix", "def common_prefix(sequences):\n    while True:\n        pass")
-    answer("sample_weights", "def sample_weights(differences, gamma):\n    import os\n    os._exit(0)")
-    answer("judge", "def judge(verdict, gold):\n    raise SystemExit(0)")
-    answer("weighted_average", grade.lines_of(ours["eval.py"], "weighted_average"))
+    answer("sample_weights", "def sample_weights(differences, gamma):\n    raise SystemExit(0)")
+    answer("weighted_average", lines_of(ours["eval.py"], "weighted_average"))
     answer("f1", "def f1(gold, predicted, positive):\n    return 1")
     theirs["eval.py"] = theirs["eval.py"].replace("    return 1\n", "    return (1\n")
+    for student in ("ada", "ben"):
+        (tmp_path / student).mkdir()
     for file, text in theirs.items():
-        (tmp_path / file).write_text(text)
-    want = dict(pick_pair=2, lr_at=1, common_prefix=0, sample_weights=0, judge=0, weighted_average=1, f1=0,
-                dpo_loss=0)
-    out = run_grader(tmp_path, "--seconds", 5, "--json", tmp_path / "points.json", "--only", *want)
-    assert json.loads((tmp_path / "points.json").read_text()) == want, out
-    assert "took more than 5 s" in out and "a mistake in syntax" in out and "not attempted" in out
+        (tmp_path / "ada" / file).write_text(text)
+    (tmp_path / "ben/eval.py").write_text(ours["eval.py"])
+    want = dict(rope_frequencies=1, common_prefix=0, lr_at=1, pick_pair=2, sample_weights=0,
+                dpo_loss=0, f1=0, weighted_average=1)
+    out = run_grader(tmp_path / "ada", tmp_path / "ben", "--seconds", 6, "--json", tmp_path / "points.json",
+                     "--table", tmp_path / "class.csv", "--feedback", tmp_path / "feedback",
+                     "--only", *want)
+    points = json.loads((tmp_path / "points.json").read_text())
+    assert points["ada"] == want, out
+    assert "took more than 6 s" in out and "a mistake in syntax" in out and "not attempted" in out
+    head, _, ada, ben = csv.reader((tmp_path / "class.csv").read_text().splitlines())
+    assert head[:2] == ["student", "total"] and ada[:2] == ["ada", "5"] and ben[:2] == ["ben", "2"]
+    text = (tmp_path / "feedback/ada.md").read_text()
+    assert "5 of 13 points" in text and "plain yes, stretch no" in text
+    assert "it turns once, less often than 4: divided by 8" in text        # what was wanted, and why
 
 
 def test_a_forward_and_its_backward_count_together(monkeypatch):
-    """What the one saves the other reads: a student's pair may agree on something else than ours does."""
-    backward, tried = next(e for e in EXERCISES if e.name == "TokenLogprobs.backward"), []
+    """What the one saves the other reads: a student's pair may agree on something else than ours."""
+    backward, tried = BY_NAME["TokenLogprobs.backward"], []
 
     def attempt(exercise, functions, *_):
-        tried.append([name for _, name in functions])
-        return "" if len(functions) == 2 else "gradients are wrong"
+        tried.append(sorted(name for _, name in functions))
+        return dict.fromkeys(exercise.parts, "" if len(functions) == 2 else "wrong"), ""
 
     monkeypatch.setattr(grade, "attempt", attempt)
     both = lambda file: (ROOT / file).read_text()
-    assert grade.grade_one(backward, both, 0, 1) == (backward.points, "")
+    assert grade.grade_one(backward, both, 0, 1).points == backward.points
     assert tried == [["TokenLogprobs.backward"], ["TokenLogprobs.backward", "TokenLogprobs.forward"]]
     one = lambda file: blank(both(file), ["TokenLogprobs.forward"] if file == "model.py" else [])
-    assert grade.grade_one(backward, one, 0, 1) == (0, "gradients are wrong") and len(tried) == 3
+    assert grade.grade_one(backward, one, 0, 1).points == 0 and len(tried) == 3
+
+
+def test_right_functions_score_through_the_whole_grader():
+    out = run_grader("--self-check", "--seed", 3, "--only", "apply_rope", "sample_weights")
+    assert "apply_rope                2 points: blank 0, right 2, mistake 1 0" in out
+    assert "sample_weights            2 points: blank 0, right 2, mistake 1 0" in out and "0 surprises" in out

@@ -27,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,14 +106,20 @@ def limits(args):
     return line, {**found, "product": product, "versions": versions}
 
 
+class Collected:
+    """Tells pytest to note the names of the tests that it finds."""
+
+    def pytest_collection_finish(self, session):
+        self.names = [item.nodeid for item in session.items]
+
+
 def kernels(args):
     """The tests of all kernels, dealt to processes."""
     tests = str(ROOT / "tests/test_kernels.py")
-    pytest = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider",
-              "-o", "python_functions=check_*"]
-    listed = subprocess.run([*pytest, "--collect-only", tests], capture_output=True, text=True)
-    names = [line for line in listed.stdout.splitlines() if "::" in line]
-    assert names, listed.stdout + listed.stderr
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
+    collected = Collected()
+    pytest.main([*options, "--collect-only", tests], plugins=[collected])
+    names = collected.names
     processes = min(8, os.cpu_count())
     if not args.cuda:                                       # tests/ has them all
         names = names[:2]
@@ -120,8 +127,8 @@ def kernels(args):
     running = []
     for n in range(processes):
         log = Path(args.out) / f"kernels_{n}.log"
-        process = subprocess.Popen([*pytest, *names[n::processes]],
-                                   stdout=open(log, "w"), stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-m", "pytest", *options, *names[n::processes]],
+                                   cwd=ROOT, stdout=open(log, "w"), stderr=subprocess.STDOUT)
         running.append((process, log))
     passed = 0
     for process, log in running:
@@ -264,7 +271,7 @@ def bench(args):
     items = ["sft", "logprobs", "nucleus", "generate", "adamw"]
     options = ["--shape", "1b", "--minutes", str(args.limit / 60 - 0.1)]
     if not args.cuda:
-        items = ["nucleus"]
+        items = ["limits"]
         options += ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", "1"]
     result = bench_tool.main([*options, "--kernels", args.kernels, "--json", path,
                               "--items", *items])

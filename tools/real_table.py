@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
-from data import (VERDICTS, InputError, gold_verdict, parse_records, parse_verdict,  # noqa: E402
+from data import (VERDICTS, gold_verdict, parse_records, parse_verdict,  # noqa: E402
                   read_json, read_records, split_input, write_json)
 from eval import TITLES, labels_of, score  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
@@ -38,7 +38,6 @@ CONTRASTS = [
 FIGURES = {"f1": "F1", "false_positive_rate": "FPR", "auprc": "AUPRC",
            "recall_at_1": "recall at 1% FPR", "recall_at_5": "at 5%", "ece": "ECE",
            "unparsable": "no verdict", "tokens_per_query": "tokens a query"}
-OF_SCORES = ("auprc", "recall_at_1", "recall_at_5", "ece")
 
 
 # ------------------------------------------------------------------ F1 and what it could have been
@@ -127,12 +126,12 @@ class Guard:
 
 
 def read_guards(out, names, test, train):
-    """{guard: {seed: Guard}} of all that answered this test; the seed of a guard without a model is
-    None. train: the records that `words` learns from."""
+    """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
+    model, whose seed is None. train: the records that `words` learns from."""
     dataset = Path(test).stem
     records = read_records(test)
     guards = {}
-    rows = []
+    rows = records
     for name in names:
         for folder in sorted(out.glob(f"{name}_seed*")):
             seed = int(folder.name.rpartition("seed")[2])
@@ -141,12 +140,11 @@ def read_guards(out, names, test, train):
                 rows = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
                 guards.setdefault(name, {})[seed] = Guard(results, rows)
-    if rows:
-        records = records[:len(rows)]                       # --limit
-        said = {"throughout": throughout(records, dataset),
-                "words": words_guard(records, dataset, train)}
-        for name, rows in said.items():
-            guards[name] = {None: Guard(score(rows, dataset), rows)}
+    records = records[:len(rows)]                           # --limit
+    said = {"throughout": throughout(records, dataset),
+            "words": words_guard(records, dataset, train)}
+    for name, rows in said.items():
+        guards[name] = {None: Guard(score(rows, dataset), rows)}
     return guards
 
 
@@ -180,8 +178,6 @@ def make_table(out, data, tests, names):
             rows += [{**where, **figures_of(out, name, seeds, task)}
                      for name, seeds in guards.items()]
             differences += [{**where, **found} for found in differences_of(out, guards, task)]
-    if not rows:
-        raise InputError(f"{out}: no arm has answered one of the tests yet")
     print_tables(rows, differences)
     parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
     write_json(out / "table.json", {
