@@ -85,19 +85,32 @@ def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
     A verdict line begins with a task's name and a colon, in any case; before the name may stand
-    markdown, which is anything but letters, digits and _. The block is what follows the last
-    "answers:" of the text, in any case. Of each task counts the first line in the block; where the
-    block has none, or there is no block, the last one in the text. What follows its colon, spaces
-    and ends of lines left out, is read by verdict_word, up to the end of that line; where that
-    finds no verdict, no other line is asked."""
-    *before, block = re.split("answers:", text, flags=re.IGNORECASE)
+    markdown, which is anything but letters, digits and _. The block is what follows the heading:
+    the last line of the text that begins so with "answers:". Of each task counts the first line in
+    the block; where the block has none, or there is no block, the last one in the text. What
+    follows its colon, spaces and ends of lines left out, is read by verdict_word, up to the end of
+    that line; where that finds no verdict, no other line is asked."""
+    heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
-        line = re.compile(rf"^[^\w\n]*{name}:\s*(.*)", re.IGNORECASE | re.MULTILINE)
-        in_block = line.findall(block) if before else []
+        line = line_of(name)
+        in_block = line.findall(text[heading.end():]) if heading else []
         said = in_block[:1] or line.findall(text)[-1:]
         verdict[name] = verdict_word(said[0], words) if said else None
     return verdict
+
+
+def line_of(name):
+    """What a line that begins with a name and a colon looks like; its group is what follows."""
+    return re.compile(rf"^[^\w\n]*{name}:\s*(.*)", re.IGNORECASE | re.MULTILINE)
+
+
+def answers_heading(text):
+    """The match of the heading of the last Answers block, up to its colon, or None."""
+    found = None
+    for found in re.finditer(r"^[^\w\n]*answers:", text, re.IGNORECASE | re.MULTILINE):
+        pass                                                # the last one counts
+    return found
 
 
 def verdict_word(said, words):
@@ -105,17 +118,18 @@ def verdict_word(said, words):
 
     None too where the word is negated ("not harmful", "harmful: no") or joined to another one by a
     slash or "or" ("harmful/unharmful"), and where the other word follows in the same line."""
-    found = re.match(rf"([\W_]*)({'|'.join(words)})(?![^\W_])(.*)", said, re.IGNORECASE)
-    if not found:
+    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])(.*)", said, re.IGNORECASE)
+    if not found or found[2].lower() not in words:          # \u017f, a long s, is in no word
         return None
     before = found[1]
     word = found[2].lower()
     rest = found[3].lower()
     other = words[1] if word == words[0] else words[0]
-    negated = re.search(r"[!~\u00ac\u2260-]", before)
-    doubted = re.match(r"[-'\u2019]\w|[^\w/|\\]*([/|\\][\W_]*\w|(or|no|not|false|none)\b)", rest)
-    contradicted = re.search(rf"\b{other}\b", rest)
-    return None if negated or doubted or contradicted else word
+    negated = re.search(r"[!~\u00ac\u2010-\u2015\u2212\u2260-]", before)     # -harmful, and the like
+    joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
+    doubted = re.match(r"[^\w/|\\<]*(or|no|not|false|none|0)\b", rest)
+    contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
+    return None if negated or joined or doubted or contradicted else word
 
 
 def format_answers(request=None, completion=None, response=None):
@@ -562,8 +576,15 @@ class Pack:
 
     def to(self, device):
         """Move all but `end`, which is read on the host."""
-        return Pack(self.tokens.to(device), self.end, self.rows.to(device),
-                    self.targets.to(device), self.answer.to(device))
+        return Pack(send(self.tokens, device), self.end, send(self.rows, device),
+                    send(self.targets, device), send(self.answer, device))
+
+
+def send(x, device):
+    """x, which lies on the host, on `device` (None: where it is). A GPU is not waited for: what the
+    host does until the copy is needed, it does meanwhile."""
+    device = torch.device(device or x.device)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass

@@ -284,11 +284,12 @@ def up_to_verdict(text, name):
 
     Where that block lacks the task, or there is no block, the text (without spaces at its end), a
     blank line, "Answers: ", a new line, and the name with a colon."""
-    *before, block = re.split("(?=answers:)", text, flags=re.I)
-    found = re.search(rf"\b{name}:", block, re.I) if before else None
-    if not found:
+    heading = answers_heading(text)
+    line = heading and line_of(name).search(text[heading.end():])
+    if not line:
         return text.rstrip() + f"\n\nAnswers: \n{name.capitalize()}:"
-    return "".join(before) + block[:found.end()]
+    colon = text.index(":", heading.end() + line.start())
+    return text[:colon + 1]
 
 
 def choose_verdicts(model, tokenizer, prompts, texts, world):

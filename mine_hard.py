@@ -221,7 +221,7 @@ def generation_arguments(p):
     p.add_argument("--kv-tokens", type=at_least(1),
                    help="keys and values held at once (default: what fits)")
     p.add_argument("--block", type=at_least(1),
-                   help="prompts answered together (default: 256; CUDA: 1024)")
+                   help="prompts answered together (default: 256; CUDA: 8192)")
 
 
 def generation_settings(args, folder, temperature, **sampling):
@@ -270,7 +270,7 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     generation_settings; InputError where the file that is there was made with others. seconds: a
     dict that gets, for each prompt answered now, the time since its block began."""
     folder = Path(f"{path}.parts")
-    size = args.block or (1024 if world.device.type == "cuda" else 256)
+    size = args.block or (8192 if world.device.type == "cuda" else 256)
     settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
     check_settings(folder / "settings.json", settings, world)
     parts = {first: folder / f"{first:08d}.jsonl"

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import (FORMATS, InputError, at_least, common_prefix, deal, read_object, write_json,
+from data import (FORMATS, InputError, at_least, common_prefix, deal, read_object, send, write_json,
                   write_whole)
 
 # ================================================================== part I: the model
@@ -259,13 +259,6 @@ def tree_plan(end, skip=0, device=None):
     closed = ending.cumsum(0)[:T]                           # end <= i: i sees them no longer
     position = torch.arange(T) - closed
     return TreePlan(end, send(position, device), skip)
-
-
-def send(x, device):
-    """x, which lies on the host, on `device` (None: where it is). A GPU is not waited for: what the
-    host does until the copy is needed, it does meanwhile."""
-    device = torch.device(device or x.device)
-    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def check_nesting(end):
@@ -528,6 +521,9 @@ class Llama(nn.Module):
         stored = {}
         for name, tensor in (state or self.state_dict()).items():
             stored[name] = tensor.detach().to("cpu", dtype).contiguous()
+            if not stored[name].isfinite().all():
+                raise InputError(f"{folder}: not written, as {name} holds NaN or infinity in "
+                                 f"{dtype}: lower --lr")
         write = partial(save_file, stored, metadata={"format": "pt"})
         write_whole(folder / "model.safetensors", write)
         write_json(folder / "config.json", self.config.to_json())

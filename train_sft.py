@@ -171,7 +171,8 @@ def load_for_training(args, world, examples):
     largest_batch = sum(sizes[-args.batch_size:])
     T = max(sizes[-1], min(args.max_tokens, largest_batch))             # tokens of the largest pack
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
-    need = training_bytes(config, T, products, storage, world.ranks, args.recompute)
+    logits = TokenLogprobs.logits_in_part(world.device)
+    need = training_bytes(config, T, products, storage, world.ranks, args.recompute, logits)
     check_memory(need, world.device, "use --recompute, a lower --max-tokens, or more GPUs")
     place = "cpu" if world.ranks > 1 else world.device
     model = Llama.from_pretrained(args.model, place, storage)
@@ -182,7 +183,7 @@ def load_for_training(args, world, examples):
     return model
 
 
-def training_bytes(c, T, products, storage, ranks, recompute):
+def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogprobs.LOGITS):
     """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients,
     AdamW's two moments, the head's gradient. In dtype `products`: weights cast for products, what
     layers keep for the backward pass. 0.4 GB for Python and torch. A long run on a CPU may add
@@ -204,7 +205,7 @@ def training_bytes(c, T, products, storage, ranks, recompute):
         cast = N
     stored = 4 * N / ranks + head
     return (storage.itemsize * stored
-            + products.itemsize * (cast + kept + TokenLogprobs.LOGITS + head) + 4e8)
+            + products.itemsize * (cast + kept + logits + head) + 4e8)
 
 
 def shard(model, device, products):
@@ -234,8 +235,8 @@ def update(model, optimizer, lr):
         norm = norm.full_tensor()
     norm = norm.item()
     if not math.isfinite(norm):
-        raise InputError(f"the gradient's norm is {norm}: lower --lr; "
-                         "earlier checkpoints are not touched")
+        raise InputError(f"the gradient's norm is {norm}: lower --lr, unless the model's own "
+                         "weights are broken; earlier checkpoints are not touched")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

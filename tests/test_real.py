@@ -112,7 +112,8 @@ def record(prompt, label, response=None, chains=("x",)):
 def test_classes_are_balanced_and_the_rarer_one_is_taken_whole():
     words = [H, U, H, H, U, H]
     pool = [record(f"p{i}", format_answers(word)) for i, word in enumerate(words)]
-    pool += [record(f"q{i}", format_answers(None, R, word), "r") for i, word in enumerate([U, H, U])]
+    pool += [record(f"q{i}", format_answers(None, R, word), "r")
+             for i, word in enumerate([U, H, U])]
     taken, others = real.take(pool)
     assert [real.prompt_of(r) for r in taken] == ["p0", "p1", "p2", "p4", "q0", "q1"]
     assert [real.prompt_of(r) for r in others] == ["p3", "p5", "q2"]

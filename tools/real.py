@@ -12,7 +12,8 @@
 8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
 called like its benchmark. Another base is another --model: the learning rates follow from its
 width. Everything goes on where it was killed; what is done is not done again. For a test that comes
-later: `arm NAME ... --tests FILE`, which says what of it was trained on.
+later: `arm NAME ... --tests FILE`, which says what of it was trained on. The benchmarks that
+were answered are training data here: no arm may be scored on them.
 
 What `data` keeps. An answer becomes a chain if every labelled verdict is right (the labels of all
 files that have the exchange) and traces.py (tidy) can bring it into the one form; an exchange has

@@ -47,8 +47,10 @@ def f1_draws(rows, task):
     rows = [row for row in rows if row["gold"][task]]
     numbers = {}
     prompt = [numbers.setdefault(row["prompt"], len(numbers)) for row in rows]
-    right = np.array([row["verdict"][task] == row["gold"][task] for row in rows])
-    positive = np.array([row["gold"][task] == VERDICTS[task][0] for row in rows])
+    gold = [row["gold"][task] for row in rows]
+    said = [row["verdict"][task] for row in rows]
+    right = np.array([g == s for g, s in zip(gold, said)])
+    positive = np.array([g == VERDICTS[task][0] for g in gold])
     drawn = resamplings(len(numbers))
     tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
     wrong = drawn @ np.bincount(prompt, ~right)
@@ -233,12 +235,20 @@ def parent_in(out, name, seed):
     return read_json(out / f"{name}_seed{seed}" / "settings.json")["parent"]
 
 
+def by_place(rows):
+    """{(test, task): its rows}, in their order."""
+    places = {}
+    for row in rows:
+        places.setdefault((row["test"], row["task"]), []).append(row)
+    return places
+
+
 def print_tables(rows, differences):
     """Markdown: the guards on each test and task, then the differences."""
-    places = list(dict.fromkeys((row["test"], row["task"]) for row in rows))
-    for test, task in places:
-        some = [row for row in rows if (row["test"], row["task"]) == (test, task)]
-        print(f"\n{test}, {TITLES[task]}, n = {some[0]['n']}\n")
+    places = by_place(rows)
+    for (test, task), some in places.items():
+        size = some[0]["n"]
+        print(f"\n{test}, {TITLES[task]}, n = {size}\n")
         print_row(["guard", *FIGURES.values(), "minutes", "seeds"], is_head=True)
         for row in some:
             cells = [shown(row[key]) for key in [*FIGURES, "minutes"]]
@@ -252,9 +262,9 @@ def print_tables(rows, differences):
         cells = dict.fromkeys(places, "")
         for found in differences:
             if (found["guard"], found["minus"]) == (name, other):
-                low, high = found["ci95"]
-                cell = f"{found['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-                cells[found["test"], found["task"]] = cell
+                place = (found["test"], found["task"])
+                cells[place] = "{:+.1f} ({:+.1f} to {:+.1f})".format(found["difference"],
+                                                                     *found["ci95"])
         if any(cells.values()):
             print_row([f"{name} - {other}", *cells.values()])
 
@@ -280,18 +290,20 @@ STEP = 20           # from guard to guard
 def draw(rows, path):
     """F1 and interval of each guard, a panel for each test and task."""
     names = list(dict.fromkeys(row["guard"] for row in rows))
-    places = list(dict.fromkeys((row["test"], row["task"]) for row in rows))
     bottom = TOP + STEP * len(names)
-    parts = [text(LEFT - 12, TOP + STEP * n + 14, name, "end") for n, name in enumerate(names)]
-    for n, (test, task) in enumerate(places):
-        some = [row for row in rows if (row["test"], row["task"]) == (test, task)]
-        x = LEFT + n * (WIDTH + GAP)
+    parts = []
+    for n, name in enumerate(names):
+        parts.append(text(LEFT - 12, TOP + STEP * n + 14, name, "end"))
+    x = LEFT
+    for (test, task), some in by_place(rows).items():
+        size = some[0]["n"]
         parts.append(text(x, TOP - 26, test))
-        parts.append(text(x, TOP - 10, f"{TITLES[task]}, n = {some[0]['n']}", size=11))
+        parts.append(text(x, TOP - 10, f"{TITLES[task]}, n = {size}", size=11))
         parts += panel(x, bottom, names, some)
+        x += WIDTH + GAP
     label = "F1 in percent, with its 95% interval; the line: throughout"
     parts.append(text(LEFT, bottom + 36, label, size=11))
-    write_svg(path, LEFT + len(places) * (WIDTH + GAP), bottom + 46, parts)
+    write_svg(path, x, bottom + 46, parts)
 
 
 def panel(x, bottom, names, rows):
@@ -304,11 +316,12 @@ def panel(x, bottom, names, rows):
         parts.append(line([(across(value), TOP), (across(value), bottom)]))
         parts.append(text(across(value), bottom + 16, value, "middle", 11))
     for row in rows:
+        at = across(row["f1"])
+        low, high = map(across, row["ci95"])
         y = TOP + STEP * names.index(row["guard"]) + 10
-        low, high = row["ci95"]
         colour = COLOURS[0] if row["seeds"] else GREY
         if row["guard"] == "throughout":
-            parts.append(line([(across(row["f1"]), TOP), (across(row["f1"]), bottom)], GREY, 1.5))
-        parts.append(line([(across(low), y), (across(high), y)], colour, 2))
-        parts.append(f'<circle cx="{across(row["f1"]):.1f}" cy="{y}" r="4" fill="{colour}"/>')
+            parts.append(line([(at, TOP), (at, bottom)], GREY, 1.5))
+        parts.append(line([(low, y), (high, y)], colour, 2))
+        parts.append(f'<circle cx="{at:.1f}" cy="{y}" r="4" fill="{colour}"/>')
     return parts
