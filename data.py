@@ -85,11 +85,12 @@ def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
     A verdict line begins with a task's name and a colon, in any case; before the name may stand
-    markdown, which is anything but letters, digits and _. The block is what follows the heading:
-    the last line of the text that begins so with "answers:". Of each task counts the first line in
-    the block; where the block has none, or there is no block, the last one in the text. What
-    follows its colon, spaces and ends of lines left out, is read by verdict_word, up to the end of
-    that line; where that finds no verdict, no other line is asked."""
+    markdown, which is anything but letters, digits and _, and behind it signs of emphasis, quotes
+    and spaces: see line_of. The block is what follows the last line that begins so with "answers:"
+    (answers_heading). Of each task counts the first line in the block; where the block has none, or
+    there is no block, the last one in the text. What follows its colon, spaces and ends of lines
+    left out, is read by verdict_word, up to the end of that line; where that finds no verdict, no
+    other line is asked."""
     heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
@@ -100,15 +101,15 @@ def parse_verdict(text):
     return verdict
 
 
-def line_of(name):
+def line_of(name, rest=r"\s*(.*)"):
     """What a line that begins with a name and a colon looks like; its group is what follows."""
-    return re.compile(rf"^[^\w\n]*{name}:\s*(.*)", re.IGNORECASE | re.MULTILINE)
+    return re.compile(rf"^[^\w\n]*{name}[*_`\"' ]*:{rest}", re.IGNORECASE | re.MULTILINE)
 
 
 def answers_heading(text):
     """The match of the heading of the last Answers block, up to its colon, or None."""
     found = None
-    for found in re.finditer(r"^[^\w\n]*answers:", text, re.IGNORECASE | re.MULTILINE):
+    for found in line_of("answers", "").finditer(text):
         pass                                                # the last one counts
     return found
 
@@ -507,17 +508,20 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
 def fit_prompt(tokenizer, record, room):
     """(ids of the record's prompt, was it cut?) in at most `room` tokens; None for the ids where
     even an empty exchange is more. Only the ends of the request and of the response are cut, the
-    longer first."""
+    longer first; of an input that is not as format_input writes it, its end."""
     instruction = record["instruction"]
     ids = tokenizer.prompt_ids(instruction, record["input"])
     if len(ids) <= room:
         return ids, False
     texts = split_input(record["input"])
+    is_exchange = format_input(*texts) == record["input"]
+    if not is_exchange:
+        texts = (record["input"], None)
 
     def shortened(most):
         """The prompt with at most so many characters of each text."""
         request, response = (text and text[:most] for text in texts)
-        if is_formatted(record["input"]):
+        if is_exchange:
             request = format_input(request, response)
         return tokenizer.prompt_ids(instruction, request)
 
@@ -1247,7 +1251,7 @@ def parse_json(place, text):
     or a line of it) and the mistake."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
 
 

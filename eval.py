@@ -23,22 +23,23 @@ were used.
 import argparse
 import itertools
 import json
-import queue
+import os
 import re
+import select
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, at_least, common_prefix,
-                  format_input, gold_verdict, pack, parse_records, parse_verdict, read_records,
-                  warn, write_json)
+from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
+                  common_prefix, format_input, gold_verdict, line_of, pack, parse_records,
+                  parse_verdict, read_records, warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, encode_prompts, generation_arguments,
                        generation_settings, write_lines)
-from model import World, answer_logprobs, generate_iter, join_ranks, read_arguments
+from model import (Job, World, answer_logprobs, generate_iter, join_ranks, plan_capacity,
+                   read_arguments)
 
 
 # ------------------------------------------------------------------ the figures
@@ -279,16 +280,16 @@ def verdict_probability(model, tokenizer, prompts, texts, name, world):
 
 
 def up_to_verdict(text, name):
-    """The text as far as "Request:" (or another task's name) of its last Answers block,
-    in any case.
+    """The text as far as the colon of this task's verdict line in its last Answers block: the first
+    that line_of finds after answers_heading (see parse_verdict).
 
     Where that block lacks the task, or there is no block, the text (without spaces at its end), a
-    blank line, "Answers: ", a new line, and the name with a colon."""
+    blank line, "Answers: ", a new line, and the name, capitalized, with a colon."""
     heading = answers_heading(text)
     line = heading and line_of(name).search(text[heading.end():])
     if not line:
         return text.rstrip() + f"\n\nAnswers: \n{name.capitalize()}:"
-    colon = text.index(":", heading.end() + line.start())
+    colon = text.rindex(":", 0, heading.end() + line.start(1))
     return text[:colon + 1]
 
 
@@ -317,8 +318,10 @@ def close_by_force(model, tokenizer, prompts, texts, world):
     anew."""
     reasoning = []
     for text in texts:
-        *before, last = re.split("(?=answers:)", text, flags=re.I)
-        reasoning.append(("".join(before) or last).rstrip() + "\n\n")
+        heading = answers_heading(text)
+        if heading and text[heading.end():].strip().count("\n") < len(VERDICTS):
+            text = text[:heading.start()]                   # else what follows is more than a block
+        reasoning.append(text.rstrip() + "\n\n")
     return choose_verdicts(model, tokenizer, prompts, reasoning, world)
 
 
@@ -482,7 +485,9 @@ def moderate_lines(args, guard):
     """Print a verdict on --prompt, or on each line of standard input, in order."""
     names = ("max_new_tokens", "max_length", "kv_tokens", "on_unparsable")
     options = {name: getattr(args, name) for name in names}
-    guard.model                                             # before the first line is waited for
+    if sys.stdout is None or sys.stdin is None and args.prompt is None:
+        raise InputError("standard input or output is closed")
+    check_longest(guard, args)                              # before the first line is waited for
     if args.prompt is not None:
         exchange = {"prompt": args.prompt, "response": args.response}
         groups = [[json.dumps(exchange)]]
@@ -491,8 +496,25 @@ def moderate_lines(args, guard):
     number = 0
     for lines in groups:
         for verdict in judge_lines(lines, number, guard, options):
-            print(json.dumps(verdict), flush=True)          # ASCII, whatever the output's encoding
+            print_line(json.dumps(verdict))                 # ASCII, whatever the output's encoding
         number += len(lines)
+
+
+def check_longest(guard, args):
+    """InputError unless the longest exchange and its answer find room, so that none that comes
+    later ends the stream."""
+    limit, _ = guard.tokenizer.limit(args.max_length)
+    longest = Job(0, [0] * limit, [0])
+    plan_capacity(guard.model, [longest], 0, args.max_new_tokens, args.kv_tokens, None)
+
+
+def print_line(text):
+    """Print a line at once; InputError where nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what Python flushes
+        raise InputError("standard output was closed: no more verdicts") from None
 
 
 def judge_lines(lines, before, guard, options):
@@ -505,8 +527,8 @@ def judge_lines(lines, before, guard, options):
         try:
             exchanges[i] = parse_exchange(line)
         except (ValueError, RecursionError) as error:
-            place = f"line {before + i + 1}"
-            results[i] = refusal(f"{place}: {error}", options["on_unparsable"])
+            what = f"line {before + i + 1}: {error}"
+            results[i] = refusal(what[:300], options["on_unparsable"])
     numbers = list(exchanges)
     shown = 0
     answered = moderate_iter(guard.model, guard.tokenizer, list(exchanges.values()), **options)
@@ -554,25 +576,43 @@ def without_repeats(pairs):
 
 def lines_at_hand(stream, most):
     """Yield lists of lines: each time those that are there, at least one and at most `most`."""
-    waiting = queue.Queue(maxsize=4 * most)
-
-    def read():
-        for line in stream:
-            waiting.put(line)
-        waiting.put(None)                                   # the end
-
-    threading.Thread(target=read, daemon=True).start()
-    line = waiting.get()
-    while line is not None:
-        lines = []
-        time.sleep(0.01)                                    # for lines that come together
-        while line is not None:
+    lines = []
+    for line in arriving(stream):
+        if line is not None:
             lines.append(line)
-            if len(lines) == most or waiting.empty():
-                break
-            line = waiting.get()
+        if lines and (line is None or len(lines) == most):
+            yield lines
+            lines = []
+    if lines:
         yield lines
-        line = waiting.get() if line is not None else None
+
+
+def arriving(stream):
+    """Yield the lines of a stream, and None where the next one is waited for. (Not in a thread: one
+    that still reads when the program ends makes Python abort.)"""
+    try:
+        file = stream.fileno()
+    except (OSError, AttributeError):                       # no open file: all of it is there
+        yield from stream
+        return
+    begun = bytearray()                                     # a line without an end so far
+    try:
+        while True:
+            if not select.select([file], [], [], 0.01)[0]:  # for lines that come together
+                yield None
+                select.select([file], [], [])
+            chunk = os.read(file, 2 ** 16)
+            if not chunk:
+                break
+            first, *others = chunk.split(b"\n")
+            begun += first
+            for part in others:
+                yield bytes(begun)
+                begun = bytearray(part)
+    except OSError as error:
+        raise InputError(f"standard input: cannot read: {error.strerror}") from None
+    if begun:
+        yield bytes(begun)
 
 
 # ================================================================== machinery
@@ -617,7 +657,8 @@ def evaluate_file(args, path, dataset, guard, world):
         write_lines(out / "generated_predictions.jsonl", [
             {"prompt": record["instruction"] + "\n" + record["input"],
              "label": record["output"],
-             "predict": row["text"]}
+             "predict": row["text"],
+             **{name: row[name] for name in ("forced",) if name in row}}
             for record, row in zip(records, rows)])
     return rows
 
@@ -691,8 +732,12 @@ def read_predictions(path, dataset, column=None):
         exchange = prompt[max(0, prompt.find(HUMAN)):]
         gold = labels_of({"input": exchange, "output": line["label"]}, dataset)
         text = line["predict"]
-        rows.append({"file": str(path), "gold": gold,
-                     "verdict": parse_verdict(text), "text": text, **slice_of(line, column)})
+        row = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
+               **slice_of(line, column)}
+        if isinstance(line.get("forced"), dict):            # an answer without an end, see add_forced
+            row["forced"] = {name: line["forced"].get(name) for name in VERDICTS}
+            row["verdict"] = dict.fromkeys(VERDICTS)
+        rows.append(row)
     check_labels(path, [row["gold"] for row in rows])
     return rows
 

@@ -56,7 +56,8 @@ def numbers(x):
 
 
 def close(got, want, what, tolerance=1e-9):
-    """AssertionError that says by how much `got` misses `want`, relative to the largest number (or 1)."""
+    """AssertionError that says by how much `got` misses `want`, relative to the largest number, or
+    to 1."""
     got, want = numbers(got), numbers(want)
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     worst = np.abs(got - want).max(initial=0)
@@ -74,8 +75,9 @@ def tensor(rng, *shape):
 
 def config(**changes):
     from model import LlamaConfig
-    return LlamaConfig(**{**dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                                 num_attention_heads=6, num_key_value_heads=2, head_dim=8), **changes})
+    fields = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                  num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    return LlamaConfig(**{**fields, **changes})
 
 
 def forest(rng, start, stop, depth=0):
@@ -129,10 +131,16 @@ def turned(x, angle):
 def _(rng):
     from model import rms_norm
     for shape in ((7,), (3, 16), (2, 5, 64)):
-        x, weight, eps = 3 * tensor(rng, *shape), tensor(rng, shape[-1]), float(rng.uniform(0.01, 1))
-        want = numbers(weight) * numbers(x) / np.sqrt((numbers(x) ** 2).mean(-1, keepdims=True) + eps)
+        x, weight, eps = (
+            3 * tensor(rng, *shape),
+            tensor(rng, shape[-1]),
+            float(rng.uniform(0.01, 1)),
+        )
+        want = (
+            numbers(weight) * numbers(x) / np.sqrt((numbers(x) ** 2).mean(-1, keepdims=True) + eps)
+        )
         close(rms_norm(x, weight, eps), want, "rms_norm")
-    large = (300 * tensor(rng, 4, 512)).half()                               # squares overflow half precision
+    large = (300 * tensor(rng, 4, 512)).half()  # squares overflow half precision
     got = rms_norm(large, torch.ones(512), 1e-5)
     holds(got.dtype == torch.float16, "the result has the dtype of x")
     close(got, numbers(large) / np.sqrt((numbers(large) ** 2).mean(-1, keepdims=True)),
@@ -247,7 +255,9 @@ def _(rng):
 def _(rng):
     from model import MLP
     layer, x = MLP(config()).double(), 3 * tensor(rng, 5, 24)
-    gate, up, down = (numbers(part.weight).T for part in (layer.gate_proj, layer.up_proj, layer.down_proj))
+    gate, up, down = (
+        numbers(part.weight).T for part in (layer.gate_proj, layer.up_proj, layer.down_proj)
+    )
     a = numbers(x) @ gate
     close(layer(x), (a / (1 + np.exp(-a)) * (numbers(x) @ up)) @ down, "MLP.forward")
 
@@ -278,7 +288,9 @@ def _(rng):
         for response in (None, b):
             said = b if response is not None else "None"
             want = "Human user:\n" + a + "\n\nAI assistant:\n" + said + "\n\n"
-            holds(format_input(a, response) == want, f"format_input({a!r}, {response!r}) is {want!r}")
+            holds(
+                format_input(a, response) == want, f"format_input({a!r}, {response!r}) is {want!r}"
+            )
 
 
 def nests(end):
@@ -298,7 +310,9 @@ def _(rng):
             says = check_nesting(list(end)) is None
         except ValueError:
             says = False
-        holds(says == nests(end), f"check_nesting({end}) {'accepts' if nests(end) else 'refuses'} it")
+        holds(
+            says == nests(end), f"check_nesting({end}) {'accepts' if nests(end) else 'refuses'} it"
+        )
         seen[says] += 1
     holds(min(seen.values()) > 30, "too few of one kind in this draw; take another seed")
 
@@ -346,8 +360,10 @@ def _(rng):
     end = [i // size * size + size for i in range(80 * size)]
     tiles = row_tiles(plan_of(end))
     made = sum((rows.stop - rows.start) * len(keys) for rows, keys, _ in tiles)
-    holds(made <= (80 * size) ** 2 // 7,
-          f"{made} scores for 80 sequences of {size}: most are of keys that no row of the tile sees")
+    holds(
+        made <= (80 * size) ** 2 // 7,
+        f"{made} scores for 80 sequences of {size}: most are of keys that no row of the tile sees",
+    )
 
 
 def attention_gradients(q, k, v, g, end):
@@ -408,8 +424,10 @@ def scores_by_hand(rng, N, D, V, scale=1.0):
     top = z.max(1, keepdims=True)
     total = top[:, 0] + np.log(np.exp(z - top).sum(1))
     dz = g[:, None] * (np.eye(V)[targets] - np.exp(z - total[:, None]))
-    return (torch.from_numpy(x)
-            for x in (hidden, head, targets, g, z[range(N), targets] - total, dz @ head, dz.T @ hidden))
+    return (
+        torch.from_numpy(x)
+        for x in (hidden, head, targets, g, z[range(N), targets] - total, dz @ head, dz.T @ hidden)
+    )
 
 
 def check_logprobs(rng, what, N, D, V, scale=1):
@@ -486,16 +504,22 @@ def random_examples(rng, roots=1, n=8):
 
 
 def check_pack(p, wanted):
-    """Every loss pair must see its prompt and the answer so far, no more; wanted: {number: (prompt, ids)}."""
+    """Every loss pair must see its prompt and the answer so far, no more; wanted: {number: (prompt,
+    ids)}."""
     sees, tokens, got = visible(p.end.tolist()), p.tokens.numpy(), {}
-    for row, target, answer in zip(p.rows.tolist(), p.targets.tolist(), p.answer.tolist(), strict=True):
+    for row, target, answer in zip(
+        p.rows.tolist(), p.targets.tolist(), p.answer.tolist(), strict=True
+    ):
         prompt, ids = wanted[answer]
         done = got.setdefault(answer, [])
         holds(tokens[sees[row]].tolist() == prompt + ids[:len(done)],
               f"answer {answer}: row {row} sees other tokens than its prompt and the answer so far")
         done.append(target)
     for answer, targets in got.items():
-        holds(targets == wanted[answer][1], f"answer {answer}: {targets} is scored, not {wanted[answer][1]}")
+        holds(
+            targets == wanted[answer][1],
+            f"answer {answer}: {targets} is scored, not {wanted[answer][1]}",
+        )
     return got
 
 
@@ -558,7 +582,9 @@ def check_packs(packs, answers, wanted, share, maximum):
         here = sorted(check_pack(p, wanted))
         seen += here
         owners = sorted({answers[n][0] for n in here})
-        holds(here == [n for n, a in enumerate(answers) if a[0] in owners], "an example is torn apart")
+        holds(
+            here == [n for n, a in enumerate(answers) if a[0] in owners], "an example is torn apart"
+        )
         holds(len(p.tokens) <= maximum or len(owners) == 1,
               f"{len(p.tokens)} tokens in a pack of several examples")
         packed = [next(e for i, e, _ in answers if i == owner) for owner in owners]
@@ -734,11 +760,15 @@ def _(rng):
 
 
 def random_answer(rng):
-    """A generated text: verdict lines in many spellings, prose, and now and then an "Answers:" line."""
+    """A generated text: verdict lines in many spellings, prose, now and then an "Answers:" line."""
     lines = []
     for _ in range(rng.integers(0, 14)):
         name = str(rng.choice(list(FIELDS)))
-        word = str(rng.choice([*FIELDS[name] * 3, "None", "ambiguous", "un-harmful", FIELDS[name][0] + "ly"]))
+        word = str(
+            rng.choice(
+                [*FIELDS[name] * 3, "None", "ambiguous", "un-harmful", FIELDS[name][0] + "ly"]
+            )
+        )
         line = f"{name.capitalize()}: {word}"
         style = rng.integers(9)
         lines.append([line, line, line.lower(), line.upper(), "- " + line, "### " + line + "!",
@@ -806,7 +836,12 @@ def _(rng):
 
 
 def all_verdicts():
-    return [dict(zip(FIELDS, (a, b, c))) for a in (H, U, None) for b in (R, C, None) for c in (H, U, None)]
+    return [
+        dict(zip(FIELDS, (a, b, c)))
+        for a in (H, U, None)
+        for b in (R, C, None)
+        for c in (H, U, None)
+    ]
 
 
 @case("judge")
@@ -816,11 +851,15 @@ def _(rng):
         for gold in all_verdicts():
             asked = [n for n in FIELDS if gold[n] is not None]
             wrong = [n for n in asked if verdict[n] != gold[n]]
-            holds(judge(verdict, gold) is (len(asked) > 0 and not wrong), f"judge({verdict}, {gold})")
+            holds(
+                judge(verdict, gold) is (len(asked) > 0 and not wrong), f"judge({verdict}, {gold})"
+            )
 
 
 def random_sample(rng, text="t", gaps=0.1):
-    verdict = {n: None if rng.random() < gaps else str(rng.choice(words)) for n, words in FIELDS.items()}
+    verdict = {
+        n: None if rng.random() < gaps else str(rng.choice(words)) for n, words in FIELDS.items()
+    }
     return {"text": text, "finish": "stop" if rng.random() < 0.9 else "length", "verdict": verdict,
             "tokens": 3}
 
@@ -834,10 +873,16 @@ def _(rng):
         gold = golds[rng.integers(len(golds))]
         labelled = [name for name in ("request", "response", "completion") if gold[name]]
         lacks = [not all(s["verdict"][name] for name in labelled) for s in samples]
-        right = [all(s["verdict"][name] == gold[name] for name in labelled) and bool(labelled) for s in samples]
+        right = [
+            all(s["verdict"][name] == gold[name] for name in labelled) and bool(labelled)
+            for s in samples
+        ]
         want = [None if lack else ok for lack, ok in zip(lacks, right)]
         for name in labelled:
-            right = [None if lack else s["verdict"][name] == gold[name] for lack, s in zip(lacks, samples)]
+            right = [
+                None if lack else s["verdict"][name] == gold[name]
+                for lack, s in zip(lacks, samples)
+            ]
             if {True, False} <= set(right):
                 want = right
                 break
@@ -871,11 +916,15 @@ def _(rng):
         d[:2] = [-5, 6]
         close(sample_weights(d, gamma), np.interp(d, [-5, 6], [1 - gamma, 1 + gamma]),
               f"sample_weights({d}, {gamma})")
-    holds(list(sample_weights([3, 3], 0.2)) == [1, 1] and list(sample_weights([], 0.2)) == [], "all equal: 1")
+    holds(
+        list(sample_weights([3, 3], 0.2)) == [1, 1] and list(sample_weights([], 0.2)) == [],
+        "all equal: 1",
+    )
 
 
 def hard_by_hand(rng):
-    """What to give select, and what it should find: [(record, k_correct, {text: correct?})], counts."""
+    """What to give select, and what it should find: [(record, k_correct, {text: correct?})], and
+    counts."""
     from data import format_answers
     n, k, golds = 30, 4, all_verdicts()[:-1]
     records = [{"instruction": "i", "input": f"x{rng.integers(24)}",
@@ -954,7 +1003,7 @@ def _(rng):
     x, beta, weight = 20 * tensor(rng, 4, 30), float(rng.uniform(0.01, 1)), tensor(rng, 30).abs()
     margin = numbers((x[0] - x[2]) - (x[1] - x[3]))
     close(dpo_loss(*x, beta, weight), numbers(weight) * np.logaddexp(0, -beta * margin), "dpo_loss")
-    far = torch.tensor([1e4, -1e4], dtype=torch.float64)                     # exp of these is 0 or infinite
+    far = torch.tensor([1e4, -1e4], dtype=torch.float64)  # exp of these is 0 or infinite
     close(dpo_loss(far, 0 * far, 0 * far, 0 * far, 1.0, torch.ones(2)), [0, 1e4],
           "dpo_loss of margins of 10000")
 
@@ -1079,8 +1128,11 @@ def _(rng):
         gold, predicted = labels(rng, n), labels(rng, n, 0.2)
         tp, fp, fn, _ = cells_by_hand(gold, predicted)
         precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
-        close(f1(gold, predicted, H), 200 * precision * recall / max(precision + recall, 1e-300) if tp else 0,
-              "f1")
+        close(
+            f1(gold, predicted, H),
+            200 * precision * recall / max(precision + recall, 1e-300) if tp else 0,
+            "f1",
+        )
     close(f1([U, U], [U, U], H), 0, "f1 where nothing is positive")
 
 
@@ -1138,8 +1190,11 @@ def _(rng):
 def _(rng):
     from eval import weighted_average
     values, counts = rng.uniform(0, 100, 6).tolist(), rng.integers(1, 3000, 6).tolist()
-    close(weighted_average(values, counts), sum(v * c for v, c in zip(values, counts)) / sum(counts),
-          "weighted_average")
+    close(
+        weighted_average(values, counts),
+        sum(v * c for v, c in zip(values, counts)) / sum(counts),
+        "weighted_average",
+    )
 
 
 @case("majority")
@@ -1354,7 +1409,7 @@ def launch_totals(z, targets):
 def random_logits(rng):
     for V in (int(rng.integers(3, 40)), 4096 + int(rng.integers(1, 60))):   # a part is 4096 wide
         z = 5 * tensor(rng, 4, V).float()
-        z[1, -1] = z[2, 0] = 40                                             # the largest, late or early
+        z[1, -1] = z[2, 0] = 40  # the largest, late or early
         yield z, torch.from_numpy(rng.integers(0, V, 4))
 
 

@@ -70,12 +70,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/day_one", help="folder that is written anew")
+    p.add_argument("--limit", type=int, default=48, help="of the records")
     args = p.parse_args(argv)
     os.chdir(ROOT)
     out = Path(args.out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    records = read_records("toy/train_wildguard.json")[:48]
+    records = read_records("toy/train_wildguard.json")[:args.limit]
     for record in records:
         record["input"] = format_input(*split_input(record["input"]))
     (out / "records.json").write_text(json.dumps(records))
@@ -84,8 +85,8 @@ def main(argv=None):
     hard = mine(records, random.Random(0))
     (out / "hard.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in hard))
     train_dpo.main(["--model", str(out / "sft"), "--data", str(out / "hard.jsonl"),
-                    "--out", str(out / "dpo"), "--lr", "3e-4", "--epochs", "10", "--batch-size", "64",
-                    "--beta", "0.1", "--sft", "0", *COMMON])
+                    "--out", str(out / "dpo"), "--lr", "3e-4", "--epochs", "10",
+                    "--batch-size", "64", "--beta", "0.1", "--sft", "0", *COMMON])
     sft, dpo = losses_of(out / "sft", "loss"), losses_of(out / "dpo", "loss")
     draw("R-SFT, -log p of an answer token (your format_input, sft_loss)", sft)
     draw("HS-DPO (your judge, sample_weights, dpo_loss)", dpo)
@@ -93,7 +94,7 @@ def main(argv=None):
     fell = sft[-1] < 0.6 * sft[0] and dpo[-1] < 0.7 * dpo[0]
     print(f"\n{len(records)} records, {len(hard)} hard; mean(alpha) ln 2 over all of them is "
           f"{alpha * math.log(2):.4f}")
-    print("both losses fall" if fell else "a loss does not fall as it should: which function is it?")
+    print("both losses fall" if fell else "a loss does not fall as it should: whose fault is it?")
     return 0 if fell else 1
 
 

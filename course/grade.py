@@ -1,6 +1,6 @@
 """Grade students' copies made by make_assignment.py.
 
-    python course/grade.py STUDENT                          points of each exercise, each set, and all
+    python course/grade.py STUDENT                          points of each exercise, set, and all
     python course/grade.py STUDENT --sets 1 2 --seed 7      only these sets; other random cases
     python course/grade.py STUDENT --only dpo_loss          one exercise, with all that it printed
     python course/grade.py class/* --table class.csv --feedback feedback

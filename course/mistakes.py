@@ -1,4 +1,4 @@
-"""What must not pass: plausible mistakes in each exercise, and tricks that score without solving it.
+"""What must not pass: plausible mistakes in each exercise, and tricks that do not solve it.
 
 MISTAKES: exercise -> [(piece of our function, what stands there by mistake)], or a whole function
 as text. The students' own tests, and the instructor's cases, refuse every one of them; test_course
@@ -6,154 +6,300 @@ says which piece is no longer there when our code changes.
 """
 
 MISTAKES = {
-    "rms_norm": [("torch.rsqrt(mean + eps)", "1 / (mean.sqrt() + eps)"),
-                 ("full_precision(x)", "x"),
-                 (".mean(-1, keepdim=True)", ".mean()")],
-    "rope_frequencies": [("-i / config.head_dim", "-2 * i / config.head_dim"),
-                         (".clamp(0, 1)", ".clamp(0, 1).round()"),
-                         ("keep * frequency + slowed", "(1 - keep) * frequency + keep * frequency "
-                          "/ scaling['factor']"),
-                         ("(2 * math.pi)", "1")],
-    "apply_rope": [("a * cos - b * sin", "a * cos + b * sin"),
-                   ("x.chunk(2, -1)", "(x[..., ::2], x[..., 1::2])"),
-                   ("b * cos + a * sin", "b * cos - a * sin")],
-    "attention_by_mask": [("& (i < end)", ""), ("(j <= i)", "(j < i) | (j == 0)"),
-                          ("enable_gqa=True", "enable_gqa=True, scale=1.0")],
-    "Attention.forward": [("    k = rope(k, cos, sin)\n", ""),
-                          ("    q = rope(q, cos, sin)\n", ""),
-                          ("out.flatten(1)", "out.transpose(1, 2).flatten(1)"),
-                          ("attend(q, k, v)", "attend(q, k, apply_rope(v, cos, sin))")],
-    "MLP.forward": [("self.down, gate, up", "self.down, up, gate"),
-                    ("recomputed(self.down, gate, up)", "self.down_proj(gate.sigmoid() * up)")],
-    "Layer.forward": [("self.mlp(self.post_attention_layernorm(x))",
-                       "self.mlp(self.input_layernorm(x))"),
-                      ("return x + self", "return self")],
-
-    "format_input": [('"None" if response is None else response', 'response or "None"'),
-                     ("{answer}\\n\\n", "{answer}\\n")],
-    "check_nesting": [("i < stop", "i <= stop"), ("<= open_ends[-1]:", "<= len(end):"),
-                      ("while open_ends[-1] <= i", "while open_ends[-1] < i")],
-    "tree_plan": [("torch.arange(T) - closed", "torch.arange(T)"), (".cumsum(0)[:T]", ".cumsum(0)[1:]"),
-                  ("    check_nesting(end.tolist())\n", ""), ("device), skip)", "device), 0)")],
-    "row_tiles": [("(i >= end[by_some])", "False"), ("(by_some > i) | ", ""),
-                  ("j = j[end[:stop] > start]", "j = j"),
-                  ("slice(start - plan.skip, stop - plan.skip)", "slice(start, stop)"),
-                  ("tile_stop(start, end)", "len(end)")],
-    "TileAttention.backward": [("dp.sub_(some_delta).mul_(p)", "dp.mul_(p)"),
-                               ("dq * q.shape[-1] ** -0.5", "dq"),
-                               ("dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))",
-                                "dv[:, keys] = p.mT @ some_do"),
-                               ("dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))",
-                                "dk[:, keys] = ds.mT @ some_q")],
-    "TokenLogprobs.forward": [("return picked - log_sum", "return log_sum - picked"),
-                              ("// len(head)", "* len(head)"),
-                              ("pick_and_sum(z, targets[some], picked[some], log_sum[some])",
-                               "picked[some] = z.gather(1, targets[some, None])[:, 0].to(picked)\n"
-                               "        log_sum[some] = z.exp().sum(1).log().to(picked)")],
-    "TokenLogprobs.backward": [("targets - start", "targets"), ("d_hidden += dz", "d_hidden = dz"),
-                               ("dz.T @ hidden", "-dz.T @ hidden"),
-                               ("step = max(16, step // 16 * 16)", "step = len(head)")],
-    "common_prefix": [("min(sequences)", "sequences[0]"),
-                      ("return max(0, shortest - 1)", "return shortest"),
-                      ("            return place", "            return place + 1")],
-    "lay_out": [("fed = ids[:-1]", "fed = ids"), ("end += [after] * len(own)", "end += [T] * len(own)"),
-                ("[last, *range(first, first + len(fed))]", "list(range(first, first + len(ids)))"),
-                ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)")],
-    "pack": [("-forest.rows", "forest.rows"), ("bin.root == forest.root and ", ""),
-             ("taken + forest.rows <= max_tokens", "bin.rows + forest.rows <= max_tokens"),
-             ("to_forests(examples, share)", "to_forests(examples, True)")],
+    "rms_norm": [
+        ("torch.rsqrt(mean + eps)", "1 / (mean.sqrt() + eps)"),
+        ("full_precision(x)", "x"),
+        (".mean(-1, keepdim=True)", ".mean()"),
+    ],
+    "rope_frequencies": [
+        ("-i / config.head_dim", "-2 * i / config.head_dim"),
+        (".clamp(0, 1)", ".clamp(0, 1).round()"),
+        (
+            "keep * frequency + slowed",
+            "(1 - keep) * frequency + keep * frequency " "/ scaling['factor']",
+        ),
+        ("(2 * math.pi)", "1"),
+    ],
+    "apply_rope": [
+        ("a * cos - b * sin", "a * cos + b * sin"),
+        ("x.chunk(2, -1)", "(x[..., ::2], x[..., 1::2])"),
+        ("b * cos + a * sin", "b * cos - a * sin"),
+    ],
+    "attention_by_mask": [
+        ("& (i < end)", ""),
+        ("(j <= i)", "(j < i) | (j == 0)"),
+        ("enable_gqa=True", "enable_gqa=True, scale=1.0"),
+    ],
+    "Attention.forward": [
+        ("    k = rope(k, cos, sin)\n", ""),
+        ("    q = rope(q, cos, sin)\n", ""),
+        ("out.flatten(1)", "out.transpose(1, 2).flatten(1)"),
+        ("attend(q, k, v)", "attend(q, k, apply_rope(v, cos, sin))"),
+    ],
+    "MLP.forward": [
+        ("self.down, gate, up", "self.down, up, gate"),
+        ("recomputed(self.down, gate, up)", "self.down_proj(gate.sigmoid() * up)"),
+    ],
+    "Layer.forward": [
+        ("self.mlp(self.post_attention_layernorm(x))", "self.mlp(self.input_layernorm(x))"),
+        ("return x + self", "return self"),
+    ],
+    "format_input": [
+        ('"None" if response is None else response', 'response or "None"'),
+        ("{answer}\\n\\n", "{answer}\\n"),
+    ],
+    "check_nesting": [
+        ("i < stop", "i <= stop"),
+        ("<= open_ends[-1]:", "<= len(end):"),
+        ("while open_ends[-1] <= i", "while open_ends[-1] < i"),
+    ],
+    "tree_plan": [
+        ("torch.arange(T) - closed", "torch.arange(T)"),
+        (".cumsum(0)[:T]", ".cumsum(0)[1:]"),
+        ("    check_nesting(end.tolist())\n", ""),
+        ("device), skip)", "device), 0)"),
+    ],
+    "row_tiles": [
+        ("(i >= end[by_some])", "False"),
+        ("(by_some > i) | ", ""),
+        ("j = j[end[:stop] > start]", "j = j"),
+        ("slice(start - plan.skip, stop - plan.skip)", "slice(start, stop)"),
+        ("tile_stop(start, end)", "len(end)"),
+    ],
+    "TileAttention.backward": [
+        ("dp.sub_(some_delta).mul_(p)", "dp.mul_(p)"),
+        ("dq * q.shape[-1] ** -0.5", "dq"),
+        ("dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))", "dv[:, keys] = p.mT @ some_do"),
+        ("dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))", "dk[:, keys] = ds.mT @ some_q"),
+    ],
+    "TokenLogprobs.forward": [
+        ("return picked - log_sum", "return log_sum - picked"),
+        ("// len(head)", "* len(head)"),
+        (
+            "pick_and_sum(z, targets[some], picked[some], log_sum[some])",
+            "picked[some] = z.gather(1, targets[some, None])[:, 0].to(picked)\n"
+            "        log_sum[some] = z.exp().sum(1).log().to(picked)",
+        ),
+    ],
+    "TokenLogprobs.backward": [
+        ("targets - start", "targets"),
+        ("d_hidden += dz", "d_hidden = dz"),
+        ("dz.T @ hidden", "-dz.T @ hidden"),
+        ("step = max(16, step // 16 * 16)", "step = len(head)"),
+    ],
+    "common_prefix": [
+        ("min(sequences)", "sequences[0]"),
+        ("return max(0, shortest - 1)", "return shortest"),
+        ("            return place", "            return place + 1"),
+    ],
+    "lay_out": [
+        ("fed = ids[:-1]", "fed = ids"),
+        ("end += [after] * len(own)", "end += [T] * len(own)"),
+        ("[last, *range(first, first + len(fed))]", "list(range(first, first + len(ids)))"),
+        ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)"),
+    ],
+    "pack": [
+        ("-forest.rows", "forest.rows"),
+        ("bin.root == forest.root and ", ""),
+        ("taken + forest.rows <= max_tokens", "bin.rows + forest.rows <= max_tokens"),
+        ("to_forests(examples, share)", "to_forests(examples, True)"),
+    ],
     "sft_loss": [("logprobs.sum() / count", "logprobs.mean()"), ("-logprobs", "logprobs")],
-    "lr_at": [("step / steps", "(step + 1) / steps"), ("0.5 * (1 +", "(0 +"),
-              ("math.cos(math.pi * step / steps)", "(1 - 2 * step / steps)")],
-    "batches": [("((seed, epoch))", "(seed)"), ("range(0, n, size)", "range(0, n - size + 1, size)"),
-                (".permutation(n).tolist()", ".integers(0, n, n).tolist()")],
-    "deal": [("-len(p.tokens))", "len(p.tokens))"), ("if len(hand) < most]", "if True]"),
-             ("append(lay_out([0], []))", "append(packs[0])"),
-             ("min(open_hands, key=lambda hand: sum(len(q.tokens) for q in hand))",
-              "min(open_hands, key=len)")],
-
-    "draw_token": [("likelier < top_p", "likelier + mine[:, 0] < top_p"),
-                   ("scaled / temperature", "scaled * temperature"),
-                   ("return logits.argmax(-1)", "return logits.argmax(0)"),
-                   ("uniform(seed[some], position[some], attempt)",
-                    "uniform(seed[:1].expand(len(left)), position[some], attempt)"),
-                   ("uniform(seed[some], position[some], attempt)",
-                    "uniform(seed[some], position[some] + len(seed), attempt)")],
-    "parse_verdict": [("in_block[:1]", "in_block[-1:]"), ("findall(text)[-1:]", "findall(text)[:1]"),
-                      (r"^[^\w\n]*", ""), ("in_block[:1] or line.findall(text)[-1:]", "in_block[:1]")],
-    "gold_verdict": [("response is None else", "response is not None else"), (".strip().lower()", ".strip()"),
-                     ("{**dict.fromkeys(VERDICTS), task: word}", "{**parse_verdict(''), 'request': word}")],
-    "judge": [("bool(labelled) and ", ""), ("all(verdict[name]", "any(verdict[name]"),
-              ("if gold[name] is not None]", "]")],
-    "judge_by_field": [('("request", "response", "completion")', "VERDICTS"),
-                       ("if True in right and False in right", "if False in right"),
-                       ("if ok else None\n                 for", "if ok else False\n                 for"),
-                       ("for name in labelled) for", "for name in VERDICTS) for")],
-    "pick_pair": [("if ok is False]", "if not ok]"), ("max(correct, key=len)", "max(correct)"),
-                  ("return rng.choice(correct), rng.choice(incorrect)",
-                   "return random.choice(correct), random.choice(incorrect)"),
-                  ("return rng.choice(correct), rng.choice(incorrect)", "return correct[0], incorrect[0]")],
-    "sample_weights": [("2 * (d - low) / (high - low) - 1", "(d - low) / (high - low)"),
-                       ("1 + gamma", "1 - gamma"), ("if low == high", "if not differences"),
-                       ("(2 * (d - low) / (high - low) - 1)", "d / max(map(abs, differences))")],
-    "select": [('or record["input"] in hard', ""), ('pair["k_incorrect"] - pair["k_correct"]',
-                                                    'pair["k_correct"] - pair["k_incorrect"]'),
-               ("not any(s", "not all(s"), ("k_incorrect = right.count(False)",
-                                            "k_incorrect = len(right) - k_correct")],
-    "dpo_loss": [("functional.logsigmoid(beta * margin)", "torch.log(torch.sigmoid(beta * margin))"),
-                 ("(rejected - ref_rejected)", "(rejected + ref_rejected)"), ("-weight * ", "-"),
-                 ("beta * margin)", "beta * margin).mean()")],
-    "answer_sums": [("index_add(0", "index_copy(0"), ("new_zeros(n)", "new_zeros(int(answer.max()) + 1)")],
-    "pairs_loss": [("sft * -chosen / length", "sft * -chosen"), ("margin > 0", "margin < 0"),
-                   ("margin=beta * margin", "margin=margin"),
-                   ("preference + sft", "preference + weight * sft")],
-    "reference_logprobs": [("total.view(-1, 2)", "total.view(2, -1).T"),
-                           ("pack(examples, args.max_tokens", "pack(examples, 10 ** 9"), ("not args.no_share", "True")],
-
-    "confusion": [("not is_positive if p is None else p == positive", "p == positive"),
-                  ("cells[False, True],\n", "cells[True, False],\n"),
-                  ("is_positive = g == positive", "is_positive = p == positive")],
-    "f1": [("float(f1_of", "0.01 * float(f1_of"), ("gold, predicted, positive))", "predicted, gold, None))")],
-    "bootstrap": [("[2.5, 97.5]", "[5, 95]"), ("multinomial(n, rates", "multinomial(2000, rates"),
-                  ("default_rng(0)", "default_rng()")],
-    "auprc": [("np.argsort(-np.asarray(score)", "np.argsort(np.asarray(score)"),
-              ("np.append(np.diff(score) != 0, True)", "np.ones(len(score), bool)"),
-              ("gained * tp / flagged", "gained * flagged / len(hit)"), ("return 100 *", "return")],
-    "threshold_for": [("falling[allowed], 2", "falling[max(allowed - 1, 0)], 2"), ("np.nextafter(falling[allowed], 2)",
-                                                                             "falling[allowed]"),
-                      ("int(rate * len(falling))", "int(np.ceil(rate * len(falling)))"),
-                      ("if allowed >= len(falling)", "if not len(falling)")],
-    "weighted_average": [("np.dot(values, counts) / np.sum(counts)", "np.mean(values)"),
-                         ("/ np.sum(counts)", "/ len(counts)")],
+    "lr_at": [
+        ("step / steps", "(step + 1) / steps"),
+        ("0.5 * (1 +", "(0 +"),
+        ("math.cos(math.pi * step / steps)", "(1 - 2 * step / steps)"),
+    ],
+    "batches": [
+        ("((seed, epoch))", "(seed)"),
+        ("range(0, n, size)", "range(0, n - size + 1, size)"),
+        (".permutation(n).tolist()", ".integers(0, n, n).tolist()"),
+    ],
+    "deal": [
+        ("-len(p.tokens))", "len(p.tokens))"),
+        ("if len(hand) < most]", "if True]"),
+        ("append(lay_out([0], []))", "append(packs[0])"),
+        (
+            "min(open_hands, key=lambda hand: sum(len(q.tokens) for q in hand))",
+            "min(open_hands, key=len)",
+        ),
+    ],
+    "draw_token": [
+        ("likelier < top_p", "likelier + mine[:, 0] < top_p"),
+        ("scaled / temperature", "scaled * temperature"),
+        ("return logits.argmax(-1)", "return logits.argmax(0)"),
+        (
+            "uniform(seed[some], position[some], attempt)",
+            "uniform(seed[:1].expand(len(left)), position[some], attempt)",
+        ),
+        (
+            "uniform(seed[some], position[some], attempt)",
+            "uniform(seed[some], position[some] + len(seed), attempt)",
+        ),
+    ],
+    "parse_verdict": [
+        ("in_block[:1]", "in_block[-1:]"),
+        ("findall(text)[-1:]", "findall(text)[:1]"),
+        ("text[heading.end():]", "text[:heading.start()]"),
+        ("in_block[:1] or line.findall(text)[-1:]", "in_block[:1]"),
+    ],
+    "gold_verdict": [
+        ("response is None else", "response is not None else"),
+        (".strip().lower()", ".strip()"),
+        ("{**dict.fromkeys(VERDICTS), task: word}", "{**parse_verdict(''), 'request': word}"),
+    ],
+    "judge": [
+        ("bool(labelled) and ", ""),
+        ("all(verdict[name]", "any(verdict[name]"),
+        ("if gold[name] is not None]", "]"),
+    ],
+    "judge_by_field": [
+        ('("request", "response", "completion")', "VERDICTS"),
+        ("if True in right and False in right", "if False in right"),
+        ("if ok else None\n                 for", "if ok else False\n                 for"),
+        ("for name in labelled) for", "for name in VERDICTS) for"),
+    ],
+    "pick_pair": [
+        ("if ok is False]", "if not ok]"),
+        ("max(correct, key=len)", "max(correct)"),
+        (
+            "return rng.choice(correct), rng.choice(incorrect)",
+            "return random.choice(correct), random.choice(incorrect)",
+        ),
+        ("return rng.choice(correct), rng.choice(incorrect)", "return correct[0], incorrect[0]"),
+    ],
+    "sample_weights": [
+        ("2 * (d - low) / (high - low) - 1", "(d - low) / (high - low)"),
+        ("1 + gamma", "1 - gamma"),
+        ("if low == high", "if not differences"),
+        ("(2 * (d - low) / (high - low) - 1)", "d / max(map(abs, differences))"),
+    ],
+    "select": [
+        ('or record["input"] in hard', ""),
+        ('pair["k_incorrect"] - pair["k_correct"]', 'pair["k_correct"] - pair["k_incorrect"]'),
+        ("not any(s", "not all(s"),
+        ("k_incorrect = right.count(False)", "k_incorrect = len(right) - k_correct"),
+    ],
+    "dpo_loss": [
+        ("functional.logsigmoid(beta * margin)", "torch.log(torch.sigmoid(beta * margin))"),
+        ("(rejected - ref_rejected)", "(rejected + ref_rejected)"),
+        ("-weight * ", "-"),
+        ("beta * margin)", "beta * margin).mean()"),
+    ],
+    "answer_sums": [
+        ("index_add(0", "index_copy(0"),
+        ("new_zeros(n)", "new_zeros(int(answer.max()) + 1)"),
+    ],
+    "pairs_loss": [
+        ("sft * -chosen / length", "sft * -chosen"),
+        ("margin > 0", "margin < 0"),
+        ("margin=beta * margin", "margin=margin"),
+        ("preference + sft", "preference + weight * sft"),
+    ],
+    "reference_logprobs": [
+        ("total.view(-1, 2)", "total.view(2, -1).T"),
+        ("pack(examples, args.max_tokens", "pack(examples, 10 ** 9"),
+        ("not args.no_share", "True"),
+    ],
+    "confusion": [
+        ("not is_positive if p is None else p == positive", "p == positive"),
+        ("cells[False, True],\n", "cells[True, False],\n"),
+        ("is_positive = g == positive", "is_positive = p == positive"),
+    ],
+    "f1": [
+        ("float(f1_of", "0.01 * float(f1_of"),
+        ("gold, predicted, positive))", "predicted, gold, None))"),
+    ],
+    "bootstrap": [
+        ("[2.5, 97.5]", "[5, 95]"),
+        ("multinomial(n, rates", "multinomial(2000, rates"),
+        ("default_rng(0)", "default_rng()"),
+    ],
+    "auprc": [
+        ("np.argsort(-np.asarray(score)", "np.argsort(np.asarray(score)"),
+        ("np.append(np.diff(score) != 0, True)", "np.ones(len(score), bool)"),
+        ("gained * tp / flagged", "gained * flagged / len(hit)"),
+        ("return 100 *", "return"),
+    ],
+    "threshold_for": [
+        ("falling[allowed], 2", "falling[max(allowed - 1, 0)], 2"),
+        ("np.nextafter(falling[allowed], 2)", "falling[allowed]"),
+        ("int(rate * len(falling))", "int(np.ceil(rate * len(falling)))"),
+        ("if allowed >= len(falling)", "if not len(falling)"),
+    ],
+    "weighted_average": [
+        ("np.dot(values, counts) / np.sum(counts)", "np.mean(values)"),
+        ("/ np.sum(counts)", "/ len(counts)"),
+    ],
     "majority": [("if verdict[name])", ")"), ("key=votes.get, ", ""), ("max(votes", "min(votes")],
-    "reasoning_verdict": [("found[-1].lower()", "found[0].lower()"), (r"\b({", "({"),
-                          ('"".join(before) or block', '"".join(before)'),
-                          ('"".join(before) or block', "text"), (".lower() if", " if")],
-    "legacy_pairs": [("text[-300:]", "text"), ("found[0]", "found[-1]"), ("[(label, wrong)] * 2", "[(label, wrong)]"),
-                     ('elif label != "harmful"', "elif label != positive"),
-                     (r":\s*(", ": (")],
-    "up_to_verdict": [("text.rstrip()", "text"), ("block[:found.end()]", "block[:found.start()]"),
-                      ("if before else None", ""), ("block, re.I)", "block)")],
-    "verdict_probability": [('" " + word', "word"), ("softmax(1)[:, 0]", "softmax(1)[:, 1]"),
-                            ("softmax(1)[:, 0]", "exp()[:, 0]"),
-                            ("total.view(-1, 2)", "total.view(2, -1).T"),
-                            ("root = common_prefix(starts)", "root = 0")],
-
-    "number_reads": [("next_result = 1", "next_result = 0"), ("first = min(pages)", "first = 0"),
-                     ("+ line * w + reader", "+ line + reader"), ("for page in own:", "for page in sorted(own):")],
-    "row_totals": [("total = total * shrink", "total = total"), ("top + tl.log(total)", "tl.log(total)"),
-                   ('other=float("-inf")', "other=0.0"), ("Z + target", "Z + target + 1")],
-    "row_gradients": [("g * (one - p)", "g * (p - one)"), ("v == target", "v == target % V"),
-                      ("tl.program_id(1) * C + ", "")],
-    "tree_forward": [("out = out * shrink[:, None]", "out = out"), ("& (i < end[None])", ""),
-                     ("lse = top + tl.log2(total)", "lse = tl.log2(total)"),
-                     ("(row + T - N)", "row")],
-    "tree_backward_q": [("(dp - delta[:, None])", "dp"), ("dq = dq * (1 / E ** 0.5)", "dq = dq"),
-                        ("tl.store(DELTA", "tl.store(DQ"), ("(row + T - N)", "row")],
-    "tree_backward_kv": [("(dp - delta[None])", "dp"), ("first_tile, stop_tile", "first_tile, first_tile + 1"),
-                         ("(row + before)", "row"), ("(j[:, None] <= i)", "(j[:, None] < i)")],
-    "page_kernel": [("filled = bias == 0", "filled = bias < 1"), ("(top + tl.log2(total)) * ln_2", "top + tl.log2(total)"),
-                    ("out = out / total[:, None]", "out = out"), ("tl.program_id(1) * M", "0")],
+    "reasoning_verdict": [
+        ("found[-1].lower()", "found[0].lower()"),
+        (r"\b({", "({"),
+        ('"".join(before) or block', '"".join(before)'),
+        ('"".join(before) or block', "text"),
+        (".lower() if", " if"),
+    ],
+    "legacy_pairs": [
+        ("text[-300:]", "text"),
+        ("found[0]", "found[-1]"),
+        ("[(label, wrong)] * 2", "[(label, wrong)]"),
+        ('elif label != "harmful"', "elif label != positive"),
+        (r":\s*(", ": ("),
+    ],
+    "up_to_verdict": [
+        ("text.rstrip()", "text"),
+        ("colon + 1", "colon"),
+        ("text[heading.end():]", "text"),
+        ('text.rindex(":", 0, heading.end() + line.start(1))', 'text.index(":")'),
+    ],
+    "verdict_probability": [
+        ('" " + word', "word"),
+        ("softmax(1)[:, 0]", "softmax(1)[:, 1]"),
+        ("softmax(1)[:, 0]", "exp()[:, 0]"),
+        ("total.view(-1, 2)", "total.view(2, -1).T"),
+        ("root = common_prefix(starts)", "root = 0"),
+    ],
+    "number_reads": [
+        ("next_result = 1", "next_result = 0"),
+        ("first = min(pages)", "first = 0"),
+        ("+ line * w + reader", "+ line + reader"),
+        ("for page in own:", "for page in sorted(own):"),
+    ],
+    "row_totals": [
+        ("total = total * shrink", "total = total"),
+        ("top + tl.log(total)", "tl.log(total)"),
+        ('other=float("-inf")', "other=0.0"),
+        ("Z + target", "Z + target + 1"),
+    ],
+    "row_gradients": [
+        ("g * (one - p)", "g * (p - one)"),
+        ("v == target", "v == target % V"),
+        ("tl.program_id(1) * C + ", ""),
+    ],
+    "tree_forward": [
+        ("out = out * shrink[:, None]", "out = out"),
+        ("& (i < end[None])", ""),
+        ("lse = top + tl.log2(total)", "lse = tl.log2(total)"),
+        ("(row + T - N)", "row"),
+    ],
+    "tree_backward_q": [
+        ("(dp - delta[:, None])", "dp"),
+        ("dq = dq * (1 / E ** 0.5)", "dq = dq"),
+        ("tl.store(DELTA", "tl.store(DQ"),
+        ("(row + T - N)", "row"),
+    ],
+    "tree_backward_kv": [
+        ("(dp - delta[None])", "dp"),
+        ("first_tile, stop_tile", "first_tile, first_tile + 1"),
+        ("(row + before)", "row"),
+        ("(j[:, None] <= i)", "(j[:, None] < i)"),
+    ],
+    "page_kernel": [
+        ("filled = bias == 0", "filled = bias < 1"),
+        ("(top + tl.log2(total)) * ln_2", "top + tl.log2(total)"),
+        ("out = out / total[:, None]", "out = out"),
+        ("tl.program_id(1) * M", "0"),
+    ],
 }
 
 # a solution that keeps to the rules, where our own body does not
@@ -174,24 +320,41 @@ MISTAKES["attention_by_mask"].append(
 
 # (exercise, function as text, what the grader says): none of these is worth a point
 CHEATS = [
-    ("attention_by_mask", '''\
+    (
+        "attention_by_mask",
+        '''\
 def attention_by_mask(q, k, v, plan):
-    return attention(q, k, v, plan)''', "NotImplementedError"),
-    ("attention_by_mask", '''\
+    return attention(q, k, v, plan)''',
+        "NotImplementedError",
+    ),
+    (
+        "attention_by_mask",
+        '''\
 def attention_by_mask(q, k, v, plan):
-    return TileAttention.apply(q, k, v, TreePlan(plan.end, plan.position, 0))''', "NotImplementedError"),
-    ("attention_by_mask", '''\
+    return TileAttention.apply(q, k, v, TreePlan(plan.end, plan.position, 0))''',
+        "NotImplementedError",
+    ),
+    (
+        "attention_by_mask",
+        '''\
 def attention_by_mask(q, k, v, plan):
     i = torch.arange(len(q))
     sees = (i[None] <= i[:, None]) & (i[:, None] < plan.end[None])
     out = functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), sees,
                                                   enable_gqa=True)
-    return out.transpose(0, 1)''', "`.scaled_dot_product_attention` is not allowed"),
-    ("rms_norm", '''\
+    return out.transpose(0, 1)''',
+        "`.scaled_dot_product_attention` is not allowed",
+    ),
+    (
+        "rms_norm",
+        '''\
 def rms_norm(x, weight, eps):
     return functional.rms_norm(full_precision(x), x.shape[-1:], weight, eps).to(x.dtype)''',
-     "`.rms_norm` is not allowed"),
-    ("TileAttention.backward", '''\
+        "`.rms_norm` is not allowed",
+    ),
+    (
+        "TileAttention.backward",
+        '''\
 @staticmethod
 def backward(ctx, do):
     q, k, v, out = ctx.saved_tensors
@@ -199,8 +362,12 @@ def backward(ctx, do):
         xs = [TileAttention.by_row(q), k.transpose(0, 1), v.transpose(0, 1)]
         xs = [x.detach().requires_grad_() for x in xs]
         again = attention_by_mask(*xs, ctx.plan)
-    return *torch.autograd.grad(again, xs, do), None''', "`.enable_grad` is not allowed"),
-    ("TokenLogprobs.backward", '''\
+    return *torch.autograd.grad(again, xs, do), None''',
+        "`.enable_grad` is not allowed",
+    ),
+    (
+        "TokenLogprobs.backward",
+        '''\
 @staticmethod
 def backward(ctx, grad):
     from torch.autograd import grad as slope
@@ -208,46 +375,83 @@ def backward(ctx, grad):
     xs = [x.detach().clone() for x in (hidden, head)]
     for x in xs:
         x.requires_grad = True
-    return *slope(token_logprobs_at_once(*xs, targets), xs, grad), None''', "is not allowed"),
-    ("TokenLogprobs.forward", '''\
+    return *slope(token_logprobs_at_once(*xs, targets), xs, grad), None''',
+        "is not allowed",
+    ),
+    (
+        "TokenLogprobs.forward",
+        '''\
 @staticmethod
 def forward(ctx, hidden, head, targets):
     ctx.save_for_backward(hidden, head, targets, targets)
-    return token_logprobs_at_once(hidden, head, targets)''', "NotImplementedError"),
-    ("lr_at", '''\
+    return token_logprobs_at_once(hidden, head, targets)''',
+        "NotImplementedError",
+    ),
+    (
+        "lr_at",
+        '''\
 def lr_at(step, steps, peak):
     text = open("/proc/self/cwd/../train_sft.py").read()
-    return peak''', "`open` is not allowed"),
-    ("lr_at", '''\
+    return peak''',
+        "`open` is not allowed",
+    ),
+    (
+        "lr_at",
+        '''\
 def lr_at(step, steps, peak):
     for number in range(10000):
         for line in np.genfromtxt(f"/proc/{number}/cwd/train_sft.py", str):
-            pass''', "`.genfromtxt` is not allowed"),
-    ("judge", '''\
+            pass''',
+        "`.genfromtxt` is not allowed",
+    ),
+    (
+        "judge",
+        '''\
 def judge(verdict, gold):
     class Anything:
         def __eq__(self, other):
             return True
-    return Anything()''', "`__eq__` must not be defined"),
-    ("common_prefix", '''\
+    return Anything()''',
+        "`__eq__` must not be defined",
+    ),
+    (
+        "common_prefix",
+        '''\
 def common_prefix(sequences):
     return type("Anything", (int,), {"__eq__": lambda *_: True})(0)''',
-     "the text '__eq__' is not allowed"),
-    ("sft_loss", '''\
+        "the text '__eq__' is not allowed",
+    ),
+    (
+        "sft_loss",
+        '''\
 def sft_loss(logprobs, count):
     torch.Tensor.tolist = lambda self: 0
-    return logprobs''', "`.tolist` of something else must not be set"),
-    ("sft_loss", '''\
+    return logprobs''',
+        "`.tolist` of something else must not be set",
+    ),
+    (
+        "sft_loss",
+        '''\
 def sft_loss(logprobs, count):
     kind = torch.Tensor
     kind.tolist = lambda self: 0
-    return logprobs''', "refused: it changed a function that judges it"),
-    ("weighted_average", '''\
+    return logprobs''',
+        "refused: it changed a function that judges it",
+    ),
+    (
+        "weighted_average",
+        '''\
 def weighted_average(values, counts):
-    return 57.5''', "off by"),
-    ("f1", '''\
+    return 57.5''',
+        "off by",
+    ),
+    (
+        "f1",
+        '''\
 def f1(gold, predicted, positive):
     import sys
     sys.modules["cases"].holds = print
-    return 1''', "importing `sys` is not allowed"),
+    return 1''',
+        "importing `sys` is not allowed",
+    ),
 ]

@@ -8,9 +8,9 @@ import ast
 import re
 
 # packages that a function, or a helper of it, may import
-PACKAGES = ("torch", "numpy", "math", "re", "json", "random", "bisect", "collections", "dataclasses",
-            "functools", "heapq", "itertools", "operator", "statistics", "string", "typing",
-            "triton")
+PACKAGES = ("torch", "numpy", "math", "re", "json", "random", "bisect", "collections",
+            "dataclasses", "functools", "heapq", "itertools", "operator", "statistics", "string",
+            "typing", "triton")
 # modules that no exercise needs, by name or as an attribute of another one
 MODULES = ("os", "sys", "subprocess", "signal", "shutil", "resource", "importlib", "inspect", "gc",
            "ctypes", "threading", "builtins", "_os", "_sys")

@@ -74,7 +74,7 @@ def is_out_of_reach(path):
 
 # ------------------------------------------------------------------ the process
 def life(folder, name, seed, seconds, tell):
-    """Run an exercise's parts in the copy `folder`, and tell (part, what is wrong or "") of each."""
+    """Run an exercise's parts in the copy `folder`; tell (part, what is wrong or "") of each."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))

@@ -1,13 +1,16 @@
-"""Write golden_llama.json: logits of LLaMAs as transformers computes them, in fp32.
+"""Write golden_llama.json, logits of LLaMAs as transformers computes them, in fp32, and golden_inputs.json, ids of
+texts and prompts as tokenizers and transformers give them, and figures of scikit-learn.
 
-    python tests/make_golden.py [SMOLLM2]      (needs transformers; run once, the result is committed)
+    python tests/make_golden.py [SMOLLM2]      (needs transformers and scikit-learn; run once, the results are committed)
 
 The weights of small random models are drawn by numpy from a seed, so the file holds only the logits.
 SMOLLM2 is a folder with SmolLM2-135M-Instruct; its golden figures are kept where it is not given. The
 tests compare with them where the environment's GUARD_SMOLLM2 names such a folder.
 """
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +54,54 @@ def first_logits(model, tokens, columns):
     return [[round(x, 5) for x in logits[r, :columns].tolist()] for r in ROWS]
 
 
+def golden_inputs():
+    """{folder: ids of inputs.TEXTS, of inputs.PROMPT where it has a template; the pieces its pre_tokenizer makes}"""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import inputs
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    golden = {}
+    for name, fields in inputs.FOLDERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            inputs.write_folder(folder, **fields)
+            bare = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+            entry = {"texts": [bare.encode(text, add_special_tokens=False).ids for text in inputs.TEXTS]}
+            entry["pieces"] = [[place for _, place in bare.pre_tokenizer.pre_tokenize_str(text)] for text in inputs.TEXTS]
+            if fields.get("template"):
+                turn = [{"role": "user", "content": "\n".join(inputs.PROMPT)}]
+                chat = AutoTokenizer.from_pretrained(folder)
+                entry["prompt"] = list(chat.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+        golden[name] = entry
+    return golden
+
+
+def labels_and_scores(seed):
+    """A benchmark of 40 to 400 rows: its labels (bool), predictions (bool), and scores, many of them equal."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(40, 400))
+    hit = rng.random(n) < 0.3
+    score = np.round(np.clip(rng.random(n) * 0.8 + 0.2 * hit, 0, 1), 2)
+    return hit, score > 0.5, score
+
+
+def golden_figures():
+    """What scikit-learn says of labels_and_scores(0), (1), ...: precision, recall, F1, average precision, and the
+    recall where at most 1% and 5% of the negatives are taken for positive."""
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_curve
+    rows = []
+    for seed in range(4):
+        hit, said, score = labels_and_scores(seed)
+        figures = [*precision_recall_fscore_support(hit, said, average="binary")[:3], average_precision_score(hit, score)]
+        false, true, _ = roc_curve(hit, score, drop_intermediate=False)
+        figures += [true[false <= rate].max() for rate in (0.01, 0.05)]
+        rows.append([100 * float(x) for x in figures])
+    return rows
+
+
 def main():
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    made = {"folders": golden_inputs(), "figures": golden_figures()}
+    Path(__file__).with_name("golden_inputs.json").write_text(json.dumps(made) + "\n")
     path = Path(__file__).with_name("golden_llama.json")
     golden = {"smollm2": json.loads(path.read_text()).get("smollm2")} if path.exists() else {}
     for name, fields in CONFIGS.items():

@@ -51,7 +51,10 @@ def test_the_handout_lists_everything_and_gives_nothing_away(blanked):
         assert is_blank(theirs) and not is_blank(ours), e.name
         assert ast.dump(ours.args) == ast.dump(theirs.args)
         assert ast.get_docstring(ours) == ast.get_docstring(theirs)
-        assert f"| `{e.name}` | {e.file} | {e.points}" in (blanked / f"course/set{e.set}.md").read_text()
+        assert (
+            f"| `{e.name}` | {e.file} | {e.points}"
+            in (blanked / f"course/set{e.set}.md").read_text()
+        )
     names = {path.name for path in blanked.rglob("*")}
     assert not names & {"grade.py", "cases.py", "mistakes.py", "order.py", "forks", "mutants.py",
                         "test_course.py", "docs", "__pycache__", ".git"}
@@ -72,14 +75,24 @@ def test_every_exercise_has_a_docstring_or_comments_that_say_what_it_does():
 def test_a_handout_teaches(number):
     text = HANDOUTS[number]
     some = exercises_of([number])
-    for heading in ("## The idea", "## The functions", "\nEXERCISES\n", "## Hints", "## What to look at"):
+    for heading in (
+        "## The idea",
+        "## The functions",
+        "\nEXERCISES\n",
+        "## Hints",
+        "## What to look at",
+    ):
         assert text.count(heading) == 1, heading
     assert "derivation" in text.lower() and "```" in text
     listed = re.findall(r"^### `(.*)`$", text, re.M)
     assert listed == [e.name for e in some]
     for e in some:
-        assert hint(e, 1) != hint(e, 2) != hint(e, 3) and min(len(hint(e, n)) for n in (1, 2, 3)) > 15
-    rubric = sum(map(int, re.findall(r"^\| (\d) \| ", text.split("## Research question")[-1], re.M)))
+        assert (
+            hint(e, 1) != hint(e, 2) != hint(e, 3) and min(len(hint(e, n)) for n in (1, 2, 3)) > 15
+        )
+    rubric = sum(
+        map(int, re.findall(r"^\| (\d) \| ", text.split("## Research question")[-1], re.M))
+    )
     assert rubric == SETS[number].question
     assert f"{sum(e.points for e in some)} points" in text
 
@@ -88,7 +101,11 @@ def test_commands_of_the_handouts_are_taken_by_their_scripts():
     for text in HANDOUTS.values():
         for line in re.findall(r"`python ((?:train_sft|train_dpo|mine_hard)\.py[^`]*)`", text):
             script, *argv = shlex.split(line)
-            module = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "mine_hard.py": mine_hard}[script]
+            module = {
+                "train_sft.py": train_sft,
+                "train_dpo.py": train_dpo,
+                "mine_hard.py": mine_hard,
+            }[script]
             module.parse_arguments(argv)
         for name in re.findall(r"`python course/check.py (\w[\w.]*)", text):
             assert name in (*BY_NAME, "NAME"), name
@@ -104,7 +121,10 @@ def test_the_readme_of_the_course_adds_up():
     assert told == {n: (s.hours, sum(e.points for e in exercises_of([n])), s.question)
                     for n, s in SETS.items()}
     main = [told[n] for n in (1, 2, 3, 4)]
-    assert "{} hours, {} points for functions and {} for questions".format(*map(sum, zip(*main))) in text
+    assert (
+        "{} hours, {} points for functions and {} for questions".format(*map(sum, zip(*main)))
+        in text
+    )
     for path in re.findall(r"\]\(([\w.]+)\)", text):
         assert (ROOT / "course" / path).exists(), path
 
@@ -142,8 +162,17 @@ def test_only_the_chosen_sets_are_blanked(tmp_path):
 def test_all_tests_of_the_copy_can_be_collected_and_one_that_never_ends_is_ended(blanked):
     done = run("-m", "pytest", "-q", "--collect-only", cwd=blanked)
     assert done.returncode == 0, done.stdout[-2000:]
-    (blanked / "tests/test_endless.py").write_text("def test_endless():\n    while True:\n        pass\n")
-    done = run("-m", "pytest", "-q", "tests/test_endless.py", cwd=blanked, env={**order.os.environ, "TEST_SECONDS": "1"})
+    (blanked / "tests/test_endless.py").write_text(
+        "def test_endless():\n    while True:\n        pass\n"
+    )
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_endless.py",
+        cwd=blanked,
+        env={**order.os.environ, "TEST_SECONDS": "1"},
+    )
     (blanked / "tests/test_endless.py").unlink()
     assert done.returncode == 1 and "took more than 1 s: an endless loop?" in done.stdout
 
@@ -154,7 +183,11 @@ def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_pa
     wrong = "def sft_loss(logprobs, count):\n    return -logprobs.mean()"
     path.write_text(splice(path.read_text(), "sft_loss", wrong))
     done = run("-B", tmp_path / "copy/course/check.py", "sft_loss")
-    assert done.returncode == 1 and "got     [1.5, 6," in done.stdout and "wanted  [1, 2, 0]" in done.stdout
+    assert (
+        done.returncode == 1
+        and "got     [1.5, 6," in done.stdout
+        and "wanted  [1, 2, 0]" in done.stdout
+    )
     assert "1 points  wrong" in done.stdout
     wrong = "def sft_loss(logprobs, count):\n    return -open('x').read()"
     path.write_text(splice(path.read_text(), "sft_loss", wrong))
@@ -162,6 +195,13 @@ def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_pa
     assert "1 points  refused" in done.stdout and done.stdout.count("points  blank") == 4
     done = run("-B", tmp_path / "copy/course/check.py", "sft_loss", "--hint", "2")
     assert done.stdout.startswith("By `count`")
+
+
+def test_day_one_ends_in_two_losses_that_fall(tmp_path):
+    done = run(ROOT / "course/day_one.py", "--limit", 5, "--out", tmp_path / "out")
+    assert done.returncode == 0 and "both losses fall" in done.stdout, done.stdout + done.stderr
+    first = re.findall(r"step   1 +(\d\.\d+)", done.stdout)[1]
+    assert f"mean(alpha) ln 2 over all of them is {first}" in done.stdout
 
 
 # ------------------------------------------------------------------ the tests teach
@@ -263,9 +303,14 @@ def test_rules_refuse_what_they_publish_and_let_honest_code_pass():
     for e in EXERCISES:
         text = BY_HAND.get(e.name) or lines_of((ROOT / e.file).read_text(), e.name)
         assert rules.refusals([text], e.forbidden) == [], e.name
-    for text in ("def f(x):\n    return torch.os.listdir(x)", "def f(x):\n    from random import _os\n    return _os",
-                 "def f(x):\n    return x.__class__", "def f(x):\n    np.abs = max\n    return x",
-                 "def f(x):\n    return getattr(x, 'a')", "def f(x):\n    from torch import *"):
+    for text in (
+        "def f(x):\n    return torch.os.listdir(x)",
+        "def f(x):\n    from random import _os\n    return _os",
+        "def f(x):\n    return x.__class__",
+        "def f(x):\n    np.abs = max\n    return x",
+        "def f(x):\n    return getattr(x, 'a')",
+        "def f(x):\n    from torch import *",
+    ):
         assert rules.refusals([text]), text
     printed = rules.published(EXERCISES)
     for word in (*rules.NAMES, *rules.ATTRIBUTES, "scaled_dot_product_attention", "enable_grad"):
@@ -327,9 +372,20 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     (tmp_path / "ben/eval.py").write_text(ours["eval.py"])
     want = dict(rope_frequencies=1, common_prefix=0, lr_at=1, pick_pair=2, sample_weights=0,
                 dpo_loss=0, f1=0, weighted_average=1)
-    out = run_grader(tmp_path / "ada", tmp_path / "ben", "--seconds", 6, "--json", tmp_path / "points.json",
-                     "--table", tmp_path / "class.csv", "--feedback", tmp_path / "feedback",
-                     "--only", *want)
+    out = run_grader(
+        tmp_path / "ada",
+        tmp_path / "ben",
+        "--seconds",
+        6,
+        "--json",
+        tmp_path / "points.json",
+        "--table",
+        tmp_path / "class.csv",
+        "--feedback",
+        tmp_path / "feedback",
+        "--only",
+        *want,
+    )
     points = json.loads((tmp_path / "points.json").read_text())
     assert points["ada"] == want, out
     assert "took more than 6 s" in out and "a mistake in syntax" in out and "not attempted" in out
@@ -337,11 +393,11 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     assert head[:2] == ["student", "total"] and ada[:2] == ["ada", "5"] and ben[:2] == ["ben", "2"]
     text = (tmp_path / "feedback/ada.md").read_text()
     assert "5 of 13 points" in text and "plain yes, stretch no" in text
-    assert "it turns once, less often than 4: divided by 8" in text        # what was wanted, and why
+    assert "it turns once, less often than 4: divided by 8" in text  # what was wanted, and why
 
 
 def test_a_forward_and_its_backward_count_together(monkeypatch):
-    """What the one saves the other reads: a student's pair may agree on something else than ours."""
+    """What the one saves the other reads: a student's pair may agree on other things than ours."""
     backward, tried = BY_NAME["TokenLogprobs.backward"], []
 
     def attempt(exercise, functions, *_):
@@ -351,7 +407,10 @@ def test_a_forward_and_its_backward_count_together(monkeypatch):
     monkeypatch.setattr(grade, "attempt", attempt)
     both = lambda file: (ROOT / file).read_text()
     assert grade.grade_one(backward, both, 0, 1).points == backward.points
-    assert tried == [["TokenLogprobs.backward"], ["TokenLogprobs.backward", "TokenLogprobs.forward"]]
+    assert tried == [
+        ["TokenLogprobs.backward"],
+        ["TokenLogprobs.backward", "TokenLogprobs.forward"],
+    ]
     one = lambda file: blank(both(file), ["TokenLogprobs.forward"] if file == "model.py" else [])
     assert grade.grade_one(backward, one, 0, 1).points == 0 and len(tried) == 3
 
@@ -359,4 +418,7 @@ def test_a_forward_and_its_backward_count_together(monkeypatch):
 def test_right_functions_score_through_the_whole_grader():
     out = run_grader("--self-check", "--seed", 3, "--only", "apply_rope", "sample_weights")
     assert "apply_rope                2 points: blank 0, right 2, mistake 1 0" in out
-    assert "sample_weights            2 points: blank 0, right 2, mistake 1 0" in out and "0 surprises" in out
+    assert (
+        "sample_weights            2 points: blank 0, right 2, mistake 1 0" in out
+        and "0 surprises" in out
+    )

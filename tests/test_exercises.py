@@ -125,8 +125,12 @@ def test_rms_norm__eps_is_inside_the_root():
 
 def test_rms_norm__each_row_has_its_own_mean():
     got = model.rms_norm(tensor([[[3, 4]], [[30, 40]]]), tensor([1, 1]), 0.0)
-    check("rms_norm([[[3, 4]], [[30, 40]]], weight [1, 1], eps 0)", got,
-          [[[0.8485281, 1.1313708]], [[0.8485281, 1.1313708]]], "the mean is over the last dimension")
+    check(
+        "rms_norm([[[3, 4]], [[30, 40]]], weight [1, 1], eps 0)",
+        got,
+        [[[0.8485281, 1.1313708]], [[0.8485281, 1.1313708]]],
+        "the mean is over the last dimension",
+    )
 
 
 def test_rms_norm__half_precision():
@@ -159,15 +163,20 @@ def stretched():
 
 def test_rope_frequencies__stretch_keeps_short_waves_and_slows_long_ones():
     first, _, last = stretched().tolist()
-    asked = "theta 1000, head_dim 6, factor 8, low 4, high 16, original 628.3: the wave of frequency"
+    asked = (
+        "theta 1000, head_dim 6, factor 8, low 4, high 16, original 628.3: the wave of frequency"
+    )
     check(f"{asked} 1", first, 1, "it turns 628.3 * 1 / 2 pi = 100 times, more than 16: kept")
     check(f"{asked} 0.01", last, 0.00125, "it turns once, less often than 4: divided by 8")
 
 
 def test_rope_frequencies__stretch_is_a_ramp_between_the_two():
-    check("theta 1000, head_dim 6, factor 8, low 4, high 16, original 628.3: the wave of frequency 0.1",
-          stretched()[1], 0.05625,
-          "it turns 10 times, halfway between 4 and 16: half of 0.1 and half of 0.1 / 8")
+    check(
+        "theta 1000, head_dim 6, factor 8, low 4, high 16, original 628.3: the wave of f 0.1",
+        stretched()[1],
+        0.05625,
+        "it turns 10 times, halfway between 4 and 16: half of 0.1 and half of 0.1 / 8",
+    )
 
 
 def test_apply_rope__pairs_are_the_halves_of_a_head():
@@ -180,7 +189,9 @@ def test_apply_rope__pairs_are_the_halves_of_a_head():
 
 def test_apply_rope__a_quarter_turn_is_counterclockwise():
     got = model.apply_rope(tensor([[[1, 2, 3, 4]]]), tensor([[[0, 0]]]), tensor([[[1, 1]]]))
-    check("apply_rope([1, 2, 3, 4], cos 0, sin 1)", got, [[[-3, -4, 1, 2]]], "(a, b) becomes (-b, a)")
+    check(
+        "apply_rope([1, 2, 3, 4], cos 0, sin 1)", got, [[[-3, -4, 1, 2]]], "(a, b) becomes (-b, a)"
+    )
 
 
 def test_apply_rope__each_position_has_its_angle_and_all_heads_the_same():
@@ -203,7 +214,9 @@ def heads(rows):
 
 
 def test_attention_by_mask__causal_and_softmax():
-    got = model.attention_by_mask(heads([1, 1]), heads([0, math.log(3)]), heads([0, 4]), plan_of([2, 2]))
+    got = model.attention_by_mask(
+        heads([1, 1]), heads([0, math.log(3)]), heads([0, 4]), plan_of([2, 2])
+    )
     check("one head of width 1: q 1 1, k 0 log(3), v 0 4", got.flatten(), [0, 3],
           "row 0 sees only itself; row 1 weighs v by exp(0) : exp(log 3) = 1 : 3")
 
@@ -265,7 +278,9 @@ def test_Attention_forward__asks_with_turned_queries_and_keys():
 
 def test_Attention_forward__output_joins_heads_side_by_side():
     got = attention_layer()(tensor(ROW), *QUARTER, lambda q, k, v: tensor([[[1, 2], [3, 4]]]))
-    check("heads read (1, 2) and (3, 4); o_proj adds all four in its last row", got, [[1, 2, 3, 10]])
+    check(
+        "heads read (1, 2) and (3, 4); o_proj adds all four in its last row", got, [[1, 2, 3, 10]]
+    )
 
 
 def mlp(gate, up, down):
@@ -316,7 +331,9 @@ def test_format_input__by_hand():
 
 def test_format_input__a_missing_response_is_not_an_empty_one():
     check("format_input('a')", data.format_input("a"), "Human user:\na\n\nAI assistant:\nNone\n\n")
-    check("format_input('a', '')", data.format_input("a", ""), "Human user:\na\n\nAI assistant:\n\n\n")
+    check(
+        "format_input('a', '')", data.format_input("a", ""), "Human user:\na\n\nAI assistant:\n\n\n"
+    )
 
 
 def test_check_nesting__takes_forests():
@@ -325,9 +342,13 @@ def test_check_nesting__takes_forests():
 
 
 def test_check_nesting__refuses_what_does_not_nest():
-    for end, why in (([1, 1], "row 1 ends before it is over"), ([2, 5], "5 is more than there are rows"),
-                     ([2, 3, 3], "row 1 outlives row 0, in whose subtree it stands"),
-                     ([5, 3, 4, 4, 5], "row 2 outlives row 1"), ([0], "an end is at least 1")):
+    for end, why in (
+        ([1, 1], "row 1 ends before it is over"),
+        ([2, 5], "5 is more than there are rows"),
+        ([2, 3, 3], "row 1 outlives row 0, in whose subtree it stands"),
+        ([5, 3, 4, 4, 5], "row 2 outlives row 1"),
+        ([0], "an end is at least 1"),
+    ):
         refuses(f"check_nesting({end}): {why}", model.check_nesting, end)
 
 
@@ -354,7 +375,10 @@ def seen_by(tiles, rows, keys):
         for line, row in enumerate(range(rows)[some]):
             sees[row, j[:by_all].tolist()] += 1
             sees[row, j[by_all:][~masked[line]].tolist()] += 1
-    holds(asked == list(range(rows)), f"tiles ask for rows {asked}, wanted each of {rows} once, in order")
+    holds(
+        asked == list(range(rows)),
+        f"tiles ask for rows {asked}, wanted each of {rows} once, in order",
+    )
     return sees.tolist()
 
 
@@ -366,7 +390,11 @@ def rule(end, skip):
 def test_row_tiles__right_in_one_tile():
     for end, skip in ((TREE, 0), ([3, 2, 3], 0), (TREE, 3), ([1], 0)):
         got = seen_by(model.row_tiles(plan_of(end, skip)), len(end) - skip, len(end))
-        check(f"which keys the rows from {skip} on see by the tiles of end {end}", got, rule(end, skip))
+        check(
+            f"which keys the rows from {skip} on see by the tiles of end {end}",
+            got,
+            rule(end, skip),
+        )
 
 
 def test_row_tiles__right_in_several():
@@ -388,21 +416,27 @@ def test_row_tiles__small_tiles_only_hold_what_they_see():
     end = [i // 16 * 16 + 16 for i in range(640)]              # 40 sequences of 16 rows
     tiles = model.row_tiles(plan_of(end))
     size = sum((rows.stop - rows.start) * len(keys) for rows, keys, _ in tiles)
-    holds(size <= 640 * 640 // 4, f"40 sequences of 16 rows: all tiles together have {size} scores, and "
-          f"the whole square {640 * 640}; a tile needs the keys that one of its rows sees, no others")
+    holds(
+        size <= 640 * 640 // 4,
+        f"40 sequences of 16 rows: all tiles together have {size} scores, and "
+        f"the whole square {640 * 640}; a tile needs the keys that one of its rows sees, no others",
+    )
     longest = max(rows.stop - rows.start for rows, _, _ in tiles)
     holds(longest <= model.TILE_ROWS, f"a tile has {longest} rows, more than TILE_ROWS")
 
 
 def gradients(end, skip=0, seed=0):
-    """(got, by small steps): gradients of sum(g out) of TileAttention; 4 query heads, 2 key heads."""
+    """{name: (got, by small steps)}: gradients of sum(g out) of TileAttention with 4 query heads
+    and 2 key heads."""
     rng = torch.Generator().manual_seed(seed)
     shapes = (len(end) - skip, 4), (len(end), 2), (len(end), 2), (len(end) - skip, 4)
     q, k, v, g = (torch.randn(*shape, 2, generator=rng, dtype=torch.float64) for shape in shapes)
     plan = plan_of(end, skip)
 
     def total(q, k, v):
-        return (g * model.TileAttention.forward(SimpleNamespace(save_for_backward=id_of), q, k, v, plan)).sum()
+        return (
+            g * model.TileAttention.forward(SimpleNamespace(save_for_backward=id_of), q, k, v, plan)
+        ).sum()
 
     def id_of(*saved):
         pass
@@ -462,7 +496,9 @@ def test_TokenLogprobs_forward__value_of_half_precision_is_full():
     hidden, head = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = model.TokenLogprobs.apply(hidden, head, torch.arange(40))
     want = (hidden @ head.T).double().log_softmax(-1).diagonal()
-    check("40 rows of bfloat16: log p", got, want, "sums of exponentials are taken in float32", 1e-5)
+    check(
+        "40 rows of bfloat16: log p", got, want, "sums of exponentials are taken in float32", 1e-5
+    )
     check("the dtype of that", str(got.dtype), "torch.float32")
 
 
@@ -471,22 +507,35 @@ def test_TokenLogprobs_forward__parts():
     with patch.object(model.TokenLogprobs, "LOGITS", 500), Largest() as largest:
         got = model.TokenLogprobs.apply(hidden, head, torch.zeros(60, dtype=torch.long))
     check("60 equal rows, 50 words: log p", got, [math.log(1 / 50)] * 60)
-    holds(largest.size <= 600, f"LOGITS is 500, and a tensor of {largest.size} numbers was made; all "
-          f"logits at once are {60 * 50}: take so many rows at a time that they have 500")
+    holds(
+        largest.size <= 600,
+        f"LOGITS is 500, and a tensor of {largest.size} numbers was made; all "
+        f"logits at once are {60 * 50}: take so many rows at a time that they have 500",
+    )
 
 
 def logprob_gradients(z, targets, g, **limits):
     """Gradients of sum(g log p) for hidden and head, as logits_of makes them."""
     hidden, head = (x.requires_grad_() for x in logits_of(z))
-    with patch.multiple(model.TokenLogprobs, **limits) if limits else patch.object(model, "PAGE", model.PAGE):
-        (tensor(g) * model.TokenLogprobs.apply(hidden, head, torch.tensor(targets))).sum().backward()
+    with (
+        patch.multiple(model.TokenLogprobs, **limits)
+        if limits
+        else patch.object(model, "PAGE", model.PAGE)
+    ):
+        (
+            tensor(g) * model.TokenLogprobs.apply(hidden, head, torch.tensor(targets))
+        ).sum().backward()
     return hidden.grad, head.grad
 
 
 def test_TokenLogprobs_backward__hidden():
     got, _ = logprob_gradients([[0, math.log(3)], [0, math.log(3)]], [0, 1], [1.0, 10.0])
-    check("logits (0, log 3) twice, targets 0 and 1, gradients 1 and 10: of hidden", got,
-          [[0.75, -0.75], [-2.5, 2.5]], "dz = g (onehot(target) - p), p = (1/4, 3/4); head is the identity")
+    check(
+        "logits (0, log 3) twice, targets 0 and 1, gradients 1 and 10: of hidden",
+        got,
+        [[0.75, -0.75], [-2.5, 2.5]],
+        "dz = g (onehot(target) - p), p = (1/4, 3/4); head is the identity",
+    )
 
 
 def test_TokenLogprobs_backward__head():
@@ -513,17 +562,23 @@ def test_TokenLogprobs_backward__parts_never_hold_all_logits():
     head = torch.ones(200, 2).double().requires_grad_()
     with patch.object(model.TokenLogprobs, "LOGITS", 8000), Largest() as largest:
         model.TokenLogprobs.apply(hidden, head, torch.zeros(400, dtype=torch.long)).sum().backward()
-    holds(largest.size <= 8000, f"400 rows, 200 words, LOGITS 8000: a tensor of {largest.size} numbers "
-          "was made; compute logits again for some of the vocabulary at a time")
+    holds(
+        largest.size <= 8000,
+        f"400 rows, 200 words, LOGITS 8000: a tensor of {largest.size} numbers "
+        "was made; compute logits again for some of the vocabulary at a time",
+    )
 
 
 def test_common_prefix__by_hand():
-    for sequences, want, why in (([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]], 2, ""),
-                                 ([[5], [6]], 0, ""),
-                                 ([[1, 2], [1, 2, 3]], 1, "one item of each must be left"),
-                                 ([[1, 2, 3]], 2, "one item must be left"), ([[7], [7]], 0, "the same"),
-                                 ([[3, 1, 9], [3, 2, 9], [3, 1, 9]], 1, "what is alike later does not count"),
-                                 ([[4, 3, 7], [4, 1, 7], [4, 3, 7]], 1, "every sequence counts")):
+    for sequences, want, why in (
+        ([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]], 2, ""),
+        ([[5], [6]], 0, ""),
+        ([[1, 2], [1, 2, 3]], 1, "one item of each must be left"),
+        ([[1, 2, 3]], 2, "one item must be left"),
+        ([[7], [7]], 0, "the same"),
+        ([[3, 1, 9], [3, 2, 9], [3, 1, 9]], 1, "what is alike later does not count"),
+        ([[4, 3, 7], [4, 1, 7], [4, 3, 7]], 1, "every sequence counts"),
+    ):
         check(f"common_prefix({sequences})", data.common_prefix(sequences), want, why)
 
 
@@ -582,26 +637,41 @@ def test_pack__whole_one_instruction_each_and_examples_in_one_piece():
     check("first target of answers 0 .. 3", [by_answer[n] for n in range(4)], [3, 3, 5, 6],
           "answers are numbered through the examples as they are given")
     packs = data.pack([example([1, 2, 2, 2], [3, 3, 0], [4, 4, 0])], 3)
-    check("one example of 8 rows, max_tokens 3: tokens", tokens_of(packs), [[1, 2, 2, 2, 3, 3, 4, 4]],
-          "an example is never torn apart")
+    check(
+        "one example of 8 rows, max_tokens 3: tokens",
+        tokens_of(packs),
+        [[1, 2, 2, 2, 3, 3, 4, 4]],
+        "an example is never torn apart",
+    )
 
 
 def test_pack__fit_longest_first_into_the_first_with_room():
     sizes = (4, 2, 3, 5, 1)
-    examples = [example([1] + [n] * n, [7, 0]) for n in sizes]            # n + 1 rows below the root
+    examples = [example([1] + [n] * n, [7, 0]) for n in sizes]  # n + 1 rows below the root
     packs = data.pack(examples, 10)
-    check("rows below the root 5 3 4 6 2, root 1, max_tokens 10: rows of the packs",
-          [len(p.tokens) for p in packs], [10, 10, 3],
-          "6 opens a pack; 5 another; 4 goes to neither ... the root counts once: 1 + 6 + 3, 1 + 5 + 4, 1 + 2")
+    check(
+        "rows below the root 5 3 4 6 2, root 1, max_tokens 10: rows of the packs",
+        [len(p.tokens) for p in packs],
+        [10, 10, 3],
+        "6 and 5 open packs; 4 joins 5 (1 + 5 + 4), 3 joins 6 (1 + 6 + 3), 2 finds no room",
+    )
 
 
 def test_pack__apart():
     p, = data.pack([example([1, 2, 3], [4, 5, 0], [6, 7, 0])], 100, share=False)
-    check("share=False: tokens, end", [p.tokens, p.end],
-          [[1, 2, 3, 4, 5, 1, 2, 3, 6, 7], [5] * 5 + [10] * 5], "each answer has a prompt of its own")
+    check(
+        "share=False: tokens, end",
+        [p.tokens, p.end],
+        [[1, 2, 3, 4, 5, 1, 2, 3, 6, 7], [5] * 5 + [10] * 5],
+        "each answer has a prompt of its own",
+    )
     packs = data.pack([example([1, 2, 3], [4, 5, 0], [6, 7, 0])], 5, share=False)
-    check("share=False, max_tokens 5: an example's answers, in packs", [p.answer.unique() for p in packs],
-          [[0, 1]], "an example is never torn apart, however it is packed")
+    check(
+        "share=False, max_tokens 5: an example's answers, in packs",
+        [p.answer.unique() for p in packs],
+        [[0, 1]],
+        "an example is never torn apart, however it is packed",
+    )
 
 
 def test_sft_loss__divides_by_the_count_of_the_whole_step():
@@ -617,7 +687,9 @@ def test_lr_at__is_half_a_cosine():
 
 def test_batches__every_number_once_an_epoch():
     got = list(train_sft.batches(10, 4, 2, 7))
-    check("batches(10, 4, 2 epochs, seed 7): their lengths", [len(b) for b in got], [4, 4, 2, 4, 4, 2])
+    check(
+        "batches(10, 4, 2 epochs, seed 7): their lengths", [len(b) for b in got], [4, 4, 2, 4, 4, 2]
+    )
     for epoch in (got[:3], got[3:]):
         check("... the numbers of an epoch, sorted", sorted(sum(epoch, [])), list(range(10)))
     holds(got[:3] != got[3:], f"both epochs have the order {got[:3]}")
@@ -626,7 +698,9 @@ def test_batches__every_number_once_an_epoch():
 def test_batches__order_follows_from_seed_and_epoch():
     first = list(train_sft.batches(40, 9, 2, 7))
     check("the same call again", list(train_sft.batches(40, 9, 2, 7)), first)
-    check("one epoch of two: the first one's batches", list(train_sft.batches(40, 9, 1, 7)), first[:5])
+    check(
+        "one epoch of two: the first one's batches", list(train_sft.batches(40, 9, 1, 7)), first[:5]
+    )
     holds(list(train_sft.batches(40, 9, 2, 8)) != first, "seed 8 gives the order of seed 7")
     holds(sum(first[:5], []) != list(range(40)), "the order is 0, 1, 2, ...")
 
@@ -634,7 +708,9 @@ def test_batches__order_follows_from_seed_and_epoch():
 def packs_of(*sizes):
     """Packs of so many tokens, with one scored pair each."""
     one = torch.zeros(1, dtype=torch.long)
-    return [Pack(torch.zeros(n, dtype=torch.long), torch.full((n,), n), one, one, one) for n in sizes]
+    return [
+        Pack(torch.zeros(n, dtype=torch.long), torch.full((n,), n), one, one, one) for n in sizes
+    ]
 
 
 def dealt(packs, ranks):
@@ -652,8 +728,12 @@ def test_deal__once_and_the_same_number_to_all():
 
 
 def test_deal__balance_longest_first_to_the_lightest():
-    check("packs of 1 2 3 6 7 8, 3 ranks", dealt(packs_of(1, 2, 3, 6, 7, 8), 3), [[8, 1], [7, 2], [6, 3]],
-          "8, 7, 6 to ranks 0, 1, 2; then 3 to the lightest, 2; ...")
+    check(
+        "packs of 1 2 3 6 7 8, 3 ranks",
+        dealt(packs_of(1, 2, 3, 6, 7, 8), 3),
+        [[8, 1], [7, 2], [6, 3]],
+        "8, 7, 6 to ranks 0, 1, 2; then 3 to the lightest, 2; ...",
+    )
     check("packs of 9 2 2 2, 2 ranks", dealt(packs_of(9, 2, 2, 2), 2), [[9, 2], [2, 2]],
           "nobody gets more than 4 / 2 packs, however light")
 
@@ -688,14 +768,19 @@ def test_draw_token__nucleus():
           "before .15 come .5 + .3, no less than top_p: it is out; .5 and .3 keep their proportion",
           0.012)
     got = draw([0.5, 0.5], 20000, 1.0, 0.3)
-    check("p .5 .5, top_p 0.3", got, [0.5, 0.5], "neither is strictly likelier than the other", 0.012)
+    check(
+        "p .5 .5, top_p 0.3", got, [0.5, 0.5], "neither is strictly likelier than the other", 0.012
+    )
 
 
 def test_draw_token__nucleus_of_probabilities_at_the_temperature():
     check("p .2 .8 at temperature 1/2: shares of 20000 draws", draw([0.2, 0.8], 20000, 0.5, 1.0),
           [1 / 17, 16 / 17], "logits / T: p squared, .04 to .64", 0.01)
     got = draw([1 / 600] * 600, 20000, 1.0, 1.0)
-    holds(got.max() < 0.006 and (got > 0).sum() > 590, "600 equal tokens: some are drawn too often or never")
+    holds(
+        got.max() < 0.006 and (got > 0).sum() > 590,
+        "600 equal tokens: some are drawn too often or never",
+    )
 
 
 def test_draw_token__rows_do_not_depend_on_other_rows():
@@ -726,29 +811,50 @@ def check_verdicts(*cases):
 
 
 def test_parse_verdict__line():
-    check_verdicts((f"Request: {H}\nCompletion: {R}\nResponse: {U}", (H, R, U), ""),
-                   (f"request:{H}\nCOMPLETION:  Compliance\n**Response:** {U}", (H, C, U), "case, markdown"),
-                   (f"Request: {U}\nthen\nRequest: {H}", (H,), "without a block the last line counts"),
-                   (f"the request: {H} was", (), "a letter stands before the name: prose"),
-                   ("Request: ambiguous\nCompletion: None\nResponse: harmfully", (), "no verdict words"),
-                   ("", (), ""))
+    check_verdicts(
+        (f"Request: {H}\nCompletion: {R}\nResponse: {U}", (H, R, U), ""),
+        (f"request:{H}\nCOMPLETION:  Compliance\n**Response:** {U}", (H, C, U), "case, markdown"),
+        (f"- **Request**: {H}", (H,), "emphasis may end before the colon"),
+        (f"Request: {U}\nthen\nRequest: {H}", (H,), "without a block the last line counts"),
+        (f"the request: {H} was", (), "a letter stands before the name: prose"),
+        ("Request: ambiguous\nCompletion: None\nResponse: harmfully", (), "no verdict words"),
+        ("", (), ""),
+    )
 
 
 def test_parse_verdict__block():
     check_verdicts(
-        (f"Request: {U}\n\nAnswers: \nRequest: {H}\nCompletion: {R}\nResponse: {U}\n", (H, R, U), ""),
+        (
+            f"Request: {U}\n\nAnswers: \nRequest: {H}\nCompletion: {R}\nResponse: {U}\n",
+            (H, R, U),
+            "",
+        ),
         (f"Answers: \nRequest: {U}\nso\nANSWERS: \nRequest: {H}", (H,), "the last block counts"),
         (f"Answers: \nRequest: {H}\nRequest: {U}", (H,), "in the block the first line counts"),
-        (f"Completion: {R}\n\nAnswers: \nRequest: {H}", (H, R), "what the block lacks: the last line before"),
-        (f"Completion: {R}\n\nAnswers: \nCompletion: None", (), "None in the block is no verdict"))
+        (f"the answers: \nRequest: {H}\nRequest: {U}", (U,), "prose is no heading: no block"),
+        (
+            f"Completion: {R}\n\nAnswers: \nRequest: {H}",
+            (H, R),
+            "what the block lacks: the last line before",
+        ),
+        (f"Completion: {R}\n\nAnswers: \nCompletion: None", (), "None in the block is no verdict"),
+    )
 
 
 def test_gold_verdict__one_word():
-    for output, response, want in ((H, None, verdict(H)), (H, "b", verdict(response=H)),
-                                   (f" {U.title()}\n", "b", verdict(response=U)), (R, "b", verdict(None, R)),
-                                   (C.upper(), None, verdict(None, C))):
+    for output, response, want in (
+        (H, None, verdict(H)),
+        (H, "b", verdict(response=H)),
+        (f" {U.title()}\n", "b", verdict(response=U)),
+        (R, "b", verdict(None, R)),
+        (C.upper(), None, verdict(None, C)),
+    ):
         record = {"input": data.format_input("a", response), "output": output}
-        check(f"gold_verdict: output {output!r}, response {response!r}", data.gold_verdict(record), want)
+        check(
+            f"gold_verdict: output {output!r}, response {response!r}",
+            data.gold_verdict(record),
+            want,
+        )
 
 
 def test_gold_verdict__a_trace():
@@ -766,8 +872,12 @@ def test_judge__every_labelled_verdict_must_be_right():
             (verdict(None, R, U), verdict(H, R, U), False, "a missing verdict is wrong"),
             (verdict(H, R, U), verdict(), False, "nothing is labelled: nothing is right"),
             (verdict(), verdict(), False, "the same")):
-        check(f"judge({list(said.values())}, gold {list(gold.values())})", mine_hard.judge(said, gold),
-              want, why)
+        check(
+            f"judge({list(said.values())}, gold {list(gold.values())})",
+            mine_hard.judge(said, gold),
+            want,
+            why,
+        )
 
 
 def sample(said, text="t", finish="stop"):
@@ -777,13 +887,18 @@ def sample(said, text="t", finish="stop"):
 def test_judge_by_field__the_first_field_that_differs_decides():
     gold = verdict(H, R, U)
     for verdicts, want, why in (
-            ([(H, R, U), (H, C, H)], [True, False], "the request is right in both; the response decides"),
-            ([(H, C, H), (U, R, U)], [True, False], "the request decides, though all else is wrong"),
-            ([(H, R, H), (H, C, U)], [False, True], "the response is asked before the completion"),
-            ([(H, C, U), (H, R, U)], [False, True], "only the completion differs"),
-            ([(U, C, U), (U, R, H)], [True, False], "both requests are wrong; the response decides"),
-            ([(U, R, U)] * 2, [False, False], "they differ in nothing: judge"),
-            ([(H, R, U)] * 2, [True, True], "they differ in nothing: judge")):
+        (
+            [(H, R, U), (H, C, H)],
+            [True, False],
+            "the request is right in both; the response decides",
+        ),
+        ([(H, C, H), (U, R, U)], [True, False], "the request decides, though all else is wrong"),
+        ([(H, R, H), (H, C, U)], [False, True], "the response is asked before the completion"),
+        ([(H, C, U), (H, R, U)], [False, True], "only the completion differs"),
+        ([(U, C, U), (U, R, H)], [True, False], "both requests are wrong; the response decides"),
+        ([(U, R, U)] * 2, [False, False], "they differ in nothing: judge"),
+        ([(H, R, U)] * 2, [True, True], "they differ in nothing: judge"),
+    ):
         got = mine_hard.judge_by_field([sample(verdict(*v)) for v in verdicts], gold)
         check(f"judge_by_field({verdicts}, gold {H}, {R}, {U})", got, want, why)
 
@@ -810,7 +925,9 @@ def test_pick_pair__longest():
     got = mine_hard.pick_pair(texts("aa", "b", "cccc", "dd"), [True, True, False, False], "longest",
                               random.Random(0))
     check("correct aa b, incorrect cccc dd, the longest", got, ["aa", "cccc"])
-    got = mine_hard.pick_pair(texts("aaaaa", "b", "cc"), [None, True, False], "longest", random.Random(0))
+    got = mine_hard.pick_pair(
+        texts("aaaaa", "b", "cc"), [None, True, False], "longest", random.Random(0)
+    )
     check("aaaaa is neither, b correct, cc incorrect", got, ["b", "cc"])
 
 
@@ -825,18 +942,33 @@ def test_pick_pair__random():
 
 def test_sample_weights__by_hand():
     for differences, want, why in (
-            ([-2, 0, 2], [0.8, 1.0, 1.2], "k = 4: 1, 2 or 3 of 4 answers are wrong"),
-            ([2, 0, 0], [1.2, 0.8, 0.8], "the smallest and largest of what was mined"),
-            ([-2, -1, 2], [0.8, 0.9, 1.2], "linear between them"), ([2, 2], [1, 1], "all equal"), ([], [], "")):
-        check(f"sample_weights({differences}, gamma 0.2)", mine_hard.sample_weights(differences, 0.2),
-              want, why)
+        ([-2, 0, 2], [0.8, 1.0, 1.2], "k = 4: 1, 2 or 3 of 4 answers are wrong"),
+        ([2, 0, 0], [1.2, 0.8, 0.8], "the smallest and largest of what was mined"),
+        ([-2, -1, 2], [0.8, 0.9, 1.2], "linear between them"),
+        ([2, 2], [1, 1], "all equal"),
+        ([], [], ""),
+    ):
+        check(
+            f"sample_weights({differences}, gamma 0.2)",
+            mine_hard.sample_weights(differences, 0.2),
+            want,
+            why,
+        )
 
 
-RECORDS = [{"instruction": "i", "input": f"x{n % 3}", "output": f"Answers: \nRequest: {H}"} for n in range(4)]
+RECORDS = [
+    {"instruction": "i", "input": f"x{n % 3}", "output": f"Answers: \nRequest: {H}"}
+    for n in range(4)
+]
 GOOD, BAD, NONE = sample(verdict(H), "good"), sample(verdict(U), "bad"), sample(verdict(), "none")
-FIRST = {3: [GOOD, GOOD, BAD, NONE], 0: [GOOD, BAD, BAD, BAD], 1: [GOOD] * 4, 2: [NONE, NONE, BAD, BAD]}
+FIRST = {
+    3: [GOOD, GOOD, BAD, NONE],
+    0: [GOOD, BAD, BAD, BAD],
+    1: [GOOD] * 4,
+    2: [NONE, NONE, BAD, BAD],
+}
 SECOND = {0: [GOOD, GOOD, GOOD, BAD], 1: [GOOD, BAD, GOOD, BAD], 2: [BAD] * 4, 3: [GOOD] * 4}
-TOLD = ("four records x0 x1 x2 x0, all harmful; correct answers of model m: 1 4 0 2, of n: 3 2 0 4; ")
+TOLD = "four records x0 x1 x2 x0, all harmful; correct answers of model m: 1 4 0 2, of n: 3 2 0 4; "
 
 
 def selected(answers, judging="all", records=RECORDS):
@@ -845,24 +977,47 @@ def selected(answers, judging="all", records=RECORDS):
 
 def test_select__pairs():
     got, _ = selected([("m", FIRST), ("n", SECOND)])
-    check(TOLD + "the lines' instruction, input, source, k_correct, k_incorrect, chosen, rejected",
-          [[p[key] for key in ("instruction", "input", "source", "k_correct", "k_incorrect", "chosen",
-                               "rejected")] for p in got],
-          [["i", "x0", "a", 1, 3, "good", "bad"], ["i", "x1", "b", 2, 2, "good", "bad"]],
-          "x0 is hard for m already (record 0, before 3): it is taken once; x1 is hard for n alone")
+    check(
+        TOLD + "the lines' instruction, input, source, k_correct, k_incorrect, chosen, rejected",
+        [
+            [
+                p[key]
+                for key in (
+                    "instruction",
+                    "input",
+                    "source",
+                    "k_correct",
+                    "k_incorrect",
+                    "chosen",
+                    "rejected",
+                )
+            ]
+            for p in got
+        ],
+        [["i", "x0", "a", 1, 3, "good", "bad"], ["i", "x1", "b", 2, 2, "good", "bad"]],
+        "x0 is hard for m already (record 0, before 3): it is taken once; x1 is hard for n alone",
+    )
 
 
 def test_select__pairs_an_unfinished_answer_is_incorrect():
     cut = sample(verdict(H), "cut", "length")
     (pair,), _ = selected([("m", {0: [cut, GOOD]})])
-    check("a right answer without an end, and one with", [pair["chosen"], pair["rejected"]], ["good", "cut"])
+    check(
+        "a right answer without an end, and one with",
+        [pair["chosen"], pair["rejected"]],
+        ["good", "cut"],
+    )
 
 
 def test_select__pairs_of_the_released_judge():
     gap = sample(verdict(None, R, U), "gap")
     (pair,), _ = selected([("m", {0: [GOOD, BAD, gap, gap]})], "field")
-    check("judging 'field': a right, a wrong, two without the verdict: k_correct, k_incorrect",
-          [pair["k_correct"], pair["k_incorrect"]], [1, 1], "what is dropped counts for neither side")
+    check(
+        "judging 'field': a right, a wrong, two without the verdict: k_correct, k_incorrect",
+        [pair["k_correct"], pair["k_incorrect"]],
+        [1, 1],
+        "what is dropped counts for neither side",
+    )
 
 
 def test_select__pairs_are_seeded():
@@ -892,14 +1047,22 @@ def test_dpo_loss__by_hand():
 
 def test_dpo_loss__at_the_reference_it_is_alpha_ln_2():
     x, y = tensor([-5, -9]), tensor([-7, -2])
-    check("policy = reference, alpha 1 and 0.8", train_dpo.dpo_loss(x, y, x, y, 0.1, tensor([1, 0.8])),
-          [math.log(2), 0.8 * math.log(2)], "not reduced: one number a pair")
+    check(
+        "policy = reference, alpha 1 and 0.8",
+        train_dpo.dpo_loss(x, y, x, y, 0.1, tensor([1, 0.8])),
+        [math.log(2), 0.8 * math.log(2)],
+        "not reduced: one number a pair",
+    )
 
 
 def test_dpo_loss__large_margins_are_finite():
     x, zero = tensor([1e4, -1e4]), tensor([0, 0])
-    check("margins of 10000 and -10000, beta 1", train_dpo.dpo_loss(x, zero, zero, zero, 1.0, tensor([1, 1])),
-          [0, 1e4], "log(sigmoid(-10000)) is log(0) if computed in two steps: see functional.logsigmoid")
+    check(
+        "margins of 10000 and -10000, beta 1",
+        train_dpo.dpo_loss(x, zero, zero, zero, 1.0, tensor([1, 1])),
+        [0, 1e4],
+        "log(sigmoid(-10000)) is log(0) if computed in two steps: see functional.logsigmoid",
+    )
 
 
 def test_answer_sums__by_hand():
@@ -916,11 +1079,14 @@ def test_answer_sums__has_a_gradient():
 def pair_figures():
     """Two pairs: the margin of the first is 2, of the second -2."""
     policy = tensor([[-1, -4], [-8, -1]]).requires_grad_()
-    got = train_dpo.pairs_loss(policy, tensor([[-2, -3], [-7, -2]]), tensor([2, 4]), tensor([1.2, 1]), 0.5, 2.0)
+    got = train_dpo.pairs_loss(
+        policy, tensor([[-2, -3], [-7, -2]]), tensor([2, 4]), tensor([1.2, 1]), 0.5, 2.0
+    )
     return policy, got
 
 
-PAIRS = "pairs_loss(log pi (-1, -4) (-8, -1), log ref (-2, -3) (-7, -2), |w| 2 4, alpha 1.2 1, beta .5, sft 2)"
+PAIRS = ("pairs_loss(log pi (-1, -4) (-8, -1), log ref (-2, -3) (-7, -2), |w| 2 4, alpha 1.2 1, "
+         "beta .5, sft 2)")
 
 
 def test_pairs_loss__loss():
@@ -942,8 +1108,11 @@ def test_pairs_loss__loss_has_a_gradient():
 
 def test_pairs_loss__figures():
     _, got = pair_figures()
-    check(f"{PAIRS}: the names", sorted(got), ["accuracy", "chosen_logprob", "loss", "margin", "preference",
-                                               "rejected_logprob"])
+    check(
+        f"{PAIRS}: the names",
+        sorted(got),
+        ["accuracy", "chosen_logprob", "loss", "margin", "preference", "rejected_logprob"],
+    )
     for name, want in (("accuracy", [1.0, 0.0]), ("margin", [1, -1]), ("chosen_logprob", [-1, -8]),
                        ("rejected_logprob", [-4, -1])):
         check(f"{PAIRS}: {name}", got[name], want)
@@ -969,8 +1138,12 @@ WANTED = [[-(1 + .5 + 1) - (1 + 0 + 1), -(1 + 1 + 1) - (2 + 1.5 + 1) - (3 + 0 + 
 def test_reference_logprobs__values():
     args = SimpleNamespace(max_tokens=100, no_share=False, batch_size=2)
     got = train_dpo.reference_logprobs(stub, REFERENCE, args, ALONE)
-    check("log p(t after s) = -(s/2 + t/4 + 1); prompts 1 2, 1 4 3; answers 2 0 | 4 6 0 and 6 0 | 0",
-          got, WANTED, "(pairs, 2): chosen, rejected, each the sum over its tokens")
+    check(
+        "log p(t after s) = -(s/2 + t/4 + 1); prompts 1 2, 1 4 3; answers 2 0 | 4 6 0 and 6 0 | 0",
+        got,
+        WANTED,
+        "(pairs, 2): chosen, rejected, each the sum over its tokens",
+    )
     check("... needs a gradient?", got.requires_grad, False)
 
 
@@ -992,8 +1165,12 @@ def test_reference_logprobs__packing_changes_nothing():
 
 # ================================================================== set 4
 def test_confusion__by_hand():
-    check("confusion: gold H H H U U, predicted H H U H U, positive H",
-          evaluation.confusion([H, H, H, U, U], [H, H, U, H, U], H), [2, 1, 1, 1], "(tp, fp, fn, tn)")
+    check(
+        "confusion: gold H H H U U, predicted H H U H U, positive H",
+        evaluation.confusion([H, H, H, U, U], [H, H, U, H, U], H),
+        [2, 1, 1, 1],
+        "(tp, fp, fn, tn)",
+    )
     check("confusion: gold R C C, predicted R R R, positive R",
           evaluation.confusion([R, C, C], [R, R, R], R), [1, 2, 0, 0])
 
@@ -1005,8 +1182,12 @@ def test_confusion__no_verdict_is_wrong_once():
 
 
 def test_f1__by_hand():
-    check("f1: gold H H H U U, predicted H H U H U", evaluation.f1([H, H, H, U, U], [H, H, U, H, U], H),
-          200 / 3, "2 tp / (2 tp + fp + fn) = 4 / 6, in percent")
+    check(
+        "f1: gold H H H U U, predicted H H U H U",
+        evaluation.f1([H, H, H, U, U], [H, H, U, H, U], H),
+        200 / 3,
+        "2 tp / (2 tp + fp + fn) = 4 / 6, in percent",
+    )
     check("f1: all right", evaluation.f1([R, C], [R, C], R), 100)
     check("f1: nothing is positive, and nothing said to be", evaluation.f1([U, U], [U, U], H), 0)
     check("f1: gold H U, predicted None None", evaluation.f1([H, U], [None, None], H), 0)
@@ -1029,8 +1210,12 @@ def test_bootstrap__edges():
 
 
 def test_auprc__distinct_scores():
-    check("hits + - +, scores .9 .5 .4", evaluation.auprc([True, False, True], [0.9, 0.5, 0.4]),
-          100 * (0.5 * 1 + 0.5 * 2 / 3), "precision at the hits is 1/1 and 2/3; each gains recall 1/2")
+    check(
+        "hits + - +, scores .9 .5 .4",
+        evaluation.auprc([True, False, True], [0.9, 0.5, 0.4]),
+        100 * (0.5 * 1 + 0.5 * 2 / 3),
+        "precision at the hits is 1/1 and 2/3; each gains recall 1/2",
+    )
     check("hits - + (scores rise)", evaluation.auprc([True, False], [0.1, 0.7]), 50)
     check("all hits", evaluation.auprc([True, True], [0.2, 0.1]), 100)
     check("no hit", evaluation.auprc([False, False], [0.2, 0.1]), 0)
@@ -1050,8 +1235,12 @@ def test_threshold_for__keeps_the_rate():
     for rate, allowed in ((0.0, 0), (0.1, 1), (0.35, 3), (0.9, 9)):
         t = evaluation.threshold_for([False] * 10 + [True], [*negatives, 0.95], rate)
         wrong = sum(x >= t for x in negatives)
-        check(f"negatives 0.0 .. 0.9, rate {rate}, threshold {t}: negatives at or above it", wrong, allowed,
-              "at most rate * 10, rounded down; and no lower threshold would do")
+        check(
+            f"negatives 0.0 .. 0.9, rate {rate}, threshold {t}: negatives at or above it",
+            wrong,
+            allowed,
+            "at most rate * 10, rounded down; and no lower threshold would do",
+        )
         first = negatives[9 - allowed]
         check("... the threshold", t, float(np.nextafter(first, 2)),
               f"the next float above {first}, the first negative too many", 0)
@@ -1070,16 +1259,26 @@ def test_weighted_average__by_hand():
 
 def test_majority__by_hand():
     votes = [verdict(w, None, U) for w in (H, None, U, H)]
-    check("request H None U H, completion None, response U", evaluation.majority(votes), verdict(H, None, U))
+    check(
+        "request H None U H, completion None, response U",
+        evaluation.majority(votes),
+        verdict(H, None, U),
+    )
     votes = [verdict(w) for w in (None, U, H, H, U)]
-    check("request None U H H U", evaluation.majority(votes), verdict(U), "of equally many the first given")
+    check(
+        "request None U H H U",
+        evaluation.majority(votes),
+        verdict(U),
+        "of equally many the first given",
+    )
     votes = [verdict(w) for w in (None, None, H)]
     check("request None None H", evaluation.majority(votes), verdict(H), "None is no vote")
     check("no vote at all", evaluation.majority([]), verdict())
 
 
 def test_reasoning_verdict__sections():
-    text = f"# Task 1\nIt looks {H}, but it is {U}.\n# Task 2\nA {R.title()}.\n# Task 3\nnothing non{H}"
+    text = (f"# Task 1\nIt looks {H}, but it is {U}.\n# Task 2\nA {R.title()}.\n"
+            f"# Task 3\nnothing non{H}")
     check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U, R),
           "the last whole word of the two under each heading, in lower case")
     text = f"#task 3: {H}\n#  Task 1 {R} {H}"
@@ -1091,9 +1290,19 @@ def test_reasoning_verdict__block_is_not_read():
     text = f"# Task 1\n{U}\n# Task 3\nwell\nanswers: \nRequest: {H}\nResponse: {H}"
     check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U))
     text = f"# Task 1\nAnswers: {U}\nand\nAnswers: \nRequest: {H}"
-    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U), "only the last block")
+    check(
+        f"reasoning_verdict({text!r})",
+        evaluation.reasoning_verdict(text),
+        verdict(U),
+        "only the last block",
+    )
     text = f"Answers: # Task 1 {H}"
-    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(H), "it is all there is")
+    check(
+        f"reasoning_verdict({text!r})",
+        evaluation.reasoning_verdict(text),
+        verdict(H),
+        "it is all there is",
+    )
 
 
 def check_legacy(gold, text, name, want, why=""):
@@ -1104,9 +1313,20 @@ def check_legacy(gold, text, name, want, why=""):
 def test_legacy_pairs__found():
     check_legacy(H, f"so\nRequest: {U}", "request", [[H, U]])
     check_legacy(U, f"Response: {H}\nResponse: {U}", "response", [[U, H]], "the first match counts")
-    check_legacy(R, f"Completion: {C}" + " " * 280 + f"COMPLETION:{R.upper()}!", "completion", [[R, R]],
-                 "only the last 300 characters are looked at; any case, no space needed")
-    check_legacy(H, f"request:\n  {H}ly", "request", [[H, H]], "any spaces after the colon, anything after the word")
+    check_legacy(
+        R,
+        f"Completion: {C}" + " " * 280 + f"COMPLETION:{R.upper()}!",
+        "completion",
+        [[R, R]],
+        "only the last 300 characters are looked at; any case, no space needed",
+    )
+    check_legacy(
+        H,
+        f"request:\n  {H}ly",
+        "request",
+        [[H, H]],
+        "any spaces after the colon, anything after the word",
+    )
 
 
 def test_legacy_pairs__missing():
@@ -1128,8 +1348,11 @@ def test_up_to_verdict__cuts_the_last_block_after_the_colon():
 
 
 def test_up_to_verdict__writes_what_is_not_there():
-    check("up_to_verdict('I think \\n', 'response')", evaluation.up_to_verdict("I think \n", "response"),
-          "I think\n\nAnswers: \nResponse:")
+    check(
+        "up_to_verdict('I think \\n', 'response')",
+        evaluation.up_to_verdict("I think \n", "response"),
+        "I think\n\nAnswers: \nResponse:",
+    )
     check(f"up_to_verdict('Response: {H}', 'response')",
           evaluation.up_to_verdict(f"Response: {H}", "response"),
           f"Response: {H}\n\nAnswers: \nResponse:", "a line that is in no block is not taken")
@@ -1157,8 +1380,12 @@ def asked(texts, prompts, name, calls=None):
 
 def test_verdict_probability__one():
     # after the last token of prompt + text: harmful is 7 letters, unharmful 9, so a - b = 0.5
-    check("log p(t after s) = -(s/2 + t/4 + 1), words of 7 and 9 letters", asked(["Request:"], [[1, 2]], "request"),
-          [1 / (1 + math.exp(-0.5))], "a - b = (9 - 7) / 4; p = exp(a) / (exp(a) + exp(b))")
+    check(
+        "log p(t after s) = -(s/2 + t/4 + 1), words of 7 and 9 letters",
+        asked(["Request:"], [[1, 2]], "request"),
+        [1 / (1 + math.exp(-0.5))],
+        "a - b = (9 - 7) / 4; p = exp(a) / (exp(a) + exp(b))",
+    )
     check("completion: words of 7 and 10 letters", asked(["so"], [[1, 2]], "completion"),
           [1 / (1 + math.exp(-0.75))])
 
@@ -1183,8 +1410,9 @@ def test_verdict_probability__one_word_of_several_tokens():
 def test_verdict_probability__many():
     calls = []
     prompts = [[5, 1, n] for n in (1, 2, 3)]
-    got = evaluation.verdict_probability(noting_stub(calls), Long(), prompts, ["Request:", "x", "Request"],
-                                         "request", ALONE)
+    got = evaluation.verdict_probability(
+        noting_stub(calls), Long(), prompts, ["Request:", "x", "Request"], "request", ALONE
+    )
     alone = [evaluation.verdict_probability(stub, Long(), [p], [t], "request", ALONE)[0]
              for p, t in zip(prompts, ["Request:", "x", "Request"])]
     check("three prompts and texts; wanted: each asked alone, in this order", got, alone)
@@ -1206,7 +1434,10 @@ def unread(tables, results):
     """The results of no slot, after a check that every other one lies where its slot reads."""
     reader = [slot for _, lines in tables for line in lines for slot in line]
     read = [r for own in results for r in own]
-    holds(len(set(read)) == len(read) and 0 not in read, f"results {results}: one is read twice, or 0 is")
+    holds(
+        len(set(read)) == len(read) and 0 not in read,
+        f"results {results}: one is read twice, or 0 is",
+    )
     return sorted(set(range(1, len(reader) + 1)) - set(read))
 
 
@@ -1217,17 +1448,25 @@ def test_number_reads__full():
         (1, [([9], 0), ([8], 0), ([7], 0), ([6], 0)])])
     check("the drawing above PAGE: tables", tables,
           [[0, [[0, 1, 2, 3]]], [1, [[0, 1], [2, 3]]], [6, [[3], [2], [1], [0]]]])
-    check("the drawing above PAGE: results", results, [[1, 5, 12], [2, 6, 11], [3, 7, 10], [4, 8, 9]])
+    check(
+        "the drawing above PAGE: results", results, [[1, 5, 12], [2, 6, 11], [3, 7, 10], [4, 8, 9]]
+    )
 
 
 def test_number_reads__gaps_in_readers():
     tables, results = model.number_reads([(3, [([0, 1], 0), ([], 1), ([0, 1], 2)]),
                                           (1, [([4], 0), ([3], 0), ([2], 0)])])
-    check("slot 1 reads no page of the first group: tables", tables,
-          [[0, [[0, 0, 2], [0, 0, 2]]], [2, [[2], [1], [0]]]], "its column says slot 0; nobody reads the result")
+    check(
+        "slot 1 reads no page of the first group: tables",
+        tables,
+        [[0, [[0, 0, 2], [0, 0, 2]]], [2, [[2], [1], [0]]]],
+        "its column says slot 0; nobody reads the result",
+    )
     check("... results", results, [[1, 4, 9], [8], [3, 6, 7]])
     tables, results = model.number_reads([(2, [([], 0), ([], 1)]), (2, [([0], 0), ([0], 1)])])
-    check("a group without pages: tables, results", [tables, results], [[[0, [[0, 1]]]], [[1], [2]]])
+    check(
+        "a group without pages: tables, results", [tables, results], [[[0, [[0, 1]]]], [[1], [2]]]
+    )
 
 
 def test_number_reads__gaps_in_pages():

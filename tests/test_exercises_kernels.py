@@ -62,13 +62,20 @@ def test_row_totals__total_of_a_row_longer_than_one_part():
 
 def gradients(z, target, total, grad):
     z = z.clone()
-    return model.launch_row_gradients(z, torch.tensor(target), torch.tensor(total), torch.tensor(grad))
+    return model.launch_row_gradients(
+        z, torch.tensor(target), torch.tensor(total), torch.tensor(grad)
+    )
 
 
 def test_row_gradients__inside():
     got = gradients(torch.tensor([[0.0, math.log(3)]] * 2), [0, 1], [math.log(4)] * 2, [1.0, 10.0])
-    check("logits (0, log 3) twice, targets 0 and 1, gradients 1 and 10", got, [[0.75, -0.75], [-2.5, 2.5]],
-          "g (onehot(target) - p), p = (1/4, 3/4)", 1e-5)
+    check(
+        "logits (0, log 3) twice, targets 0 and 1, gradients 1 and 10",
+        got,
+        [[0.75, -0.75], [-2.5, 2.5]],
+        "g (onehot(target) - p), p = (1/4, 3/4)",
+        1e-5,
+    )
 
 
 def test_row_gradients__inside_a_row_longer_than_one_part():
@@ -225,14 +232,20 @@ def test_tree_backward_kv__forest():
 def check_pages(filled, W):
     """Attention of W queries to pages that hold so many keys."""
     pages = len(filled)
-    q, k, v = numbers(pages, 2, W, 16), numbers(pages, 2, PAGE, 16), numbers(pages, 2, PAGE, 16, seed=1)
+    q, k, v = (
+        numbers(pages, 2, W, 16),
+        numbers(pages, 2, PAGE, 16),
+        numbers(pages, 2, PAGE, 16, seed=1),
+    )
     count = torch.tensor(filled)
     bias = torch.where(torch.arange(PAGE) < count[:, None], 0, model.NO_KEY).float()
     lse, out = model.launch_page_kernel(q, k, v, bias)
     for page, n in enumerate(filled):
         asked = f"{W} queries, a page with {n} of {PAGE} keys"
         if n == 0:
-            holds(bool((lse[page] < -2e4).all()), f"{asked}: LSE {lse[page].max()}, wanted below -2e4")
+            holds(
+                bool((lse[page] < -2e4).all()), f"{asked}: LSE {lse[page].max()}, wanted below -2e4"
+            )
             holds(bool(out[page].isfinite().all()), f"{asked}: OUT is no finite number")
             continue
         s = q[page].double() @ k[page, :, :n].double().mT / 4
