@@ -126,7 +126,7 @@ def verdict_word(said, words):
     word = found[2].lower()
     rest = found[3].lower()
     other = words[1] if word == words[0] else words[0]
-    negated = re.search(r"[!~\u00ac\u2010-\u2015\u2212\u2260-]", before)     # -harmful, and the like
+    negated = re.search(r"[!~\u00ac\u2010-\u2015\u2212\u2260-]", before)   # -harmful, and the like
     joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
     doubted = re.match(r"[^\w/|\\<]*(or|no|not|false|none|0)\b", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)

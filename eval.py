@@ -513,7 +513,7 @@ def print_line(text):
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what Python flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for what Python flushes
         raise InputError("standard output was closed: no more verdicts") from None
 
 
@@ -734,7 +734,7 @@ def read_predictions(path, dataset, column=None):
         text = line["predict"]
         row = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                **slice_of(line, column)}
-        if isinstance(line.get("forced"), dict):            # an answer without an end, see add_forced
+        if isinstance(line.get("forced"), dict):        # an answer without an end: add_forced
             row["forced"] = {name: line["forced"].get(name) for name in VERDICTS}
             row["verdict"] = dict.fromkeys(VERDICTS)
         rows.append(row)
