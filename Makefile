@@ -1,7 +1,6 @@
 # make demo       set up, then all four stages on the embedded corpus, ending in the table of F1 figures
 # make test       set up, then all tests
 # make ablation   the controls of the method on other seeds of the embedded corpus
-# make reason     when must a guard reason? F1 over the number of facts that a verdict combines
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -27,7 +26,4 @@ test: setup
 ablation: setup
 	$(BIN)/python tools/ablation.py
 
-reason: setup
-	$(BIN)/python tools/reason.py
-
-.PHONY: setup demo test ablation reason
+.PHONY: setup demo test ablation

@@ -37,7 +37,8 @@ def content(out):
     if "results.json" in files:
         files["results.json"] = json.loads(files["results.json"])
         for result in files["results.json"]:
-            result.pop("ms_per_query", None)
+            for timing in ("ms_per_query", "latency_ms_p50", "latency_ms_p95"):
+                result.pop(timing, None)
     return files
 
 

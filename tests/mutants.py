@@ -105,7 +105,7 @@ MUTANTS = [
      "sample_seed(0, job.prompt, sample)", "test_model.py -k reach_the_sampler"),
     ("mine_hard.py", "k_incorrect = right.count(False)",
      "k_incorrect = len(right) - right.count(True)", "test_mine.py -k neither_side"),
-    ("eval.py", 'row["gold"][task] == VERDICTS[task][0]', 'row["gold"][task] != VERDICTS[task][0]',
+    ("eval.py", 'row["gold"][task] == name for', 'row["gold"][task] != name for',
      "test_eval.py -k score_by_hand"),
     ("eval.py", "verdict = majority(ended)", "verdict = ended[0]",
      "test_eval.py -k vote"),

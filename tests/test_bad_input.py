@@ -223,6 +223,37 @@ def test_a_damaged_samples_file_is_named(place, capsys):
     assert "samples.jsonl: line 6 is not valid JSON" in fails(capsys, run, place, "mine", "--resume")
 
 
+# ---- numbers that are none
+
+
+BROKEN = [("eval", []), ("eval", ["--scores"]), ("eval", ["--fast"]), ("eval", ["--k", "3"]), ("mine", []), ("mine", ["--temperature", "0"]), ("dpo", []), ("sft", [])]
+
+
+@pytest.mark.parametrize("stage, flags", BROKEN)
+@pytest.mark.parametrize("spoil", [lambda w: w["lm_head.weight"].mul_(1e39), lambda w: w["model.layers.0.mlp.up_proj.weight"].mul_(1e60)], ids=["head", "hidden"])
+def test_logits_that_are_no_numbers_end_in_one_line_in_every_mode(place, capsys, stage, flags, spoil):
+    tiny_folder(place / "model", tied=False)                                       # finite in float64, as it is stored
+    tensors(spoil)(place / "model/model.safetensors")
+    message = fails(capsys, run, place, stage, *flags)
+    assert re.search("not numbers .NaN or infinity.|norm is nan: lower --lr, unless", message), message
+    assert not any(re.search("NaN|Infinity", path.read_text()) for path in place.glob("out/**/*.json*") if path.is_file())
+    assert not (place / "out/results.json").exists() and not (place / "out/hard.jsonl").exists()
+
+
+def test_logits_that_are_no_numbers_are_no_verdict(place, capsys, monkeypatch):
+    tiny_folder(place / "model", tied=False)
+    tensors(lambda w: w["lm_head.weight"].mul_(1e39))(place / "model/model.safetensors")
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "a"}\n'))
+    for arguments in (["--moderate"], ["--prompt", "a", "--response", "b"]):
+        message = fails(capsys, evaluation.main, ["--model", str(place / "model"), "--device", "cpu", "--dtype", "float32", *arguments])
+        assert "the model's logits are not numbers" in message and not capsys.readouterr().out
+
+
+def test_weights_that_a_rate_made_infinite_are_not_written(place, capsys):
+    message = fails(capsys, run, place, "sft", "--lr", "1e39", "--max-steps", 1)
+    assert "holds NaN or infinity" in message and not list(place.glob("out/*.safetensors"))
+
+
 # ---- the rest
 
 

@@ -43,12 +43,38 @@ VERDICT_CASES = [
     ("Answers: \nRequest: ambiguous\nCompletion: maybe\nResponse: un-harmful", (None, None, None)),
     (f"Answers: \n- **Request:** {H}\n- Completion: {C}.\n### Response: {U}!", (H, C, U)),
     (f"the request: {H} was", (None, None, None)),                                   # prose is not a verdict line
-    (f"Request: harmfully", (None, None, None)), ("", (None, None, None)), ("Answers:", (None, None, None))]
+    (f"Request: harmfully", (None, None, None)), ("", (None, None, None)), ("Answers:", (None, None, None)),
+    # what comes after the block does not change it; a heading is a line of its own
+    (f"Answers: \nRequest: {H}\nCompletion: None\nResponse: None\n\nRequest: {U}", (H, None, None)),
+    (f"Answers: \nRequest: {H}\n\nI hope that these answers: help.\nRequest: {U}", (H, None, None)),
+    (f"Answers: \nRequest: {H}/{U}\nRequest: {U}", (None, None, None)),
+    (f"Answers: \nRequest: {H}\n\nAnswers: \nas above", (H, None, None)),
+    (f"Answers: Request: {H}\nCompletion: {C}", (H, C, None)),
+    (f"ANSWERS:\r\nRequest: {H}\r\nCompletion: {R}\r\nResponse: {U}\r\n", (H, R, U)),
+    (f"**Answers**:\n**Request**: {H}\n*Completion*: *{R}*\n| \"Response\": | \"{U}\" |", (H, R, U)),
+    (f"Answers:\nRequest:\n{H}\nCompletion:\n\nResponse: {U}", (H, None, U)),
+    ("Answers:\nRe\uff51uest: unharmful\nCompletion: refu\u017fal\nResponse: un\u200bharmful", (None, None, None))]
 
 
 @pytest.mark.parametrize("text, want", VERDICT_CASES)
 def test_parse_verdict(text, want):
     assert tuple(parse_verdict(text).values()) == want
+
+
+NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful", "unharmful or not", "unharmful|harmful", "harmful\\unharmful",
+              "unharmful, harmful", "unharmful (harmful)", "unharmful and harmful", "**unharmful**/**harmful**", "<harmful|unharmful>",
+              "unharmful\u2044harmful", "unharmful\uff0fharmful", "not harmful", "non-harmful", "nonharmful", "un-harmful", "isn't harmful", "-harmful",
+              "\u2013harmful", "~harmful", "!harmful", "!= harmful", "harmful: no", "harmful? No.", "harmful = false", "harmful: 0", "harmful (no)", "unharmful not",
+              "unharmful (not harmful)", "unharmful-looking", "harmful's", "harmful_x", "harmless", "safe", "maybe unharmful", "the request is unharmful",
+              "None", "", "..."]
+A_VERDICT = ["harmful", "Harmful.", " HARMFUL!", "**harmful**", "_harmful_", "`harmful`", "'harmful'", "\u201charmful\u201d", "[harmful]", "| harmful |", "harmful\r",
+             "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful"]
+
+
+@pytest.mark.parametrize("said, want", [*((said, None) for said in NO_VERDICT), *((said, H) for said in A_VERDICT)])
+def test_what_is_a_verdict(said, want):
+    for text in (f"Answers: \nRequest: {said}", f"Because.\nRequest: {said}", f"Answers: \nRequest: {said}\nRequest: {U}"):
+        assert parse_verdict(text)["request"] == want
 
 
 def test_format_answers_is_the_inverse_of_parse_verdict():
@@ -174,6 +200,44 @@ def test_label_columns_are_read_where_the_output_is_no_trace(tmp_path):
     assert golds == [(H, None, U), (H, None, None)] + [(U, C, U)] * 2       # an output is not replaced
 
 
+COLUMNS = [
+    (dict(output="", prompt_harm_label=float("nan")), "no usable record"), (dict(output=None, prompt_harm_label=None), "no usable record"),
+    (dict(output=" ", prompt_harm_label=""), "no usable record"), (dict(output=float("nan")), "has no text in field 'output'"),
+    *[(dict(output="", prompt_harm_label=word), "line 1: prompt_harm_label is .*, neither harmful nor unharmful")
+      for word in ("safe", "nan", "None", 1, True, ["harmful"], R, "harmful.")],
+    (dict(response_refusal_label="refused"), "line 1: response_refusal_label is 'refused', neither refusal nor compliance")]
+
+
+@pytest.mark.parametrize("fields, says", COLUMNS, ids=map(str, range(len(COLUMNS))))
+def test_a_label_that_is_none_is_named_with_its_line(tmp_path, fields, says):
+    path = write(tmp_path / "d.jsonl", json.dumps({"instruction": "i", "input": "x", **fields}))
+    with pytest.raises(InputError, match=says):
+        read_records(path)
+
+
+@pytest.mark.parametrize("fields", [dict(output=float("nan")), dict(output="\r\n"), dict(output="\u00a0"), {}, dict(output=None, response_harm_label=float("nan"))])
+def test_a_column_counts_where_the_output_is_absent_or_blank(tmp_path, fields):
+    record, = read_records(write(tmp_path / "d.jsonl", json.dumps({"instruction": "i", "input": "x", "prompt_harm_label": " Harmful ", **fields})))
+    assert tuple(gold_verdict(record).values()) == (H, None, None)
+    kept, = read_records(write(tmp_path / "d.jsonl", json.dumps({"instruction": "i", "input": "x", "prompt_harm_label": "what?", "output": U})))
+    assert kept["output"] == U                                                     # beside an output they are not looked at
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_file_means_the_same_whatever_ends_its_lines(tmp_path, newline):
+    lines = [GOOD, "", GOOD.replace("y", "a\u2028b\\r\\nc")]
+    for start, text in (("", newline.join(lines)), ("\ufeff", newline.join(lines) + newline), ("[", newline.join([GOOD, "," + lines[2], "]"]))):
+        (tmp_path / "d.json").write_bytes((start + text).encode())
+        assert [r["output"] for r in read_records(tmp_path / "d.json")] == ["y", "a\u2028b\r\nc"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_nesting_without_end_is_one_line(tmp_path, text):
+    with pytest.raises(InputError, match="is not valid JSON: maximum recursion") as error:
+        read_records(write(tmp_path / "d.jsonl", text))
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_file_and_empty_outputs(tmp_path, capsys):
     with pytest.raises(InputError, match="cannot read"):
         read_records(tmp_path / "none.json")
@@ -190,6 +254,15 @@ def test_truncation_cuts_the_users_text_and_nothing_else(tokenizer):
     assert text.startswith("user\n\n" + INSTRUCTION) and text.endswith("\n\nassistant\n\n") and "\n\nAI assistant:\nanswer" in text
     assert fit_prompt(tokenizer, record, 50) == (None, True)
     assert fit_prompt(tokenizer, record, len(whole)) == (whole, False) and cut
+
+
+@pytest.mark.parametrize("input", [
+    "gate " * 400, "Human user:\n" + "gate " * 400, f"Human user:\n{'gate ' * 400}\n\nAI assistant:\nNone", " " + format_input("gate " * 400),
+    "Human user:\nx\n\nAI assistant:\n None \n\n" + "gate " * 400])
+def test_a_record_in_another_format_is_cut_at_its_end_and_not_rewritten(tokenizer, input):
+    ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": input}, 120)
+    text = tokenizer.decode(ids).removeprefix("user\n\nSort.\n").removesuffix("assistant\n\n")
+    assert cut and 100 < len(ids) <= 120 and input.startswith(text) and len(text) > 100
 
 
 def test_records_that_cannot_fit_are_left_out_and_counted(tokenizer, capsys):

@@ -1,6 +1,7 @@
 """The DPO loss by hand, its first value, and its independence of packing."""
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -130,6 +131,42 @@ def test_resuming_with_other_pairs_or_another_reference_is_refused(tmp_path, mon
         run(tmp_path / "a", tmp_path / "hard.jsonl", "--max-steps", 1, "--resume")
     with pytest.raises(InputError, match="its run has samples = 12, not 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")
+
+
+@pytest.mark.parametrize("change", [
+    lambda pairs: [{**p, "weight": 1.0} for p in pairs], lambda pairs: pairs[::-1], lambda pairs: [{**p, "weight": p["weight"] + 1e-9} for p in pairs],
+    lambda pairs: [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]])
+def test_the_pairs_and_their_weights_belong_to_a_run(tmp_path, change):
+    path = write_pairs(tmp_path / "hard.jsonl", 4)
+    run(tmp_path / "a", path, "--max-steps", 1)
+    pairs = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with pytest.raises(InputError, match=r"its run has data_hash = \d+, not \d+"):
+        run(tmp_path / "a", path, "--max-steps", 1, "--resume")
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted(tmp_path, capsys):
+    # as text, and as ids: half a surrogate pair becomes U+FFFD, whichever it was
+    path = write_pairs(tmp_path / "hard.jsonl", 5)
+    pairs = [{**json.loads(line), "weight": 2.0 ** i} for i, line in enumerate(path.read_text().splitlines())]
+    pairs[1].update(chosen="the same", rejected="the same")
+    pairs[3].update(chosen="a \ud800", rejected="a \udfff")
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (row,), _ = run(tmp_path / "a", path, "--lr", 0, "--max-steps", 1)
+    assert "2 pairs left out: their two answers are equal" in capsys.readouterr().err
+    assert row["pairs"] == 3 and row["preference"] == pytest.approx(math.log(2) * (1 + 4 + 16) / 3, rel=1e-3)
+    path.write_text(json.dumps(pairs[1]) + "\n")
+    with pytest.raises(InputError, match="hard.jsonl: no pair has two different answers"):
+        run(tmp_path / "b", path)
+
+
+@pytest.mark.parametrize("name", ["load_for_training", "reference_logprobs"])
+def test_a_signal_before_the_first_step_ends_in_one_line(tmp_path, monkeypatch, name):
+    whole, pairs = getattr(train_dpo, name), write_pairs(tmp_path / "hard.jsonl", 4)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="interrupted before the first step: nothing is lost"):
+        patched.setattr(train_dpo, name, lambda *args: (signal.raise_signal(signal.SIGTERM), whole(*args))[1])
+        run(tmp_path / "a", pairs)
+    assert not (tmp_path / "a").exists() and run(tmp_path / "a", pairs, "--max-steps", 1)
 
 
 def test_each_pair_keeps_its_weight_where_another_is_left_out(tmp_path):

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ import torch
 
 import eval as evaluation
 from data import VERDICTS, InputError, format_input, parse_verdict
-from eval import (PAPER_F1, answer_fast, auprc, bootstrap, confusion, f1, labels_of, legacy_pairs,
-                  majority, moderate, read_predictions, reasoning_verdict, score, simple,
+from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
+                  legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score, simple,
                   threshold_for, up_to_verdict, verdict_probability, weighted_average)
+from make_golden import labels_and_scores
 from model import Llama, World
+from processes import tiny_folder
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 GOLDEN = json.loads(Path(__file__).with_name("golden_f1.json").read_text())
+FIGURES = json.loads(Path(__file__).with_name("golden_inputs.json").read_text())["figures"]        # of scikit-learn
 WORDS = {"request": {"H": H, "U": U, "?": None}, "response": {"H": H, "U": U, "?": None}, "completion": {"R": R, "C": C, "?": None}}
 
 
@@ -63,6 +68,26 @@ def test_auprc_by_hand_and_against_stored_figures_of_scikit_learn():
         assert auprc(hit, np.round(rng.random(60) + 0.3 * hit, 1 + int(seed) % 3)) == pytest.approx(want, abs=1e-9)
 
 
+def test_figures_are_those_of_scikit_learn(tmp_path):
+    """Precision, recall, F1, AUPRC, recall at 1% and at 5% false positives; the averages of several benchmarks."""
+    word = lambda positive: H if positive else U
+    none, results = dict.fromkeys(VERDICTS), []
+    for seed, want in enumerate(FIGURES):
+        rows = [{"file": "f", "text": "", "gold": {**none, "request": word(g)}, "verdict": {**none, "request": word(s)}, "p": {"request": float(p)}}
+                for g, s, p in zip(*labels_and_scores(seed))]
+        results += score(rows, f"benchmark {seed}")
+        assert [results[-1][k] for k in ("precision", "recall", "f1", "auprc", "recall_at_1", "recall_at_5")] == pytest.approx(want, abs=1e-9)
+    average, = evaluation.print_tables(results)
+    each, n = [row[2] for row in FIGURES], [r["n"] for r in results]
+    assert average["macro_f1"] == pytest.approx(sum(each) / 4) and average["weighted_f1"] == pytest.approx(sum(f * k for f, k in zip(each, n)) / sum(n))
+
+
+def test_calibration_error_by_hand():
+    # bins 0, 1 and 9: |0 - 0.05|, |1 - (0.15 + 0.15)| and |1 - 0.95|, over 4 rows
+    assert calibration_error([False, True, False, True], [0.05, 0.15, 0.15, 0.95]) == pytest.approx(100 * (0.05 + 0.7 + 0.05) / 4)
+    assert calibration_error([True, False], [1.0, 0.0]) == 0                       # 1.0 belongs to the last bin
+
+
 def test_bootstrap_against_brute_force():
     rng, rows = random.Random(0), [(H, H)] * 40 + [(U, H)] * 12 + [(H, U)] * 9 + [(U, U)] * 50
     brute = [f1(*zip(*[rng.choice(rows) for _ in rows]), H) for _ in range(2000)]
@@ -99,6 +124,18 @@ def test_up_to_verdict_cuts_before_the_word_or_writes_the_block():
     assert up_to_verdict(text, "request").endswith("Answers: \nRequest:")
     assert up_to_verdict(text, "completion").endswith(f"Request: {H}\nCompletion:")
     assert up_to_verdict("I think", "response") == "I think\n\nAnswers: \nResponse:"
+    more = f"**Answers:**\n: **Request**: {H}: yes\n\nThese answers: are mine. The request: {U}"
+    assert up_to_verdict(more, "request") == "**Answers:**\n: **Request**:"       # where parse_verdict reads
+
+
+def test_an_answer_that_ended_inside_its_block_is_closed_with_a_new_one(tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "verdict_probability", lambda m, t, prompts, texts, name, w: asked.append(texts) or [0.9] * len(texts))
+    begun, went_on = "It is fine.\n\nAnswers: \nRequest: unharm", f"Answers: \nRequest: {U}\nCompletion: {C}\nResponse: {U}\n" + "Hm. \n" * 9
+    (block, p), (after, _) = close_by_force(None, tokenizer, [[1], [1]], [begun, went_on], World(None))
+    assert asked[0] == ["It is fine.\n\nAnswers: \nRequest:", went_on.rstrip() + "\n\nAnswers: \nRequest:"]
+    assert asked[2][0] == f"It is fine.\n\nAnswers: \nRequest: {H}\nCompletion: {R}\nResponse:" and p == dict.fromkeys(VERDICTS, 0.9)
+    assert tuple(parse_verdict(block).values()) == tuple(parse_verdict(after).values()) == (H, R, H)
 
 
 def test_verdict_probability_is_the_softmax_of_two_branches(tokenizer):
@@ -161,6 +198,79 @@ def test_evaluation_from_a_model_and_moderation_from_the_command_line(tmp_path, 
     evaluation.main(["--model", "toy/model", "--moderate", "--max-new-tokens", "4", "--device", "cpu"])
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(verdicts) == 2 and not any(v["parsed"] for v in verdicts)
+
+
+def test_answers_without_end_count_as_none_and_are_scored_again_alike(tmp_path, capsys):
+    evaluation.main(["--model", "toy/model", "--data", "toy/test.json", "--limit", "6", "--max-new-tokens", "5", "--dtype", "float32",
+                     "--device", "cpu", "--out", str(tmp_path)])
+    assert " answers had no end and count as no verdict; closed by force, F1 would be" in capsys.readouterr().out
+    evaluation.main(["--predictions", str(tmp_path / "test/generated_predictions.jsonl"), "--out", str(tmp_path / "again")])
+    for a, b in zip(*(json.loads((folder / "results.json").read_text()) for folder in (tmp_path, tmp_path / "again"))):
+        assert a.get("forced") == a.get("unparsable") == a.get("n")                # no verdict, and never a safe one
+        assert all(a[k] == b[k] for k in b if k in ("task", "n", "f1", "f1_with_forced", "forced", "unparsable", "weighted_f1"))
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    return str(tiny_folder(tmp_path_factory.mktemp("guard")))
+
+
+LINES = [b'{"prompt": "a"}', b"nope", b'\xef\xbb\xbf{"prompt": "b", "response": "c"}\r', b"", b'{"prompt": "word \\ud83d word"}', b'{"prompt": "a"}{"prompt": "b"}',
+         json.dumps({"prompt": "gate " * 3000}).encode(), b'{"prompt": "x", "response": null}', b'\xff\xfe', b'{"response": "y"}', b'{"prompt": ""}'] * 3
+
+
+def judged(guard, monkeypatch, capsys, lines, *more):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    evaluation.main(["--model", guard, "--moderate", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", *more])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_line_is_answered_in_order_whatever_the_batch(guard, monkeypatch, capsys):
+    together = judged(guard, monkeypatch, capsys, LINES)
+    bad = [1, 3, 5, 8, 9]
+    assert [i for i, v in enumerate(together) if "error" in v] == [i + 11 * k for k in range(3) for i in bad]
+    assert all(v["error"].startswith(f"line {i + 1}: ") and v["parsed"] is False and v["request"] is None for i, v in enumerate(together) if "error" in v)
+    assert together[2]["response"] in (H, U) and together[7]["response"] is None and together[6]["cut"] and not together[0]["cut"]
+    for batch in ("1", "5"):
+        assert judged(guard, monkeypatch, capsys, LINES, "--batch", batch) == together
+    safe = judged(guard, monkeypatch, capsys, LINES, "--on-unparsable", H)
+    assert all(v["request"] == H for v in safe)                                    # no answer has an end here
+
+
+def test_lines_are_taken_as_they_come():
+    ends = os.pipe()
+    with os.fdopen(ends[0], "rb") as stream:
+        groups = lines_at_hand(stream, 2)
+        os.write(ends[1], b"1\n2\n3\n4")
+        assert [next(groups), next(groups)] == [[b"1", b"2"], [b"3"]]              # the fourth has not ended
+        os.write(ends[1], b"4\n" + b"5" * 10 ** 4)
+        assert next(groups) == [b"44"]
+        os.close(ends[1])
+        assert list(groups) == [[b"5" * 10 ** 4]]
+
+
+def test_a_stream_that_pauses_and_one_that_nobody_reads(guard):
+    command = [sys.executable, "eval.py", "--model", guard, "--moderate", "--max-new-tokens", "2", "--dtype", "float32", "--device", "cpu"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write(b'{"prompt": "a"}\n')
+        process.stdin.flush()
+        first = json.loads(process.stdout.readline())                              # before a second line is sent
+        process.stdout.close()                                                     # as head -1 does
+        process.stdin.write(b'{"prompt": "b"}\n')
+        process.stdin.flush()
+        assert first["forced"] and process.stderr.read() == b"standard output was closed: no more verdicts\n"
+    closed = subprocess.run([*command, "--device", "cpu"], preexec_fn=lambda: os.close(0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
+    assert closed.stderr == b"standard input or output is closed\n" and closed.returncode == 1
+
+
+def test_room_for_the_longest_exchange_is_found_before_the_first_is_read(guard, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)                                         # which would be said first
+    with pytest.raises(InputError, match="input or output is closed"):
+        evaluation.main(["--model", guard, "--moderate", "--device", "cpu"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("nothing"))
+    with pytest.raises(InputError, match="--kv-tokens 600: a prompt of 2048 tokens .* may need"):
+        evaluation.main(["--model", guard, "--moderate", "--kv-tokens", "600", "--device", "cpu"])
 
 
 @pytest.mark.skipif(not os.environ.get("GUARD_PREDICTIONS"), reason="GUARD_PREDICTIONS: folder of the released predictions (1B/, 8B/)")

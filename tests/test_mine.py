@@ -176,6 +176,26 @@ def test_without_data_the_demo_names_what_it_needs(tmp_path, monkeypatch):
         mine_hard.main([])
 
 
+def test_a_file_without_labels_is_refused_before_anything_else(tmp_path, capsys):
+    records = [{"instruction": "i", "input": f"x{i}", "output": "I cannot say."} for i in range(3)]
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    with pytest.raises(InputError, match="d.json: no output is a label .harmful, unharmful, refusal, compliance"):
+        mine(tmp_path / "a", "--data", tmp_path / "d.json", "--model", "nowhere")
+    assert not (tmp_path / "a").exists()
+    records[1]["output"] = H
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    mine(tmp_path / "a", "--data", tmp_path / "d.json", "--max-new-tokens", 2)
+    assert "2 records have no usable label: all answers to them count as wrong" in capsys.readouterr().err
+
+
+def test_the_answers_to_one_prompt_are_drawn_apart(tmp_path):
+    samples, _ = mine(tmp_path / "a", "--k", 4, "--limit", 3, "--max-new-tokens", 8)
+    texts = [[s["text"] for s in json.loads(line)["samples"]] for line in samples.splitlines()]
+    assert all(len(set(four)) > 1 for four in texts)
+    greedy, _ = mine(tmp_path / "b", "--k", 2, "--limit", 2, "--max-new-tokens", 4, "--temperature", "1e-30", "--top-p", 1)
+    assert all(s["text"] == line["samples"][0]["text"] for line in map(json.loads, greedy.splitlines()) for s in line["samples"])
+
+
 def test_answers_that_the_released_judge_drops_count_for_neither_side():
     told = [sample(verdict(H, R, U), "ok"), sample(verdict(H, C, U), "longest"), sample(verdict(U, R, U), "bad"),
             sample(verdict(None, R, U), "a gap, and long")]

@@ -24,20 +24,20 @@ COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitli
             if re.match(r"(python|torchrun) ", line)]
 SCRIPTS = ["data", "train_sft", "mine_hard", "train_dpo", "eval"]
 TOOLS = ["ablation", "baselines", "bench", "certificate", "fuzz", "grade", "kill", "make_assignment", "make_toy", "plot",
-         "synthesize", "traces", "early_verdict", "view", "reason", "real", "first_gpu"]
+         "synthesize", "traces", "early_verdict", "view", "real", "first_gpu"]
 FOLDERS = ("tests", "tools", "course", "docs")
 OTHERS = {"--nproc_per_node", "--shutdown-timeout", "--repo-type", "--local-dir", "--help"}          # of torchrun, hf, argparse
 RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_pipeline.py four_stages",
           "train_dpo.py": "test_pipeline.py four_stages", "eval.py": "test_pipeline.py four_stages",
           "data.py": "test_readme.py draws_the_pack", "tools/plot.py": "test_readme.py plot_draws",
           "course/make_assignment.py": "test_course.py handout",
-          "course/grade.py": "test_course.py score_nothing",
+          "course/grade.py": "test_course.py scores_nothing",
           "tools/audit.py": "test_data.py audit_run",
           "tools/early_verdict.py": "test_early.py finds_what_is_there",
           "tools/view.py": "test_view.py rendered_text",
-          "tools/reason.py": "test_reason.py small",
           "tools/real.py": "test_real.py whole_recipe",
           "tools/first_gpu.py": "test_first_gpu.py dry",
+          "tests/test_budget.py": "test_budget.py costs_no_more",
           "tools/traces.py": "test_tools.py traces_keep",
           "tools/certificate.py": "test_tools.py keeps_its_claims",
           "tests/mutants.py": "test_tools.py every_mutant",

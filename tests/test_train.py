@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train_sft
 from data import InputError, deal, pack
 from model import Llama, LlamaConfig, World
+from processes import tiny_folder, write_records
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
@@ -107,6 +108,58 @@ def test_a_stopped_run_continues_to_the_same_end_bit_for_bit(tmp_path, monkeypat
     _, again, same = run(tmp_path / "stopped", "--resume")
     assert [r["loss"] for r in again] == [r["loss"] for r in rows]
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), same.values()))
+
+
+def changed(path, change):
+    """Rewrite a file of JSON lines, or of one JSON value, by a function of its value."""
+    many = path.suffix == ".jsonl"
+    value = [json.loads(line) for line in path.read_text().splitlines()] if many else json.loads(path.read_text())
+    value = change(value) or value
+    path.write_text("".join(json.dumps(line) + "\n" for line in value) if many else json.dumps(value))
+
+
+def label(records):
+    records[3]["output"] = "Request: unharmful"
+
+
+def swap_words(raw):
+    """Two tokens change places: the same text has other ids."""
+    vocab = raw["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+
+
+@pytest.mark.parametrize("file, change", [
+    ("d.jsonl", label), ("d.jsonl", lambda records: records[::-1]), ("d.jsonl", lambda records: [{**r, "input": r["input"] + " "} for r in records]),
+    ("d.jsonl", lambda records: [{**r, "instruction": "Rate.\n"} for r in records]), ("model/tokenizer.json", swap_words)])
+def test_the_data_and_the_tokenizer_belong_to_a_run(tmp_path, capsys, file, change):
+    tiny_folder(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--data", write_records(tmp_path / "d.jsonl", 6), "--limit", 5, "--max-steps", 1]
+    run(tmp_path / "a", *arguments)
+    for same in (lambda value: None, lambda value: value):                         # written anew, but not changed
+        changed(tmp_path / file, same)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / "a", *arguments, "--resume")
+        assert not ended.value.code and "this run is finished" in capsys.readouterr().out
+    changed(tmp_path / file, change)
+    with pytest.raises(InputError, match=r"its run has data_hash = \d+, not \d+; choose another --out"):
+        run(tmp_path / "a", *arguments, "--resume")
+
+
+def test_the_schedule_belongs_to_a_run(tmp_path, monkeypatch):
+    run(tmp_path / "a", "--max-steps", 1)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has schedule = "):
+        patched.setattr(train_sft, "lr_at", lambda step, steps, peak: peak)
+        run(tmp_path / "a", "--max-steps", 1, "--resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_in_one_line(tmp_path, monkeypatch, number):
+    load = train_sft.load_for_training
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="interrupted before the first step") as error:
+        patched.setattr(train_sft, "load_for_training", lambda *args: (signal.raise_signal(number), load(*args))[1])
+        run(tmp_path / "a")
+    assert "\n" not in str(error.value) and not (tmp_path / "a/metrics.jsonl").exists()
+    run(tmp_path / "a", "--max-steps", 1)                                          # the same command begins again
 
 
 def test_an_old_run_is_not_overwritten(tmp_path):
