@@ -329,7 +329,7 @@ class Tokenizer:
         vocabulary = read_vocabulary(folder)
         size, context = read_sizes(folder, vocabulary)
         template = read_chat_template(folder)
-        name = format or find_format(template, vocabulary.special)
+        name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
         tokenizer = cls(vocabulary, name, folder, size, context)
         if template and not format:
             tokenizer.follow(template)
@@ -757,15 +757,15 @@ def vocabulary_of(path, raw):
 
     def spell(word):
         """The bytes that a word of the file stands for."""
-        if not letters.keys() >= set(word):
-            raise InputError(f"{path}: {word!r} is not spelled in byte-level letters")
-        return bytes(letters[c] for c in word)
+        try:
+            return bytes([letters[c] for c in word])
+        except KeyError:
+            raise InputError(f"{path}: {word!r} is not spelled in byte-level letters") from None
 
     found = Vocabulary({}, [], pattern, {}, {}, set(), set())
     for entry in added:
         add_token(path, entry, found)
-    names = vocab.keys() - found.special.keys()
-    found.tokens = {spell(name): vocab[name] for name in names}
+    found.tokens = {spell(name): id for name, id in vocab.items() if name not in found.special}
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
         if spell(word) != word.encode():
@@ -799,18 +799,20 @@ def check_ids(path, vocab, added):
     """InputError unless every token has an id of its own, and each added one that which Hugging
     Face's library gives it, whatever the file says: that of the vocabulary, else the next free."""
     ids = list(vocab.values())
-    if not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
+    are_ids = all(type(id) is int and id >= 0 for id in ids)
+    if not are_ids or len(set(ids)) < len(ids):
         raise InputError(f"{path}: the vocabulary's ids must be whole numbers, each once")
-    given = {}
+    given = dict(vocab)
+    following = max(ids, default=-1) + 1
     for entry in added:
         name = entry["content"]
         if not isinstance(name, str) or not name or re.search(HALF_PAIR, name):
             raise InputError(f"{path}: the added token {name!r} is no text")
-        following = max([*ids, *given.values()], default=-1) + 1
-        given[name] = vocab.get(name, given.get(name, following))
-        if type(entry["id"]) is not int or entry["id"] != given[name]:
+        expected = given.setdefault(name, following)
+        if type(entry["id"]) is not int or entry["id"] != expected:
             raise InputError(f"{path}: the added token {name!r} has id {entry['id']!r}, but "
-                             f"counted in order it is {given[name]}")
+                             f"counted in order it is {expected}")
+        following = max(following, expected + 1)
 
 
 def merge_order(path, tokens, pairs, whole):
@@ -836,12 +838,13 @@ def merge_order(path, tokens, pairs, whole):
     ranks = {token: rank for rank, token in enumerate(order)}
     listed = set(pairs)
     for token in order:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        others = {(a, b) for a, b in cuts if a in ranks and b in ranks} - listed
-        if not cuts or whole and not others:
-            continue
-        last = last_merge(token, ranks)
-        if last in others or last not in listed and not whole:
+        if whole:
+            cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+            others = {(a, b) for a, b in cuts if a in ranks and b in ranks} - listed
+            known = not others or last_merge(token, ranks) not in others
+        else:
+            known = len(token) == 1 or last_merge(token, ranks) in listed
+        if not known:
             raise InputError(f"{path}: its merges do not make {token!r} as they stand: "
                              "not known here")
     return list(order)
@@ -853,7 +856,7 @@ def last_merge(token, ranks):
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [left + right for left, right in zip(parts, parts[1:])]
-        priority = [ranks.get(token, math.inf) for token in joined]
+        priority = [ranks.get(piece, math.inf) for piece in joined]
         lowest = min(priority)
         if lowest == math.inf:
             break

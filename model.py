@@ -1210,7 +1210,8 @@ class TreeAttention(torch.autograd.Function):
 
 @jit
 def rope_kernel(X, COS, SIN, OUT, N, H: constexpr, E: constexpr, B: constexpr):
-    # apply_rope: program n turns B of the N = T H heads. X and OUT (T, H, E), COS and SIN (T, E/2)
+    # apply_rope: program n turns B of the N = T H heads, head n B and those after it, as far as
+    # there are any; products and sums in float32. X and OUT (T, H, E), COS and SIN (T, E/2)
     head = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
     i = tl.arange(0, E // 2)[None]
     inside = head < N

@@ -339,7 +339,8 @@ def start_run(args, examples, schedule, weights=()):
     What belongs to a run beside its arguments is set in args: samples, how many examples there are;
     data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates."""
     ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
-    rates = [f"{lr_at(step, len(schedule), args.lr):.6g}" for step in range(len(schedule))]
+    steps = len(schedule)
+    rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.samples = len(examples)
     args.data_hash = fingerprint([*ids, weights])
     args.schedule = fingerprint([*schedule, rates])

@@ -213,7 +213,7 @@ def _(rng):
 
 @case("attention_by_mask", "groups")
 def _(rng):
-    check_by_mask(rng, ([20] * 20, forest(rng, 0, 40)), 6, 2)
+    check_by_mask(rng, ([20] * 20, [33] * 33), 6, 2)
 
 
 def asked_of_attention(rng):
@@ -1397,6 +1397,24 @@ def _(rng):
 def _(rng):
     for _ in range(20):
         check_reads(pages_and_readers(rng, True))
+
+
+def check_rope_kernel(rng, T, heads):
+    from model import launch_rope_kernel
+    x, angle = tensor(rng, T, heads, 32).float(), 5 * tensor(rng, T, 1, 16).float()
+    got = launch_rope_kernel(x, angle.cos(), angle.sin())
+    close(got, turned(x, numbers(angle)[:, 0]), f"{T} tokens of {heads} heads", 1e-5)
+
+
+@case("rope_kernel", "one")
+def _(rng):
+    for heads in (1, int(rng.integers(2, 6))):
+        check_rope_kernel(rng, int(rng.integers(1, 6)), heads)
+
+
+@case("rope_kernel", "many")
+def _(rng):
+    check_rope_kernel(rng, int(rng.integers(20, 60)), int(rng.integers(2, 6)))
 
 
 def launch_totals(z, targets):

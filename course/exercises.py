@@ -67,7 +67,7 @@ SETS = {
     3: Set("Mining hard samples, and DPO", 9, 4,
            "set 2; maximum likelihood; sampling from a distribution"),
     4: Set("Evaluation and ablation", 7, 6, "set 3; precision and recall; the bootstrap"),
-    5: Set("Kernels and the sampling engine (voluntary)", 16, 4,
+    5: Set("Kernels and the sampling engine (voluntary)", 17, 4,
            "set 2; a first look at Triton's tutorials; no GPU is needed, an interpreter runs them"),
 }
 
@@ -86,7 +86,7 @@ TREE_KERNELS = ("tree_forward", "tree_backward_q", "tree_backward_kv")
 EXERCISES = [
     Exercise("rms_norm", MODEL, 1, {"": 2}, forbidden=("rms_norm", "RMSNorm")),
     Exercise("rope_frequencies", MODEL, 1, {"plain": 1, "stretch": 2}),
-    Exercise("apply_rope", MODEL, 1, {"": 2}),
+    Exercise("apply_rope", MODEL, 1, {"": 2}, twins=("rope", "launch_rope_kernel")),
     Exercise("attention_by_mask", MODEL, 1, {"causal": 2, "tree": 1, "groups": 1},
              twins=FAST_ATTENTION, forbidden=READY_ATTENTION),
     Exercise("Attention.forward", MODEL, 1, {"asks": 2, "output": 1}),
@@ -139,6 +139,7 @@ EXERCISES = [
     Exercise("verdict_probability", EVAL, 4, {"one": 2, "many": 2}),
 
     Exercise("number_reads", MODEL, 5, {"full": 2, "gaps": 2}),
+    Exercise("rope_kernel", MODEL, 5, {"one": 2, "many": 1}),
     Exercise("row_totals", MODEL, 5, {"picked": 1, "total": 3}, together=KERNEL_PAIR),
     Exercise("row_gradients", MODEL, 5, {"inside": 2, "outside": 1}, together=KERNEL_PAIR),
     Exercise("tree_forward", MODEL, 5, {"tile": 3, "forest": 3}, together=TREE_KERNELS),

@@ -19,10 +19,11 @@ from rules import published
 COURSE = ROOT / "course"
 CARRIED = [
     "LICENSE", "requirements.txt", ".gitignore", "toy",
+    *(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("golden_*"))),
     *(f"tests/{name}" for name in (
-        "conftest.py", "make_golden.py", "golden_llama.json", "golden_f1.json",
-        "test_exercises.py", "test_exercises_kernels.py", "test_data.py", "test_model.py",
-        "test_train.py", "test_mine.py", "test_dpo.py", "test_eval.py")),
+        "conftest.py", "processes.py", "make_golden.py", "test_exercises.py",
+        "test_exercises_kernels.py", "test_data.py", "test_model.py", "test_train.py",
+        "test_mine.py", "test_dpo.py", "test_eval.py")),
     "tools/audit.py",                                       # which test_data.py tries
     "course/QUESTIONS.md", "course/exercises.py", "course/rules.py", "course/check.py"]
 FOR_DAY_ONE = ["course/day_one.py"]

@@ -265,6 +265,12 @@ MISTAKES = {
         ("+ line * w + reader", "+ line + reader"),
         ("for page in own:", "for page in sorted(own):"),
     ],
+    "rope_kernel": [
+        ("a * cos - b * sin", "a * cos + b * sin"),
+        ("head // H * (E // 2)", "head * (E // 2)"),
+        ("tl.program_id(0).to(tl.int64) * B + ", ""),
+        ("second = first + E // 2", "second = first + 1"),
+    ],
     "row_totals": [
         ("total = total * shrink", "total = total"),
         ("top + tl.log(total)", "tl.log(total)"),

@@ -32,8 +32,9 @@ def refusals(texts, forbidden=()):
     found = []
     for text in texts:
         tree = ast.parse(text)
+        own = own_names(tree)
         for node in ast.walk(tree):
-            reason = reason_against(node, forbidden, own_names(tree))
+            reason = reason_against(node, forbidden, own)
             if reason:
                 found.append(f"line {node.lineno}: {reason}")
     return list(dict.fromkeys(found))

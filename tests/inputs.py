@@ -60,7 +60,7 @@ FOLDERS = {
     "words": dict(special=CHATML, words=[("unharmful", False), (" lock", False), ("the tool", True), ("tool chest", False)]),
 }
 TEXTS = ["Please lock the tool chest in 12345 steps.", "I'M sure  that it's\n\n  OK\r\n", "x=3.14; ½ ² ١٢ 漢字 naïve Straße 'ſ",
-         "harmful unharmful  unlock\tlock the tool chests", "   ", "🙂\u200b\u00a0x \u3000 y"]
+         "harmful unharmful  unlock\tlock the tool chests, the tools", "   ", "🙂\u200b\u00a0x \u3000 y"]
 PROMPT = (" i\n", "Human user:\nopen the gate\n\nAI assistant:\nNone\n\n")
 
 

@@ -122,6 +122,42 @@ MUTANTS = [
     ("model.py", "targets - start", "targets", "test_model.py -k token_logprobs"),
     ("model.py", "grad * (inside == target)", "grad", "test_model.py -k token_logprobs"),
     ("train_sft.py", "clip_grad_norm_(model.parameters(), 1.0)", "clip_grad_norm_(model.parameters(), 10.0)", "test_train.py -k clips"),
+    # ---- what the world feeds it: a guard that fails open
+    ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
+    ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
+    ("data.py", 'line_of("answers", "").finditer(text)', 're.finditer("answers:", text, re.I)', "test_data.py -k parse_verdict"),
+    ("eval.py", 'if verdict["forced"] or verdict[name] is None:', "if verdict[name] is None:", "test_eval.py -k every_line"),
+    ("eval.py", '"parsed": not forced and all(', '"parsed": all(', "test_eval.py -k missing_verdict"),
+    ("eval.py", 'row["verdict"] = dict.fromkeys(VERDICTS)', "pass", "test_eval.py -k without_end"),
+    ("eval.py", "while shown in results:", "for shown in list(results):", "test_eval.py -k every_line"),
+    # numbers that are none
+    ("model.py", "self.broken |= ~logits.amax().isfinite()", "pass", "test_bad_input.py -k no_numbers"),
+    ("model.py", "    if not total.isfinite().all():", "    if False:", "test_bad_input.py -k no_numbers"),
+    ("model.py", "if not tensor.isfinite().all():", "if False:", "test_inputs.py -k refused"),
+    # text dropped by the tokenizer, other ids, a user's text as a control token
+    ("data.py", 'return rf"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+"', "return pattern", "test_inputs.py -k tokenizers_package"),
+    ("data.py", "keeps_matches and covers(pattern)", "keeps_matches", "test_inputs.py -k not_reproduced"),
+    ("data.py", "        check_round_trip(tokenizer)\n", "", "test_inputs.py -k loses_text"),
+    ("data.py", "yield from split_at(self.words.keys() & self.late, piece)", "yield piece", "test_inputs.py -k tokenizers_package"),
+    ("data.py", "known = len(token) == 1 or last_merge(token, ranks) in listed", "known = True", "test_inputs.py -k odd_vocabulary"),
+    ("data.py", "self.special[piece] = self.words.pop(piece)", "self.special[piece] = self.words[piece]", "test_inputs.py -k calls_text"),
+    ("data.py", "if id >= self.size:", "if id > self.size:", "test_inputs.py -k row_in_the_model"),
+    ("data.py", "self.trim = True in trims", "self.trim = False", "test_inputs.py -k own_template"),
+    ("data.py", "if isinstance(value, str) and REQUEST in value:", "if False:", "test_inputs.py -k said_in_one_line"),
+    # other weights
+    ("model.py", "if not torch.equal(found.setdefault(EMBEDDING, head), head):", "if not len(found.setdefault(EMBEDDING, head)):", "test_inputs.py -k refused"),
+    ("model.py", "if whole.exists() or not index.exists():", "if not index.exists():", "test_inputs.py -k shards_of_an_index"),
+    # labels, and a record in another format
+    ("data.py", "return value is None or value != value or", "return value is None or", "test_data.py -k column_counts"),
+    ("data.py", 'is_exchange = format_input(*texts) == record["input"]', "is_exchange = True", "test_data.py -k not_rewritten"),
+    ("mine_hard.py", "    check_labels(args.data, records)\n", "", "test_mine.py -k without_labels"),
+    # resuming with other data; equal samples of one prompt; pairs that are equal as they are encoded; signals
+    ("train_sft.py", "args.data_hash = fingerprint([*ids, weights])", "args.data_hash = 0", "test_train.py -k belong_to_a_run"),
+    ("train_sft.py", "fingerprint([*ids, weights])", "fingerprint(ids)", "test_dpo.py -k weights_belong"),
+    ("train_sft.py", "args.schedule = fingerprint([*schedule, rates])", "args.schedule = 0", "test_train.py -k schedule_belongs"),
+    ("model.py", "return hash32(seed, sample, *prompt)", "return hash32(seed, *prompt)", "test_mine.py -k drawn_apart"),
+    ("train_dpo.py", "if chosen != rejected:", 'if record["chosen"] != record["rejected"]:', "test_dpo.py -k equal_answers"),
+    ("train_sft.py", "if not self.after_step:", "if False:", "test_train.py -k signal"),
 ]
 
 

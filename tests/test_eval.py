@@ -208,6 +208,9 @@ def test_answers_without_end_count_as_none_and_are_scored_again_alike(tmp_path, 
     for a, b in zip(*(json.loads((folder / "results.json").read_text()) for folder in (tmp_path, tmp_path / "again"))):
         assert a.get("forced") == a.get("unparsable") == a.get("n")                # no verdict, and never a safe one
         assert all(a[k] == b[k] for k in b if k in ("task", "n", "f1", "f1_with_forced", "forced", "unparsable", "weighted_f1"))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"label": U, "predict": f"Request: {U}\nHm. Hm. Hm.", "forced": {"request": U}}))
+    result, = score(read_predictions(tmp_path / "p.jsonl", "x"), "x")
+    assert (result["unparsable"], result["fp"], result["forced"]) == (1, 1, 1)     # a line of an answer without end is no verdict
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,31 @@ def empty(*shape):
     return torch.full(shape, math.nan)
 
 
+# ------------------------------------------------------------------ rotations
+def check_rope(T, H):
+    x, angle = numbers(T, H, 16), 3 * numbers(T, 1, 8, seed=1)
+    got = model.launch_rope_kernel(x, angle.cos(), angle.sin())
+    z = torch.complex(x[..., :8], x[..., 8:]) * torch.exp(1j * angle)
+    want = torch.cat([z.real, z.imag], -1)
+    worst = (got - want).abs().max().item()
+    holds(worst < 1e-5, f"{T} tokens of {H} heads of width 16: OUT is off by up to {worst:.3g}"
+          + (" (NaN: not all of it was written)" if math.isnan(worst) else ""))
+
+
+def test_rope_kernel__one_program():
+    check_rope(1, 1)
+    check_rope(5, 1)
+
+
+def test_rope_kernel__one_angle_for_all_heads_of_a_token():
+    check_rope(4, 6)
+
+
+def test_rope_kernel__many_programs():
+    check_rope(45, 3)
+    check_rope(32, 2)
+
+
 # ------------------------------------------------------------------ log-probabilities
 def totals(z, target):
     """(z[target], log sum exp(z)) as row_totals gives them."""

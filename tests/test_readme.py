@@ -36,7 +36,7 @@ RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_
           "tools/early_verdict.py": "test_early.py finds_what_is_there",
           "tools/view.py": "test_view.py rendered_text",
           "tools/real.py": "test_real.py whole_recipe",
-          "tools/first_gpu.py": "test_first_gpu.py dry",
+          "tools/first_gpu.py": "test_first_gpu.py all_stages_run",
           "tests/test_budget.py": "test_budget.py costs_no_more",
           "tools/traces.py": "test_tools.py traces_keep",
           "tools/certificate.py": "test_tools.py keeps_its_claims",
