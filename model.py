@@ -1940,17 +1940,19 @@ def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):
         slots = 128
     poll = max(1, min(poll, max_new_tokens - 1))
     width = len(jobs[0].samples)
-    answer = width * pages_for(max_new_tokens + poll)
-    pages = [pages_for(len(job.prompt) - shared) + answer for job in jobs]         # at most
+    slots = max(width, max_slots or slots)
+    slots = min(slots, len(jobs) * width)
+    answer = pages_for(max_new_tokens + poll)                                      # at most
+    prompts = [pages_for(len(job.prompt) - shared) for job in jobs]
     kv_tokens = kv_tokens or default_kv_tokens(model)
     held = kv_tokens // PAGE
-    need = pages_for(shared) + max(pages)
+    need = pages_for(shared) + max(prompts) + width * answer
     if held < need:
         longest = max(len(job.prompt) for job in jobs)
         raise InputError(f"--kv-tokens {kv_tokens}: a prompt of {longest} tokens and its samples "
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
-    held = min(held, pages_for(shared) + sum(pages))
-    slots = max(width, max_slots or slots)
+    largest = sorted(prompts)[-slots:]                      # no more are under way at a time
+    held = min(held, pages_for(shared) + sum(largest) + slots * answer)
     return Capacity(held, slots, width, poll)
 
 

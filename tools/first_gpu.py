@@ -120,7 +120,7 @@ def kernels(args):
     collected = Collected()
     pytest.main([*options, "--collect-only", tests], plugins=[collected])
     names = collected.names
-    processes = min(8, os.cpu_count())
+    processes = min(16, os.cpu_count())
     if not args.cuda:                                       # tests/ has them all
         names = names[:2]
         processes = 1
@@ -268,8 +268,9 @@ def time_kernels(b, name, call):
 def bench(args):
     """tools/bench.py on the items that the goals speak of."""
     path = Path(args.out) / "bench_items.json"
-    items = ["sft", "logprobs", "nucleus", "generate", "adamw"]
-    options = ["--shape", "1b", "--minutes", str(args.limit / 60 - 0.1)]
+    items = ["sft unshared", "dpo unshared", "logprobs cross_entropy", "attention varlen_attn",
+             "nucleus sort", "generate unshared", "loss cross_entropy"]        # and ours of each
+    options = ["--shape", "1b", "--peers", "--minutes", str(args.limit / 60 - 0.1)]
     if not args.cuda:
         items = ["limits"]
         options += ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", "1"]
