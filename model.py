@@ -10,7 +10,7 @@ Part I is complete and can be read alone:
 Part II has fast twins; each names the plain function that it must equal:
     TokenLogprobs                   log-probabilities without ever holding all logits
     TileAttention                   attention in plain products, tile by tile
-    Triton kernels                  both on CUDA, and the rotations
+    Triton kernels                  both on CUDA, the rotations, and draw_token
 Part III decodes many samples at once:
     PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
     Engine, generate_iter           admit, reserve, decode, finish
@@ -656,6 +656,8 @@ def draw_token(logits, seed, position, temperature, top_p):
     nucleus and has its right relative probability there. NaN ends, too, with any token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
+    if use_triton(logits):
+        return launch_draw_kernel(logits, seed, position, temperature, top_p)
     V = logits.shape[1]
     scaled = full_precision(logits)
     if temperature != 1:
@@ -1310,6 +1312,79 @@ def launch_row_gradients(z, target, log_sum, grad):
            z, target, log_sum, grad,
            V, C)
     return z
+
+
+@jit
+def mixed(x):
+    # what `uniform` makes of x = seed + position * ... + attempt * ..., an int64
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x846CA68B
+    x = x & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    u = (x.to(tl.float64) + 0.5) / 4294967296
+    return u.to(tl.float32)
+
+
+@jit
+def scaled_logits(Z, start, V, temperature, C: constexpr):
+    # z / temperature of C logits of one row from `start` on, float32; -inf from V on
+    v = start + tl.arange(0, C)
+    z = tl.load(Z + v, mask=v < V, other=float("-inf"))
+    return z.to(tl.float32) / temperature
+
+
+@jit
+def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
+    # draw_token: program n draws for row n of Z (N, V), C logits at a time. A probability is
+    # exp(z - top) / total: `total`, `before`, `goal` and `likelier` are sums of exp(z - top). SEED
+    # and POSITION (N,) int64; writes TOKEN (N,) int64
+    n = tl.program_id(0)
+    Z += n.to(tl.int64) * V
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, V, C):
+        z = scaled_logits(Z, start, V, temperature, C)
+        new = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
+        top = new
+    x = tl.load(SEED + n) + tl.load(POSITION + n) * 0x9E3779B9
+    rejected = True
+    while rejected:
+        goal = mixed(x) * total
+        x += 0x85EBCA6B                                 # of the next attempt
+        start = 0
+        before = 0.0                                    # the mass before `start`
+        p = tl.exp(scaled_logits(Z, start, V, temperature, C) - top)
+        mass = tl.sum(p, 0)
+        while (before + mass <= goal) & (start + C < V):
+            before += mass
+            start += C
+            p = tl.exp(scaled_logits(Z, start, V, temperature, C) - top)
+            mass = tl.sum(p, 0)
+        passed = before + tl.cumsum(p, 0) <= goal       # the token is the first that is not
+        pick = start + tl.sum(passed.to(tl.int32), 0)
+        pick = tl.minimum(pick, V - 1)                  # rounding can put `goal` at the end of all
+        mine = tl.load(Z + pick).to(tl.float32) / temperature
+        likelier = 0.0
+        for start in range(0, V, C):
+            z = scaled_logits(Z, start, V, temperature, C)
+            p = tl.exp(z - top)
+            likelier += tl.sum(tl.where(z > mine, p, 0.0), 0)
+        rejected = (likelier >= top_p * total) | (tl.exp(mine - top) == 0)
+        rejected = rejected & (total == total)          # NaN is not, and ends with any token
+        tl.store(TOKEN + n, pick.to(tl.int64))
+
+
+def launch_draw_kernel(logits, seed, position, temperature, top_p):
+    """draw_token by draw_kernel: one program a row, all of which a GPU has room for at once."""
+    N, V = logits.shape
+    token = torch.empty_like(seed)
+    launch(draw_kernel, (N,), 8,
+           logits.contiguous(), seed.contiguous(), position.contiguous(), token,
+           V, float(temperature), float(top_p), LOGITS_AT_ONCE)
+    return token
 
 
 @jit

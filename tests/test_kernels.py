@@ -5,6 +5,7 @@
 The functions check_... run in a process of their own, as TRITON_INTERPRET must be set before Triton is imported.
 """
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from conftest import CONFIG, tiny_examples
 import model
 from data import InputError
 from model import (KernelRope, Llama, RMSNorm, TreeAttention, apply_rope, attend_pages, attention,
-                   attention_by_mask, generate, join_results, rms_norm, rope, rope_tables,
+                   attention_by_mask, draw_token, generate, join_results, rms_norm, rope, rope_tables,
                    token_logprobs, tree_plan)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -194,6 +195,25 @@ def check_join_results(H, E, dtype):
     assert error(got, twin.double()) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [5, 4096, 9000])                  # a program has 4096 logits at a time
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.95), (0.7, 0.5), (1.3, 1.0)])
+def check_draw_token(V, temperature, top_p, dtype):
+    rng = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(20, V, generator=rng).to(DEVICE, dtype)
+    seed = torch.arange(20, device=DEVICE) * 977
+    position = torch.arange(20, device=DEVICE) % 7
+    drawn = draw_token(logits, seed, position, temperature, top_p)
+    want = draw_token(logits.double(), seed, position, temperature, top_p)          # no kernel knows float64
+    assert (drawn != want).sum() <= 1                           # a draw beside an edge, which rounding moves
+    alone = torch.cat([draw_token(logits[i:i + 1], seed[i:i + 1], position[i:i + 1], temperature, top_p)
+                       for i in range(0, 20, 7)])
+    assert torch.equal(drawn[::7], alone)
+    for broken in (math.nan, math.inf):                         # it ends, with any token
+        logits[:, 1] = broken
+        assert (draw_token(logits, seed, position, temperature, top_p) < V).all()
+
+
 @pytest.mark.parametrize("H, G, k, lengths", [(6, 2, 3, (1, 22)), (4, 4, 1, (3, 16)), (3, 1, 23, (5,))])
 def check_generate(H, G, k, lengths, monkeypatch):
     config = replace(CONFIG, head_dim=16, num_attention_heads=H, num_key_value_heads=G, num_hidden_layers=1)
@@ -227,6 +247,8 @@ def launches(dtype, E):
     TreeAttention.apply(q, k, v, tree_plan(torch.full((64,), 64))).sum().backward()
     head = torch.zeros(128, 16, dtype=dtype, requires_grad=True)
     token_logprobs(head[:8], head, torch.zeros(8, dtype=torch.long)).sum().backward()
+    row = torch.zeros(1, dtype=torch.long)
+    draw_token(torch.zeros(1, 128, dtype=dtype), row, row, temperature=1.0, top_p=0.95)
     config = replace(CONFIG, head_dim=E, num_attention_heads=8, num_key_value_heads=2,
                      num_hidden_layers=1)
     with contextlib.suppress(InputError):                   # nothing was computed: logits are no numbers
@@ -254,7 +276,7 @@ def compile_for(arch, kernel, args, warps):
             signature[name] = letters[value.dtype]
             aligned[i,] = [["tt.divisibility", 16]]         # as torch allocates
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
         if name == "V":
             aligned[i,] = [["tt.divisibility", 16]]         # as real vocabularies are
     return triton.compile(ASTSource(kernel, signature, constants, aligned),
@@ -290,6 +312,9 @@ def covered_by_warps(compiled):
     return most
 
 
+WITHOUT_HEADS = ("row_totals", "row_gradients", "draw_kernel")      # compiled once, whatever E is
+
+
 def compile_all(dtypes):
     print(f"{'kernel':17} {'dtype':9} {'E':>3} {'for':>6} {'registers':>9} {'spilled':>7} {'shared':>6} "
           f"{'warps':>5} {'covered':>7} products")
@@ -298,7 +323,7 @@ def compile_all(dtypes):
             for launched in launches(dtype, E):
                 kernel, _, warps = launched
                 name = kernel.__name__
-                if E == 64 or not name.startswith("row"):
+                if E == 64 or name not in WITHOUT_HEADS:
                     for arch in (80, 90):
                         judge_compiled(name, dtype, E, arch, warps, compile_for(arch, *launched))
 
@@ -329,7 +354,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
     want = {(name, "bfloat16", E, arch)
             for E in ("64", "128")
             for arch in ("sm_80", "sm_90")
-            for name in (*attention, *(("row_totals", "row_gradients") if E == "64" else ()))}
+            for name in (*attention, *(WITHOUT_HEADS if E == "64" else ()))}
     assert compiled == want
 
 
