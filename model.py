@@ -1388,22 +1388,28 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
 
 
 @jit
-def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
-                G: constexpr, E: constexpr, P: constexpr, M: constexpr):
-    # attend_pages: program (page and key head n, M of its W queries). Q and OUT (pages, G, W, E), K
-    # and V (pages, G, P, E), BIAS (pages, P), 0 where a key is; LSE (pages, G, W), a natural log.
-    # A page without a key: LSE below -2e4, OUT any finite number
+def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
+                G: constexpr, R: constexpr, E: constexpr, P: constexpr, M: constexpr):
+    # attend_pages: program (page and key head n, M of its W = w R queries), where query i is that
+    # of reader i // R, head i % R. Q (B, G, R, E); READERS (pages, w) int64, which rows of Q; K and
+    # V (pages, G, P, E), BIAS (pages, P), 0 where a key is; writes LSE (pages, w, G, R), a natural
+    # log, and OUT (pages, w, G, R, E). A page without a key: LSE below -2e4, OUT any finite number
     n = tl.program_id(0).to(tl.int64)
+    page = n // G
+    g = n % G
+    i = tl.program_id(1) * M + tl.arange(0, M)
+    asks = i < W
+    reader = page * (W // R) + i // R
+    slot = tl.load(READERS + reader, mask=asks, other=0)
+    column = tl.arange(0, E)[None]
+    place = (slot * G + g) * R + i % R                  # of the query in Q
+    q = tl.load(Q + place[:, None] * E + column, mask=asks[:, None], other=0.0)
     j = tl.arange(0, P)
-    start = n * W + tl.program_id(1) * M
-    row = start + tl.arange(0, M)
-    stop = (n + 1) * W
-    q = load_rows(Q, row, stop, 0, 1, E)
     key = n * P + j
     key_stop = (n + 1) * P
     k = load_rows(K, key, key_stop, 0, 1, E)
     v = load_rows(V, key, key_stop, 0, 1, E)
-    bias = tl.load(BIAS + n // G * P + j)
+    bias = tl.load(BIAS + page * P + j)
     filled = bias == 0
     s = scores(q, k, filled[None])                      # (queries, keys)
     top = tl.maximum(tl.max(s, 1), -1e30)
@@ -1411,10 +1417,11 @@ def page_kernel(Q, K, V, BIAS, OUT, LSE, W,
     total = tl.maximum(tl.sum(p, 1), 1.0)               # less only where no key is
     out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     out = out / total[:, None]
-    store_rows(OUT, out, row, stop, 0, 1, E)
+    result = (reader * G + g) * R + i % R
+    tl.store(OUT + result[:, None] * E + column, out, mask=asks[:, None])
     ln_2 = 0.6931471805599453
     lse = (top + tl.log2(total)) * ln_2
-    tl.store(LSE + row, lse, mask=row < stop)
+    tl.store(LSE + result, lse, mask=asks)
 
 
 @jit
@@ -1553,33 +1560,37 @@ class PagePool:
         return k[:count], v[:count]
 
 
-def attend_pages(q, k, v, bias):
-    """Attention within pages: q (p, G, W, E), k and v (p, G, 64, E), bias (p, 64), 0 or NO_KEY ->
-    log sum exp(s), (p, G, W), and softmax(s) v, (p, G, W, E), where s = q k' / sqrt(E) + bias."""
+def attend_pages(q, readers, k, v, bias, lse, out):
+    """Attention of each page's readers to its keys: q (B, G, R, E), readers (p, w), which rows of
+    q, k and v (p, G, 64, E), bias (p, 64), 0 or NO_KEY. With s = q k' / sqrt(E) + bias, log sum
+    exp(s) is written to lse (p w, G, R), and softmax(s) v to out (p w, G, R, E)."""
     E = q.shape[-1]
     fits = E * q.element_size() < 512                       # else too much for a T4's shared memory
     if use_triton(q) and E in KERNEL_WIDTHS and fits:
-        return launch_page_kernel(q, k, v, bias)
-    s = (q * E ** -0.5) @ k.mT                              # (p, G, W, 64)
+        return launch_page_kernel(q, readers, k, v, bias, lse, out)
+    p, w = readers.shape
+    some_q = q[readers].transpose(1, 2).flatten(2, 3)       # (p, G, w R, E)
+    s = (some_q * E ** -0.5) @ k.mT                         # (p, G, w R, 64)
     s.add_(bias[:, None, None])
-    wide = torch.promote_types(s.dtype, torch.float32)
-    p = s.softmax(-1, dtype=wide)
-    lse = s.amax(-1) - p.amax(-1).log()                     # as the largest p is exp(max s - lse)
-    out = p.to(v.dtype) @ v
-    return lse, out
+    probability = s.softmax(-1, dtype=lse.dtype)
+    some_lse = s.amax(-1) - probability.amax(-1).log()      # as the largest is exp(max s - lse)
+    some_out = probability.to(v.dtype) @ v
+    by_reader = some_lse.unflatten(2, (w, -1)).transpose(1, 2)                     # (p, w, G, R)
+    lse.unflatten(0, (p, w)).copy_(by_reader)
+    by_reader = some_out.unflatten(2, (w, -1)).transpose(1, 2)                     # (p, w, G, R, E)
+    out.unflatten(0, (p, w)).copy_(by_reader)
 
 
-def launch_page_kernel(q, k, v, bias):
+def launch_page_kernel(q, readers, k, v, bias, lse, out):
     """attend_pages by page_kernel: a program for M queries of each page and key head."""
-    p, G, W, E = q.shape
+    _, G, R, E = q.shape
+    p, w = readers.shape
+    W = w * R
     M = 16 if W <= 16 or q.element_size() == 4 else 64      # 64 float32 rows would spill registers
-    out = q.new_empty(q.shape, dtype=torch.float32)
-    lse = out.new_empty(p, G, W)
     launch(page_kernel, (p * G, cdiv(W, M)), 4,
-           q.contiguous(), k.contiguous(), v.contiguous(), bias,
-           out, lse,
-           W, G, E, PAGE, M)
-    return lse, out
+           q.contiguous(), readers, k.contiguous(), v.contiguous(), bias,
+           lse, out,
+           W, G, R, E, PAGE, M)
 
 
 def join_results(lse, out, terms, count, dtype):
@@ -1844,16 +1855,11 @@ class Engine:
         lse = full_precision(q.new_empty(batch.results, self.G, self.R))
         out = full_precision(q.new_empty(batch.results, *heads.shape[1:]))
         for group in batch.groups:
-            p, w = group.readers.shape
-            some_q = heads[group.readers].transpose(1, 2).flatten(2, 3)            # (p, G, w R, E)
             k = self.pool.k[n, group.pages]                                        # (p, G, 64, E)
             v = self.pool.v[n, group.pages]
             bias = self.pool.bias[group.pages]                                     # (p, 64)
-            some_lse, some_out = attend_pages(some_q, k, v, bias)
-            by_reader = some_lse.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R)
-            lse[group.results].unflatten(0, (p, w)).copy_(by_reader)
-            by_reader = some_out.unflatten(2, (w, -1)).transpose(1, 2)             # (p, w, G, R, E)
-            out[group.results].unflatten(0, (p, w)).copy_(by_reader)
+            attend_pages(heads, group.readers, k, v, bias,
+                         lse[group.results], out[group.results])
         joined = join_results(lse, out, batch.terms, batch.count, q.dtype)         # (B H, E)
         return joined.view_as(q)
 

@@ -1491,20 +1491,27 @@ for kernel, result in (("tree_forward", "q"), ("tree_backward_q", "q"),
             check_tree_kernels(rng, int(rng.integers(*size)), result)
 
 
-def check_pages(rng, filled, W):
+def check_pages(rng, filled, w):
     from model import PAGE, launch_page_kernel
-    q, k, v = (tensor(rng, len(filled), 2, n, 16).float() for n in (W, PAGE, PAGE))
+    R = int(rng.integers(1, 5))
+    q, k, v = (tensor(rng, *shape, 16).float()
+               for shape in ((7, 2, R), (len(filled), 2, PAGE), (len(filled), 2, PAGE)))
+    readers = torch.tensor(rng.integers(7, size=(len(filled), w)))
     bias = torch.where(torch.arange(PAGE) < torch.tensor(filled)[:, None], 0, -3e4).float()
-    lse, out = launch_page_kernel(q, k, v, bias)
+    lse = torch.full((len(filled) * w, 2, R), math.nan)
+    out = torch.full((len(filled) * w, 2, R, 16), math.nan)
+    launch_page_kernel(q, readers, k, v, bias, lse, out)
+    lse = lse.unflatten(0, (len(filled), w))
+    out = out.unflatten(0, (len(filled), w))
     for p, n in enumerate(filled):
-        s = q[p].double() @ k[p, :, :n].double().mT / 4
+        s = q[readers[p]].double() @ k[p, :, :n].double().mT / 4
         close(lse[p], s.logsumexp(-1), f"log sum exp of {n} keys", 1e-5)
         close(out[p], s.softmax(-1) @ v[p, :, :n].double(), f"attention to {n} keys", 1e-5)
 
 
 @case("page_kernel", "full")
 def _(rng):
-    for W in (1, int(rng.integers(2, 16)), 70):                             # queries of a page
+    for W in (1, int(rng.integers(2, 16)), 70):                             # readers of a page
         check_pages(rng, [64, 64, 64], W)
 
 

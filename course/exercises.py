@@ -113,7 +113,8 @@ EXERCISES = [
     Exercise("batches", SFT, 2, {"": 2}),
     Exercise("deal", DATA, 2, {"once": 1, "balance": 1, "empty": 1}),
 
-    Exercise("draw_token", MODEL, 3, {"greedy": 1, "nucleus": 2, "rows": 1}),
+    Exercise("draw_token", MODEL, 3, {"greedy": 1, "nucleus": 2, "rows": 1},
+             twins=("launch_draw_kernel",)),
     Exercise("parse_verdict", DATA, 3, {"line": 1, "block": 2}),
     Exercise("gold_verdict", DATA, 3, {"": 2}),
     Exercise("judge", MINE, 3, {"": 2}),

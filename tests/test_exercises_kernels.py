@@ -254,37 +254,41 @@ def test_tree_backward_kv__forest():
 
 
 # ------------------------------------------------------------------ pages
-def check_pages(filled, W):
-    """Attention of W queries to pages that hold so many keys."""
+def check_pages(filled, w, R=3):
+    """Attention of w readers, R heads each, to pages that hold so many keys."""
     pages = len(filled)
-    q, k, v = (
-        numbers(pages, 2, W, 16),
-        numbers(pages, 2, PAGE, 16),
-        numbers(pages, 2, PAGE, 16, seed=1),
-    )
+    q = numbers(5, 2, R, 16)
+    k = numbers(pages, 2, PAGE, 16)
+    v = numbers(pages, 2, PAGE, 16, seed=1)
+    readers = (torch.arange(pages * w) * 3 % 5).view(pages, w)
     count = torch.tensor(filled)
     bias = torch.where(torch.arange(PAGE) < count[:, None], 0, model.NO_KEY).float()
-    lse, out = model.launch_page_kernel(q, k, v, bias)
+    lse = empty(pages * w, 2, R)
+    out = empty(pages * w, 2, R, 16)
+    model.launch_page_kernel(q, readers, k, v, bias, lse, out)
+    lse = lse.unflatten(0, (pages, w))
+    out = out.unflatten(0, (pages, w))
     for page, n in enumerate(filled):
-        asked = f"{W} queries, a page with {n} of {PAGE} keys"
+        asked = f"{w} readers of {R} heads, a page with {n} of {PAGE} keys"
         if n == 0:
             holds(
                 bool((lse[page] < -2e4).all()), f"{asked}: LSE {lse[page].max()}, wanted below -2e4"
             )
             holds(bool(out[page].isfinite().all()), f"{asked}: OUT is no finite number")
             continue
-        s = q[page].double() @ k[page, :, :n].double().mT / 4
+        s = q[readers[page]].double() @ k[page, :, :n].double().mT / 4         # (w, G, R, n)
         for name, got, want in (("LSE", lse[page], s.logsumexp(-1)),
                                 ("OUT", out[page], s.softmax(-1) @ v[page, :, :n].double())):
             worst = (got - want).abs().max().item()
-            holds(worst < 1e-4, f"{asked}: {name} is off by up to {worst:.3g}")
+            holds(worst < 1e-4, f"{asked}: {name} is off by up to {worst:.3g}"
+                  + (" (NaN: not all of it was written)" if math.isnan(worst) else ""))
 
 
 def test_page_kernel__full():
-    check_pages([PAGE, PAGE], 3)
-    check_pages([PAGE], 33)
+    check_pages([PAGE, PAGE], 1)
+    check_pages([PAGE], 11)
 
 
 def test_page_kernel__part():
-    check_pages([1, 7, PAGE - 1], 3)
-    check_pages([5, 0, 20], 17)
+    check_pages([1, 7, PAGE - 1], 1)
+    check_pages([5, 0, 20], 5)

@@ -128,14 +128,18 @@ def check_token_logprobs(V, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("W", [1, 9, 16, 17, 64, 65])          # tiles hold 16 queries, or 64 (not in float32)
-def check_attend_pages(W, dtype):
-    rng, filled = torch.Generator().manual_seed(W), torch.tensor([1, 7, 63, 64, 0])
-    q, k, v = (torch.randn(5, 2, n, 16, generator=rng).to(DEVICE, dtype) for n in (W, 64, 64))
-    lse, out = attend_pages(q, k, v, torch.where(torch.arange(64) < filled[:, None], 0, -3e4).to(q))
+@pytest.mark.parametrize("w, R", [(1, 1), (3, 3), (4, 4), (17, 1), (16, 4), (13, 5)])    # tiles hold 16 queries, or 64
+def check_attend_pages(w, R, dtype):
+    rng, filled = torch.Generator().manual_seed(w * R), torch.tensor([1, 7, 63, 64, 0])
+    q, k, v = (torch.randn(*shape, 16, generator=rng).to(DEVICE, dtype)
+               for shape in ((20, 2, R), (5, 2, 64), (5, 2, 64)))
+    readers = torch.randint(20, (5, w), generator=rng).to(DEVICE)
+    lse, out = (torch.full((5 * w, 2, R, *rest), math.nan, device=DEVICE) for rest in ((), (16,)))
+    attend_pages(q, readers, k, v, torch.where(torch.arange(64) < filled[:, None], 0, -3e4).to(q), lse, out)
+    lse, out = lse.unflatten(0, (5, w)), out.unflatten(0, (5, w))
     assert lse[4].max() < -2e4 and out[4].isfinite().all()                      # a page without keys: weight 0, times a number
     for p, n in enumerate(filled[:4].tolist()):
-        s = q[p].double() @ k[p, :, :n].double().mT / 4
+        s = q[readers[p]].double() @ k[p, :, :n].double().mT / 4                                 # (w, G, R, n)
         assert error(lse[p], s.logsumexp(-1)) < 1e-5
         assert error(out[p], s.softmax(-1) @ v[p, :, :n].double()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
