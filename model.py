@@ -741,12 +741,12 @@ class TokenLogprobs(torch.autograd.Function):
     some rows; in the backward pass, where they are computed again, for some of the vocabulary, so
     that the gradient of each row of the head is written once."""
     LOGITS = 2 ** 25                                        # in a part: 64 MiB in bf16
-    ON_CUDA = 16                                            # times as many: 1 GiB
+    ON_CUDA = 8                                             # times as many: 512 MiB
 
     @staticmethod
     def logits_in_part(device):
         """How many logits exist at a time. A CPU is at its best with few; a GPU's products want
-        some thousand rows: 4,186 of the 128,256 logits of Llama 3."""
+        some thousand rows: 2,093 of the 128,256 logits of Llama 3."""
         return TokenLogprobs.LOGITS * (TokenLogprobs.ON_CUDA if device.type == "cuda" else 1)
 
     @staticmethod

@@ -182,8 +182,8 @@ def layer_cost(measure, shape, monkeypatch):
 BUDGET = {
     ("train", "1b"): (73, 7935),
     ("train", "8b"): (73, 16812),
-    ("decode", "1b"): (30, 1695),
-    ("decode", "8b"): (30, 3541),
+    ("decode", "1b"): (21, 1466),
+    ("decode", "8b"): (21, 3085),
 }
 MEASURES = {"train": train, "decode": decode}
 
