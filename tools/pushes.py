@@ -1,0 +1,188 @@
+"""Why HS-DPO ties SFT on the chosen: what each arm of one trained cell did to which tokens.
+
+    python tools/pushes.py OUT/s0.5_corpus150_seed1 --arms chosen hs_dpo erring
+
+CELL is a folder that tools/ablation.py wrote, with its models. Its pairs are those of k = 4, on
+which the arms trained; held out are the prompts that only 8 answers show to be hard. Three tables:
+
+1  how far each arm moved the weights, and the cosine with the way that the first arm went
+2  log-probabilities by part of an answer, before (R-SFT) and how each arm changed them. Parts:
+       prefix      what both answers begin with (one context, so one figure)
+       first       the first token that differs
+       both        later tokens of the reasoning that the other answer has too, in the same order
+       one         later tokens of the reasoning that it has not
+       answers     the Answers block
+3  gradients at the R-SFT model, mean over pairs: of log pi of the chosen (g_w) and of the rejected
+   answer (g_l), in each part; what the push on the rejected leaves of the push on the chosen
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import mine_hard  # noqa: E402
+import preferences  # noqa: E402
+from ablation_table import markdown  # noqa: E402
+from data import InputError, Tokenizer, common_prefix, parse_records, read_json, read_records  # noqa: E402
+from model import Llama  # noqa: E402
+from preferences import token_logprobs  # noqa: E402
+
+PARTS = ["prefix", "first", "both", "one", "answers"]
+SIDES = ["chosen", "rejected"]
+
+
+def parts_of(tokenizer, chosen, rejected):
+    """For each of a pair's two answers, ids: (tokens,) the number in PARTS of each token."""
+    same = common_prefix([chosen, rejected])
+    alone = preferences.differing(tokenizer, chosen, rejected)
+    blocks = preferences.verdicts(tokenizer, chosen, rejected)
+    found = []
+    for one, block in zip(alone, blocks):
+        part = torch.full((len(one),), PARTS.index("both"))
+        part[one > 0] = PARTS.index("one")
+        part[block > 0] = PARTS.index("answers")
+        part[:same] = PARTS.index("prefix")
+        part[same] = PARTS.index("first")
+        found.append(part)
+    return found
+
+
+def by_part(values, parts):
+    """(pairs, 2, parts) sums of values, a (tokens,) tensor for each answer, by part."""
+    sums = torch.zeros(len(values), len(PARTS), dtype=torch.float64)
+    for row, value, part in zip(sums, values, parts):
+        row.index_add_(0, part, value.double())
+    return sums.view(-1, 2, len(PARTS))
+
+
+def load(folder):
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder}: no model here; let tools/ablation.py train this arm")
+    return Llama.from_pretrained(folder, "cpu", torch.float32)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def pairs_of_cell(cell, seed):
+    """(pairs on which the arms trained, held-out pairs) of a cell."""
+    trained = read_json(cell / "hs_dpo_pairs.json")
+    pool = read_records(cell / "pool.json")
+    samples = {}
+    for _, line in parse_records(cell / "mined_k8/samples.jsonl"):
+        samples[line["prompt"]] = line["samples"]
+    pairs, _ = mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", samples)], "all", "random",
+                                0.2, seed)
+    known = {pair["input"] for pair in trained}
+    return trained, [pair for pair in pairs if pair["input"] not in known]
+
+
+# ------------------------------------------------------------------ the tables
+def weight_table(base, arms):
+    """Length of each arm's way from the base's weights, and its cosine with the first arm's."""
+    start = flat(base.parameters())
+    moves = {name: flat(model.parameters()) - start for name, model in arms.items()}
+    first = next(iter(moves.values()))
+    rows = []
+    for name, move in moves.items():
+        cosine = torch.cosine_similarity(move, first, 0)
+        rows.append([name, f"{move.norm():.3f}", f"{cosine:.3f}"])
+    return markdown("arm", ["moved by", f"cosine with {next(iter(moves))}"], rows)
+
+
+def likelihood_table(base, arms, groups, parts):
+    """Mean sum of log p by side and part, before, and how each arm changed it."""
+    examples = [group.example for group in groups]
+    with torch.no_grad():
+        before = by_part(token_logprobs(base, examples), parts).mean(0)
+        after = {}
+        for name, model in arms.items():
+            after[name] = by_part(token_logprobs(model, examples), parts).mean(0)
+    tokens = by_part([torch.ones(len(part)) for part in parts], parts).mean(0)
+    rows = []
+    for s, side in enumerate(SIDES):
+        for p, part in enumerate(PARTS):
+            changes = [f"{(after[name] - before)[s, p]:+.3f}" for name in arms]
+            rows.append([f"{side}, {part}", f"{tokens[s, p]:.1f}", f"{before[s, p]:.3f}", *changes])
+    rows.append(["margin", "", ""] + [
+        f"{((after[name] - before)[0] - (after[name] - before)[1]).sum():+.3f}" for name in arms])
+    return markdown("sum of log p", ["tokens", "R-SFT", *arms], rows)
+
+
+def gradients(model, groups, parts):
+    """[side][part] -> the gradient of the mean over pairs of that part's log p, flat."""
+    policy = token_logprobs(model, [group.example for group in groups])
+    found = []
+    for side in range(2):
+        row = []
+        for part in range(len(PARTS)):
+            value = 0.0
+            for logprobs, mask in zip(policy[side::2], parts[side::2]):
+                value = value + (logprobs * (mask == part)).sum() / len(groups)
+            row.append(flat(torch.autograd.grad(value, model.parameters(), retain_graph=True)))
+        found.append(row)
+    return found
+
+
+def gradient_table(model, groups, parts):
+    """|g_w|, |g_l|, their cosine, and the length of g_w - g_l in |g_w|, by part and in all."""
+    found = gradients(model, groups, parts)
+    rows = []
+    for number, part in enumerate(PARTS):
+        rows.append(gradient_row(part, found[0][number], found[1][number]))
+    rows.append(gradient_row("all", sum(found[0]), sum(found[1])))
+    columns = ["length of g_w", "length of g_l", "cosine", "g_w - g_l, in lengths of g_w"]
+    return markdown("gradient of log p", columns, rows), sum(found[0]), sum(found[1])
+
+
+def gradient_row(part, w, l):
+    cosine = torch.cosine_similarity(w, l, 0)
+    return [part, f"{w.norm():.1f}", f"{l.norm():.1f}", f"{cosine:.3f}",
+            f"{(w - l).norm() / w.norm():.2f}"]
+
+
+def step_lines(w, l, groups):
+    """How close a step of HS-DPO is to one of SFT on the chosen: its cosine with g_w, by beta."""
+    length = sum(len(group.example.answers[0]) for group in groups) / len(groups)
+    alpha = sum(group.weight for group in groups) / len(groups)
+    lines = []
+    for factor in (1, 10, 100):
+        beta = factor * 0.01 * 257 / length
+        push = alpha * beta / 2
+        step = (2 / length + push) * w - push * l
+        cosine = torch.cosine_similarity(step, w, 0)
+        lines.append(f"beta {beta:.4f}: cosine of the first step with SFT on the chosen {cosine:.3f}")
+    return lines
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("cell", type=Path, metavar="CELL", help="folder of one cell, with its models")
+    p.add_argument("--arms", nargs="+", default=["chosen", "hs_dpo", "swapped"],
+                   help="model folders in it; ways are compared with the first's")
+    p.add_argument("--seed", type=int, default=1, help="the cell's mining seed")
+    args = p.parse_args(argv)
+    base = load(args.cell / "r_sft")
+    arms = {name: load(args.cell / name) for name in args.arms}
+    tokenizer = Tokenizer.from_pretrained(args.cell / "r_sft")
+    print("\n".join(weight_table(base, arms)))
+    for title, pairs in zip(("trained", "held out"), pairs_of_cell(args.cell, args.seed)):
+        if not pairs:
+            continue
+        groups = preferences.pairs_of(tokenizer, pairs)
+        parts = [part for g in groups for part in parts_of(tokenizer, *g.example.answers)]
+        print(f"\n{len(pairs)} pairs, {title}\n")
+        print("\n".join(likelihood_table(base, arms, groups, parts)))
+        if title == "trained":
+            lines, w, l = gradient_table(base, groups, parts)
+            print("\n".join(["", *lines, "", *step_lines(w, l, groups)]))
+
+
+if __name__ == "__main__":
+    main()
