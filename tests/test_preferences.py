@@ -41,11 +41,14 @@ def test_verdicts_and_the_step_that_errs(tokenizer):
     for ids, mask in zip(pair, preferences.verdicts(tokenizer, *pair)):
         assert text_of(tokenizer, ids, mask).lstrip().startswith("Answers:")
         assert "Reasoning" not in text_of(tokenizer, ids, mask)
-    told = [text_of(tokenizer, ids, mask) for ids, mask in zip(pair, preferences.erring(tokenizer, *pair))]
+    step, erring = ([text_of(tokenizer, ids, mask) for ids, mask in zip(pair, form(tokenizer, *pair))]
+                    for form in (preferences.step, preferences.erring))
     # step 1 is told in other words and concludes the same; step 2 errs; the request follows from it
-    for text, state in zip(told, ("open", "closed")):
-        assert f"Step 2: Aim {state}" in text and "Answers:" in text
-        assert "Step 1" not in text and "The request is" not in text
+    for alone, text, state in zip(step, erring, ("open", "closed")):
+        assert alone.startswith("##") and f"Step 2: Aim {state}" in alone and "request" not in alone.lower()
+        assert text.startswith(alone) and "Answers:" in text and "The request is" not in text
+    same = preferences.step(tokenizer, pair[0], pair[0])
+    assert all(mask.sum() == 0 for mask in same)
 
 
 def a_group(correct, masks=None, weight=1.2):

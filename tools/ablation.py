@@ -24,15 +24,16 @@ start from one R-SFT model and its 8 answers to each of the mined prompts.
     sound           HS-DPO, without correct answers that state an aim, a wish or an outcome wrongly
     alpha_k8        where alpha could show: no SFT term, gamma = 0.9, k = 8
     alpha_k8_flat   the same with alpha = 1
-    group           all 8 answers of a prompt (tools/preferences.py has this loss and the next four)
+    group           all 8 answers of a prompt (tools/preferences.py has this loss and the next six)
     chosen_all      the same without preference: SFT on all correct answers of these prompts
     after_difference  no term of HS-DPO pushes what both answers begin with
     differing       the preference counts only tokens that the other answer does not have
     verdicts        it counts only the Answers block
-    erring          it counts the Answers block and the first step whose conclusion differs
+    step            it counts only the first step whose conclusion differs: the one that errs
+    erring          it counts that step and the Answers block
 
 With a setting in its name a variant is a point of a grid: chosen@3e-4 has that learning rate,
-hs_dpo@3e-4x5 five times its beta as well. chosen_dev, continued_dev, hs_dpo_dev, erring_dev stand
+hs_dpo@3e-4x10 ten times its beta as well. chosen_dev, continued_dev, hs_dpo_dev, step_dev stand
 for whole grids; of each the table has the point whose answers to the dev records are best, over all
 cells of a share.
 
@@ -50,6 +51,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -77,7 +79,8 @@ from traces import shuffled  # noqa: E402
 
 ALONE = ["labels_1x", "labels_3x", "shuffled"]      # need no R-SFT model; the longest, so first
 FORMS = {"after_difference": preferences.after_difference, "differing": preferences.differing,
-         "verdicts": preferences.verdicts, "erring": preferences.erring}
+         "verdicts": preferences.verdicts, "step": preferences.step,
+         "erring": preferences.erring}
 DPO_LR = "3e-5"                     # as the demo; further SFT takes it too
 SFT_TERM = 2.0                      # as the paper
 SOURCES = ["wildguard", "aegis", "beavertails", "toxicchat"]
@@ -123,7 +126,8 @@ class Cell:
             train_sft.main(["--model", str(model or self.args.model), "--data", str(data),
                             "--out", str(out), "--lr", lr,
                             "--epochs", str(epochs or self.args.epochs),
-                            "--batch-size", "32", "--resume", *limit, *self.common])
+                            "--batch-size", "32", "--resume", "--save-every", "25",
+                            *limit, *self.common])
         return out
 
     def r_sft(self):
@@ -406,13 +410,23 @@ def tasks_of(args):
     return first, after
 
 
+def end_with(parent):
+    """Let this process end soon after its parent, however that ended: nobody would wait for it."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_all(args):
     """All tasks, --jobs at a time; those of a cell once its R-SFT model has mined. A process that
     dies is an error here."""
     first, after = tasks_of(args)
     args.mine_now = any(after.values())
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context) as pool:
+    with ProcessPoolExecutor(args.jobs, context, end_with, (os.getpid(),)) as pool:
         pending = {}
         for task in [*after, *first]:
             pending[pool.submit(run_task, args, *task)] = task
@@ -442,7 +456,8 @@ def parse_arguments(argv):
     p.add_argument("--dev", type=int, default=120, help="dev records, on which settings are chosen")
     p.add_argument("--mine", type=int, default=136, help="prompts that are mined")
     p.add_argument("--epochs", type=int, default=2, help="of R-SFT")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="tasks at a time, a thread each")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(),
+                   help="tasks at a time, a thread each")
     p.add_argument("--minutes", type=float, default=float("inf"), help="begin no task after these")
     return p.parse_args(argv)
 

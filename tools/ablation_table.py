@@ -27,8 +27,8 @@ from data import InputError, read_json, split_input, write_json  # noqa: E402
 PAPER = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8",
          "ensemble", "swapped"]
 OPENED = ["two_correct", "consistent", "sound", "alpha_k8", "alpha_k8_flat", "group", "chosen_all",
-          "after_difference", "differing", "verdicts", "erring"]
-VARIANTS = [*PAPER, *OPENED, "continued_dev", "chosen_dev", "hs_dpo_dev", "erring_dev"]
+          "after_difference", "differing", "verdicts", "step", "erring"]
+VARIANTS = [*PAPER, *OPENED, "continued_dev", "chosen_dev", "hs_dpo_dev", "step_dev"]
 # arm: the points of its grid; the best on dev is the arm, the first where several are
 GRIDS = {
     "labels": ["labels_1x", "labels_3x"],
@@ -36,8 +36,7 @@ GRIDS = {
     "chosen_dev": ["chosen", "chosen@1e-4", "chosen@3e-4", "chosen@1e-3"],
     "hs_dpo_dev": ["hs_dpo", "hs_dpo@1e-4", "hs_dpo@3e-4", "hs_dpo@3e-5x10", "hs_dpo@1e-4x10",
                    "hs_dpo@3e-4x10"],
-    "erring_dev": ["erring", "erring@1e-4", "erring@3e-4", "erring@3e-5x10", "erring@1e-4x10",
-                   "erring@3e-4x10"],
+    "step_dev": ["step", "step@1e-4", "step@3e-4", "step@3e-5x10", "step@1e-4x10", "step@3e-4x10"],
 }
 CONTRASTS = [
     ("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"), ("chosen", "r_sft"),
@@ -48,9 +47,9 @@ CONTRASTS = [
     ("alpha_k8", "alpha_k8_flat"), ("alpha_k8", "r_sft"), ("alpha_k8_flat", "hs_dpo_k8"),
     ("group", "hs_dpo_k8"), ("group", "chosen_all"), ("chosen_all", "chosen"),
     ("after_difference", "hs_dpo"), ("differing", "hs_dpo"), ("verdicts", "hs_dpo"),
-    ("erring", "hs_dpo"), ("erring", "chosen"),
+    ("step", "hs_dpo"), ("step", "chosen"), ("erring", "hs_dpo"), ("step", "erring"),
     ("hs_dpo_dev", "hs_dpo"), ("hs_dpo_dev", "r_sft"), ("hs_dpo_dev", "continued_dev"),
-    ("hs_dpo_dev", "chosen_dev"), ("erring_dev", "hs_dpo_dev"), ("erring_dev", "chosen_dev"),
+    ("hs_dpo_dev", "chosen_dev"), ("step_dev", "hs_dpo_dev"), ("step_dev", "chosen_dev"),
 ]
 
 

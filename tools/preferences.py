@@ -10,7 +10,8 @@ that it fits. HS-DPO itself is one pair and all tokens: then this is train_dpo.p
     after_difference    the tokens after the first one in which the two answers differ
     differing           tokens that the other answer does not have too, in the same order
     verdicts            the Answers block
-    erring              the Answers block, and the first step whose conclusion differs
+    step                the first step whose conclusion differs: the one that errs
+    erring              that step and the Answers block
 
 What two answers share before their first difference has one context, so it cancels in m(w) - m(l):
 counting after_difference alone *is* HS-DPO, and its SFT term is what pushes the shared part. The
@@ -84,19 +85,24 @@ def verdicts(tokenizer, chosen, rejected):
     return tuple(masks)
 
 
-def erring(tokenizer, chosen, rejected):
-    """1.0 in the Answers block, and in the first line whose last word differs: a step of these
-    traces ends in what it concludes."""
-    masks = verdicts(tokenizer, chosen, rejected)
-    numbers = [lines_of(tokenizer, ids) for ids in (chosen, rejected)]
+def step(tokenizer, chosen, rejected):
+    """1.0 in the first line whose last word differs, in no other: a step of these traces ends in
+    what it concludes. What follows it in the rejected answer may well be right, given the step."""
+    masks = 0 * ones(chosen), 0 * ones(rejected)
     texts = [tokenizer.decode(ids).split("\n") for ids in (chosen, rejected)]
     for line, pair in enumerate(zip(*texts)):
         conclusions = [text.split()[-1:] for text in pair]
         if conclusions[0] != conclusions[1]:
-            for mask, number in zip(masks, numbers):
-                mask[number == line] = 1
+            for mask, ids in zip(masks, (chosen, rejected)):
+                mask[lines_of(tokenizer, ids) == line] = 1
             break
     return masks
+
+
+def erring(tokenizer, chosen, rejected):
+    """1.0 where `step` or `verdicts` has it."""
+    both = zip(step(tokenizer, chosen, rejected), verdicts(tokenizer, chosen, rejected))
+    return tuple(torch.maximum(*masks) for masks in both)
 
 
 def lines_of(tokenizer, ids):
@@ -123,7 +129,7 @@ def encode(tokenizer, records):
 
 
 def pairs_of(tokenizer, pairs, counted=whole, fitted=whole):
-    """A Group of each line of hard.jsonl. counted, fitted: which tokens, a function of this file."""
+    """A Group of each line of hard.jsonl. counted, fitted: which tokens, functions of this file."""
     records = [{**pair, "answers": [pair["chosen"], pair["rejected"]]} for pair in pairs]
     groups = []
     for example, pair in zip(encode(tokenizer, records), pairs):

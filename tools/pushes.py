@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import mine_hard  # noqa: E402
 import preferences  # noqa: E402
 from ablation_table import markdown  # noqa: E402
-from data import InputError, Tokenizer, common_prefix, parse_records, read_json, read_records  # noqa: E402
+from data import (InputError, Tokenizer, common_prefix, parse_records, read_json,  # noqa: E402
+                  read_records)
 from model import Llama  # noqa: E402
 from preferences import token_logprobs  # noqa: E402
 
@@ -96,21 +97,25 @@ def weight_table(base, arms):
 
 
 def likelihood_table(base, arms, groups, parts):
-    """Mean sum of log p by side and part, before, and how each arm changed it."""
+    """Mean sum of log p by side and part, before, and how each arm changed it; last, the change of
+    the margin, chosen less rejected."""
     examples = [group.example for group in groups]
+    tokens = by_part([torch.ones(len(part)) for part in parts], parts).mean(0)
+    changes = {}
     with torch.no_grad():
         before = by_part(token_logprobs(base, examples), parts).mean(0)
-        after = {}
         for name, model in arms.items():
-            after[name] = by_part(token_logprobs(model, examples), parts).mean(0)
-    tokens = by_part([torch.ones(len(part)) for part in parts], parts).mean(0)
+            after = by_part(token_logprobs(model, examples), parts).mean(0)
+            changes[name] = after - before                              # (2, parts)
     rows = []
     for s, side in enumerate(SIDES):
         for p, part in enumerate(PARTS):
-            changes = [f"{(after[name] - before)[s, p]:+.3f}" for name in arms]
-            rows.append([f"{side}, {part}", f"{tokens[s, p]:.1f}", f"{before[s, p]:.3f}", *changes])
-    rows.append(["margin", "", ""] + [
-        f"{((after[name] - before)[0] - (after[name] - before)[1]).sum():+.3f}" for name in arms])
+            row = [f"{side}, {part}", f"{tokens[s, p]:.1f}", f"{before[s, p]:.3f}"]
+            for change in changes.values():
+                row.append(f"{change[s, p]:+.3f}")
+            rows.append(row)
+    margins = [change[0].sum() - change[1].sum() for change in changes.values()]
+    rows.append(["margin", "", "", *[f"{margin:+.3f}" for margin in margins]])
     return markdown("sum of log p", ["tokens", "R-SFT", *arms], rows)
 
 
@@ -118,32 +123,28 @@ def gradients(model, groups, parts):
     """[side][part] -> the gradient of the mean over pairs of that part's log p, flat."""
     policy = token_logprobs(model, [group.example for group in groups])
     found = []
-    for side in range(2):
+    for side in range(len(SIDES)):
         row = []
         for part in range(len(PARTS)):
             value = 0.0
-            for logprobs, mask in zip(policy[side::2], parts[side::2]):
-                value = value + (logprobs * (mask == part)).sum() / len(groups)
+            for logprobs, of_part in zip(policy[side::2], parts[side::2]):
+                value = value + logprobs[of_part == part].sum()
+            value = value / len(groups)
             row.append(flat(torch.autograd.grad(value, model.parameters(), retain_graph=True)))
         found.append(row)
     return found
 
 
-def gradient_table(model, groups, parts):
+def gradient_table(chosen, rejected):
     """|g_w|, |g_l|, their cosine, and the length of g_w - g_l in |g_w|, by part and in all."""
-    found = gradients(model, groups, parts)
+    names = [*PARTS, "all"]
     rows = []
-    for number, part in enumerate(PARTS):
-        rows.append(gradient_row(part, found[0][number], found[1][number]))
-    rows.append(gradient_row("all", sum(found[0]), sum(found[1])))
+    for name, w, l in zip(names, [*chosen, sum(chosen)], [*rejected, sum(rejected)]):
+        cosine = torch.cosine_similarity(w, l, 0)
+        left = (w - l).norm() / w.norm()
+        rows.append([name, f"{w.norm():.1f}", f"{l.norm():.1f}", f"{cosine:.3f}", f"{left:.2f}"])
     columns = ["length of g_w", "length of g_l", "cosine", "g_w - g_l, in lengths of g_w"]
-    return markdown("gradient of log p", columns, rows), sum(found[0]), sum(found[1])
-
-
-def gradient_row(part, w, l):
-    cosine = torch.cosine_similarity(w, l, 0)
-    return [part, f"{w.norm():.1f}", f"{l.norm():.1f}", f"{cosine:.3f}",
-            f"{(w - l).norm() / w.norm():.2f}"]
+    return markdown("gradient of log p", columns, rows)
 
 
 def step_lines(w, l, groups):
@@ -156,7 +157,8 @@ def step_lines(w, l, groups):
         push = alpha * beta / 2
         step = (2 / length + push) * w - push * l
         cosine = torch.cosine_similarity(step, w, 0)
-        lines.append(f"beta {beta:.4f}: cosine of the first step with SFT on the chosen {cosine:.3f}")
+        lines.append(f"beta {beta:.4f}: cosine of the first step with SFT on the chosen "
+                     f"{cosine:.3f}")
     return lines
 
 
@@ -180,8 +182,9 @@ def main(argv=None):
         print(f"\n{len(pairs)} pairs, {title}\n")
         print("\n".join(likelihood_table(base, arms, groups, parts)))
         if title == "trained":
-            lines, w, l = gradient_table(base, groups, parts)
-            print("\n".join(["", *lines, "", *step_lines(w, l, groups)]))
+            chosen, rejected = gradients(base, groups, parts)
+            print("\n".join(["", *gradient_table(chosen, rejected), ""]))
+            print("\n".join(step_lines(sum(chosen), sum(rejected), groups)))
 
 
 if __name__ == "__main__":
