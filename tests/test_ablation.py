@@ -1,5 +1,8 @@
 """The ablation's own arithmetic, and a small form of it from end to end."""
 import json
+import os
+import subprocess
+import sys
 import time
 from argparse import Namespace
 
@@ -77,6 +80,20 @@ def test_a_small_ablation_runs(tmp_path, capsys):
 def test_nothing_begins_after_the_time_limit(tmp_path):
     with pytest.raises(InputError, match="no answers here"):
         ablation.main(["--out", str(tmp_path), *SMALL, "--variants", "r_sft", "--minutes", "0"])
+
+
+def test_workers_end_with_their_parent():
+    """A worker whose parent was killed would go on with what it has, and write where nobody looks."""
+    worker = "import os, time, ablation; ablation.end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}]); sys.stdin.read()"
+    place = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": place}) as first:
+        assert int(first.stdout.readline()) > 0                                   # the worker is there
+        first.kill()
+        killed = time.time()
+        assert first.stdout.read() == ""                                          # until the worker has ended, too
+    assert time.time() - killed < 30
 
 
 def test_every_variant_has_a_line_and_every_contrast_its_arms():

@@ -32,11 +32,11 @@ VARIANTS = [*PAPER, *OPENED, "continued_dev", "chosen_dev", "hs_dpo_dev", "step_
 # arm: the points of its grid; the best on dev is the arm, the first where several are
 GRIDS = {
     "labels": ["labels_1x", "labels_3x"],
-    "continued_dev": ["continued", "continued@1e-4", "continued@3e-4", "continued@1e-3"],
-    "chosen_dev": ["chosen", "chosen@1e-4", "chosen@3e-4", "chosen@1e-3"],
-    "hs_dpo_dev": ["hs_dpo", "hs_dpo@1e-4", "hs_dpo@3e-4", "hs_dpo@3e-5x10", "hs_dpo@1e-4x10",
-                   "hs_dpo@3e-4x10"],
-    "step_dev": ["step", "step@1e-4", "step@3e-4", "step@3e-5x10", "step@1e-4x10", "step@3e-4x10"],
+    "continued_dev": ["continued", "continued@1e-5", "continued@1e-4", "continued@3e-4"],
+    "chosen_dev": ["chosen", "chosen@1e-5", "chosen@1e-4", "chosen@3e-4"],
+    "hs_dpo_dev": ["hs_dpo", "hs_dpo@1e-5", "hs_dpo@1e-4", "hs_dpo@1e-5x10", "hs_dpo@3e-5x10",
+                   "hs_dpo@1e-4x10"],
+    "step_dev": ["step", "step@1e-5", "step@1e-4", "step@1e-5x10", "step@3e-5x10", "step@1e-4x10"],
 }
 CONTRASTS = [
     ("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"), ("chosen", "r_sft"),
