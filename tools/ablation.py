@@ -50,6 +50,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import sys
 import threading
 import time
@@ -128,6 +129,8 @@ class Cell:
                             "--epochs", str(epochs or self.args.epochs),
                             "--batch-size", "32", "--resume", "--save-every", "25",
                             *limit, *self.common])
+            for checkpoint in out.glob("step-*"):           # of a run that is finished
+                shutil.rmtree(checkpoint)
         return out
 
     def r_sft(self):

@@ -12,8 +12,8 @@ which the arms trained; held out are the prompts that only 8 answers show to be 
        both        later tokens of the reasoning that the other answer has too, in the same order
        one         later tokens of the reasoning that it has not
        answers     the Answers block
-3  gradients at the R-SFT model, mean over pairs: of log pi of the chosen (g_w) and of the rejected
-   answer (g_l), in each part; what the push on the rejected leaves of the push on the chosen
+3  gradients at the R-SFT model, mean over the 32 pairs of a step: of log pi of the chosen (g_w) and
+   of the rejected answer (g_l), in each part; what the push on the rejected leaves of the other
 """
 import argparse
 import json
@@ -32,6 +32,7 @@ from data import (InputError, Tokenizer, common_prefix, parse_records, read_json
 from model import Llama  # noqa: E402
 from preferences import token_logprobs  # noqa: E402
 
+STEP = 32           # pairs
 PARTS = ["prefix", "first", "both", "one", "answers"]
 SIDES = ["chosen", "rejected"]
 
@@ -182,9 +183,9 @@ def main(argv=None):
         print(f"\n{len(pairs)} pairs, {title}\n")
         print("\n".join(likelihood_table(base, arms, groups, parts)))
         if title == "trained":
-            chosen, rejected = gradients(base, groups, parts)
+            chosen, rejected = gradients(base, groups[:STEP], parts[:2 * STEP])
             print("\n".join(["", *gradient_table(chosen, rejected), ""]))
-            print("\n".join(step_lines(sum(chosen), sum(rejected), groups)))
+            print("\n".join(step_lines(sum(chosen), sum(rejected), groups[:STEP])))
 
 
 if __name__ == "__main__":
