@@ -82,6 +82,16 @@ def test_nothing_begins_after_the_time_limit(tmp_path):
         ablation.main(["--out", str(tmp_path), *SMALL, "--variants", "r_sft", "--minutes", "0"])
 
 
+def test_tasks_wait_for_their_model_and_a_variant_runs_in_all_cells():
+    args = ablation.parse_arguments(["--variants", "labels", "hs_dpo", "chosen_dev", "--corpus-seeds", "5", "6", "--skips", "0.5"])
+    names = ablation.names_of(args)
+    assert names == ["r_sft", "labels_1x", "labels_3x", "hs_dpo", *GRIDS["chosen_dev"]]
+    first, after = ablation.tasks_of(args, names)
+    assert sorted(first) == [(corpus, 1, None, f"labels_{n}x") for corpus in (5, 6) for n in (1, 3)]
+    assert after == {(corpus, 1, 0.5, "r_sft"): [(corpus, 1, 0.5, name) for name in names[3:]] for corpus in (5, 6)}
+    assert ablation.names_of(ablation.parse_arguments(["--variants", "shuffled"])) == ["shuffled"]
+
+
 def test_workers_end_with_their_parent():
     """A worker whose parent was killed would go on with what it has, and write where nobody looks."""
     worker = "import os, time, ablation; ablation.end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
@@ -211,5 +221,5 @@ def test_one_cell_starts_from_one_model(tmp_path):
 
 def test_a_cell_whose_model_is_elsewhere_gets_nothing_new(tmp_path, capsys):
     answers_file(tmp_path, "r_sft", "abc", right=2)
-    ablation.run_task(Namespace(out=tmp_path, deadline=time.time() + 60), 5, 1, 0.5, "hs_dpo")
+    ablation.run_task(Namespace(out=tmp_path), 5, 1, 0.5, "hs_dpo")
     assert "is left out" in capsys.readouterr().out

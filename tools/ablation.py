@@ -352,10 +352,10 @@ def is_sound(record, sample):
 # ------------------------------------------------------------------ tasks
 def run_task(args, corpus_seed, seed, skip, name):
     """Answer the records with one variant, on one thread, and keep what the tables need in
-    OUT/answers; what it prints goes to the cell's log. Nothing begins after --minutes."""
+    OUT/answers; what it prints goes to the cell's log."""
     folder = cell_name(corpus_seed, seed, skip)
     path = args.out / "answers" / folder / f"{name}.json"
-    if path.exists() or time.time() > args.deadline:
+    if path.exists():
         return
     if name not in ["r_sft", *ALONE] and not (args.out / folder / "mined_k8/hard.jsonl").exists():
         print(f"{folder}: {name} is left out: the cell's R-SFT model is not here")
@@ -387,24 +387,30 @@ def run_task(args, corpus_seed, seed, skip, name):
     print(f"{folder}: {name}, CPU seconds: {spent}", flush=True)
 
 
-def tasks_of(args):
-    """(tasks that need nothing, {task of an R-SFT model: the tasks that start from it}); a task is
-    the arguments of run_task after args."""
+def names_of(args):
+    """What to train for --variants, a grid as its points: what others wait for and what takes
+    longest first, then in the order given."""
     names = []
     for variant in args.variants:
         names += GRIDS.get(variant, [variant])
-    names = list(dict.fromkeys(names))
+    first = [name for name in ("r_sft", *ALONE, "ensemble") if name in names]
+    if set(names) - set(ALONE):
+        first = ["r_sft", *first]
+    return list(dict.fromkeys(first + names))
+
+
+def tasks_of(args, names):
+    """(tasks that need nothing, {task of an R-SFT model: the tasks that start from it}); a task is
+    the arguments of run_task after args."""
     first = []
     after = {}
     for corpus_seed in args.corpus_seeds:
         for seed in args.seeds:
-            cells = [(corpus_seed, seed, skip) for skip in args.skips]
-            for cell in cells:
-                base = (*cell, "r_sft")
-                rest = [name for name in names if name not in ALONE + ["r_sft"]]
-                rest.sort(key=("ensemble", ).count, reverse=True)       # the longest first
-                if rest or "r_sft" in names:
-                    after[base] = [(*cell, name) for name in rest]
+            for skip in args.skips:
+                cell = (corpus_seed, seed, skip)
+                if "r_sft" in names:
+                    rest = [name for name in names if name not in ["r_sft", *ALONE]]
+                    after[*cell, "r_sft"] = [(*cell, name) for name in rest]
                 if "shuffled" in names:
                     first.append((*cell, "shuffled"))
             for name in ("labels_3x", "labels_1x"):
@@ -424,21 +430,25 @@ def end_with(parent):
 
 
 def run_all(args):
-    """All tasks, --jobs at a time; those of a cell once its R-SFT model has mined. A process that
-    dies is an error here."""
-    first, after = tasks_of(args)
+    """All tasks, --jobs at a time; those of a cell once its R-SFT model has mined; a variant in all
+    cells before the next; none begins after --minutes. A process that dies is an error here."""
+    names = names_of(args)
+    first, after = tasks_of(args, names)
     args.mine_now = any(after.values())
+    ready = [*after, *first]
+    running = {}
+    deadline = time.time() + 60 * args.minutes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, end_with, (os.getpid(),)) as pool:
-        pending = {}
-        for task in [*after, *first]:
-            pending[pool.submit(run_task, args, *task)] = task
-        while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+        while running or (ready and time.time() < deadline):
+            ready.sort(key=lambda task: names.index(task[-1]))
+            while ready and len(running) < args.jobs and time.time() < deadline:
+                task = ready.pop(0)
+                running[pool.submit(run_task, args, *task)] = task
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-                for task in after.get(pending.pop(future), ()):
-                    pending[pool.submit(run_task, args, *task)] = task
+                ready += after.get(running.pop(future), [])
 
 
 def parse_arguments(argv):
@@ -467,7 +477,6 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    args.deadline = time.time() + 60 * args.minutes
     run_all(args)
     ablation_table.main([str(args.out)])
 
