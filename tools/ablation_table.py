@@ -44,11 +44,13 @@ CONTRASTS = [
     ("hs_dpo_k8", "hs_dpo"), ("ensemble", "hs_dpo"), ("swapped", "hs_dpo"),
     ("hs_dpo", "two_correct"), ("two_correct", "r_sft"), ("two_correct", "chosen"),
     ("consistent", "hs_dpo"), ("sound", "hs_dpo"),
-    ("alpha_k8", "alpha_k8_flat"), ("alpha_k8", "r_sft"), ("alpha_k8_flat", "hs_dpo_k8"),
+    ("alpha_k8", "alpha_k8_flat"), ("alpha_k8", "r_sft"), ("alpha_k8", "hs_dpo_k8"),
+    ("alpha_k8_flat", "hs_dpo_k8"),
     ("group", "hs_dpo_k8"), ("group", "chosen_all"), ("chosen_all", "chosen"),
     ("after_difference", "hs_dpo"), ("differing", "hs_dpo"), ("verdicts", "hs_dpo"),
     ("step", "hs_dpo"), ("step", "chosen"), ("erring", "hs_dpo"), ("step", "erring"),
-    ("hs_dpo_dev", "hs_dpo"), ("hs_dpo_dev", "r_sft"), ("hs_dpo_dev", "continued_dev"),
+    ("hs_dpo@1e-4", "hs_dpo"), ("chosen@1e-4", "chosen"), ("step@1e-4x10", "hs_dpo@1e-4x10"),
+    ("chosen_dev", "r_sft"), ("hs_dpo_dev", "hs_dpo"), ("hs_dpo_dev", "r_sft"), ("hs_dpo_dev", "continued_dev"),
     ("hs_dpo_dev", "chosen_dev"), ("step_dev", "hs_dpo_dev"), ("step_dev", "chosen_dev"),
 ]
 
