@@ -39,19 +39,46 @@ GRIDS = {
     "step_dev": ["step", "step@1e-5", "step@1e-4", "step@1e-5x10", "step@3e-5x10", "step@1e-4x10"],
 }
 CONTRASTS = [
-    ("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"), ("chosen", "r_sft"),
-    ("hs_dpo", "r_sft"), ("hs_dpo", "continued"), ("hs_dpo", "chosen"), ("hs_dpo", "no_weight"),
-    ("hs_dpo_k8", "hs_dpo"), ("ensemble", "hs_dpo"), ("swapped", "hs_dpo"),
-    ("hs_dpo", "two_correct"), ("two_correct", "r_sft"), ("two_correct", "chosen"),
-    ("consistent", "hs_dpo"), ("sound", "hs_dpo"),
-    ("alpha_k8", "alpha_k8_flat"), ("alpha_k8", "r_sft"), ("alpha_k8", "hs_dpo_k8"),
+    ("r_sft", "labels"),
+    ("r_sft", "shuffled"),
+    ("continued", "r_sft"),
+    ("chosen", "r_sft"),
+    ("hs_dpo", "r_sft"),
+    ("hs_dpo", "continued"),
+    ("hs_dpo", "chosen"),
+    ("hs_dpo", "no_weight"),
+    ("hs_dpo_k8", "hs_dpo"),
+    ("ensemble", "hs_dpo"),
+    ("swapped", "hs_dpo"),
+    ("hs_dpo", "two_correct"),
+    ("two_correct", "r_sft"),
+    ("two_correct", "chosen"),
+    ("consistent", "hs_dpo"),
+    ("sound", "hs_dpo"),
+    ("alpha_k8", "alpha_k8_flat"),
+    ("alpha_k8", "r_sft"),
+    ("alpha_k8", "hs_dpo_k8"),
     ("alpha_k8_flat", "hs_dpo_k8"),
-    ("group", "hs_dpo_k8"), ("group", "chosen_all"), ("chosen_all", "chosen"),
-    ("after_difference", "hs_dpo"), ("differing", "hs_dpo"), ("verdicts", "hs_dpo"),
-    ("step", "hs_dpo"), ("step", "chosen"), ("erring", "hs_dpo"), ("step", "erring"),
-    ("hs_dpo@1e-4", "hs_dpo"), ("chosen@1e-4", "chosen"), ("step@1e-4x10", "hs_dpo@1e-4x10"),
-    ("chosen_dev", "r_sft"), ("hs_dpo_dev", "hs_dpo"), ("hs_dpo_dev", "r_sft"), ("hs_dpo_dev", "continued_dev"),
-    ("hs_dpo_dev", "chosen_dev"), ("step_dev", "hs_dpo_dev"), ("step_dev", "chosen_dev"),
+    ("group", "hs_dpo_k8"),
+    ("group", "chosen_all"),
+    ("chosen_all", "chosen"),
+    ("after_difference", "hs_dpo"),
+    ("differing", "hs_dpo"),
+    ("verdicts", "hs_dpo"),
+    ("step", "hs_dpo"),
+    ("step", "chosen"),
+    ("erring", "hs_dpo"),
+    ("step", "erring"),
+    ("hs_dpo@1e-4", "hs_dpo"),
+    ("chosen@1e-4", "chosen"),
+    ("step@1e-4x10", "hs_dpo@1e-4x10"),
+    ("chosen_dev", "r_sft"),
+    ("hs_dpo_dev", "hs_dpo"),
+    ("hs_dpo_dev", "r_sft"),
+    ("hs_dpo_dev", "continued_dev"),
+    ("hs_dpo_dev", "chosen_dev"),
+    ("step_dev", "hs_dpo_dev"),
+    ("step_dev", "chosen_dev"),
 ]
 
 
@@ -156,9 +183,9 @@ def choose(found, tables):
                 means.append(np.mean([mean_f1(dev[point, share][cell]) for cell in cells]))
             best = points[int(np.argmax(means))]
             tables[arm, share] = {cell: tables[best, share][cell] for cell in cells}
-            listed = ", ".join(f"{point} {mean:.1f}" for point, mean in zip(points, means))
+            listed = [f"{point} {mean:.1f}" for point, mean in zip(points, means)]
             notes.append(f"{arm}, s = {share}: {best} of (mean F1 on dev, {len(cells)} cells) "
-                         f"{listed}")
+                         + ", ".join(listed))
     return notes
 
 
@@ -166,11 +193,22 @@ def pair_notes(found):
     """How many pairs of which weight the variants of each cell had."""
     notes = []
     for f in found:
-        if f["pairs"]:
-            weights = ", ".join(f"{weight} x {n}" for weight, n in sorted(f["pairs"].items()))
-            notes.append(f"s = {f['skip']}, corpus {f['corpus']}, seed {f['seed']}, "
-                         f"{f['variant']}: {sum(f['pairs'].values())} pairs, alpha {weights}")
+        if not f["pairs"]:
+            continue
+        count = sum(f["pairs"].values())
+        weights = [f"{weight} x {n}" for weight, n in sorted(f["pairs"].items())]
+        cell = f"s = {f['skip']}, corpus {f['corpus']}, seed {f['seed']}"
+        notes.append(f"{cell}, {f['variant']}: {count} pairs, alpha " + ", ".join(weights))
     return notes
+
+
+def time_note(found):
+    """CPU time by what it was for."""
+    seconds = Counter()
+    for f in found:
+        seconds.update(f["cpu_seconds"])
+    spent = [f"{name} {value / 60:.1f}" for name, value in seconds.items()]
+    return "minutes of CPU time: " + ", ".join(spent)
 
 
 # ------------------------------------------------------------------ tables
@@ -188,19 +226,35 @@ def cells_of(tables, names, shares):
 def entry(tables, names, shares, groups, form):
     """(text, interval or None) of one field of a table: of one variant, or of a difference."""
     cells = cells_of(tables, names, shares)
-    most = sum(len({cell for key, some in tables.items() if key[1] == share for cell in some})
-               for share in shares)
     if not cells[0]:
         return "-", None
-    found = interval(cells[0], cells[1] if len(names) == 2 else None, groups)
-    few = "" if len(cells[0]) == most else f", {len(cells[0])} of {most} cells"
-    return form.format(*found) + few, found
+    others = cells[1] if len(names) == 2 else None
+    found = interval(cells[0], others, groups)
+    text = form.format(*found)
+    there = len(cells[0])
+    most = sum(len(known_cells(tables, share)) for share in shares)
+    if there < most:
+        text += f", {there} of {most} cells"
+    return text, found
+
+
+def known_cells(tables, share):
+    """All cells of a share that any variant has."""
+    known = set()
+    for (_, other), some in tables.items():
+        if other == share:
+            known.update(some)
+    return known
 
 
 def markdown(title, columns, rows):
     """A table: rows are [first field, ...]."""
-    lines = ["| " + " | ".join([title, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    ruler = ["---"] * (len(columns) + 1)
+    lines = []
+    for fields in ([title, *columns], ruler, *rows):
+        lines.append("| " + " | ".join(fields) + " |")
+    lines[1] = lines[1].replace(" ", "")
+    return lines
 
 
 def report(tables, groups):
@@ -252,11 +306,7 @@ def main(argv=None):
     notes = choose(found, tables)
     groups = {f["corpus"]: np.array(f["groups"]) for f in found}
     lines, rows = report(tables, groups)
-    seconds = Counter()
-    for f in found:
-        seconds.update(f["cpu_seconds"])
-    spent = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
-    notes += pair_notes(found) + [f"minutes of CPU time: {spent}"]
+    notes += [*pair_notes(found), time_note(found)]
     print("\n".join([*lines, "", *notes]))
     commits = sorted({f["git"] for f in found if f["git"]})
     write_json(args.out / "ablation.json", {"rows": rows, "notes": notes, "git": commits})

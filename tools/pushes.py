@@ -94,7 +94,8 @@ def weight_table(base, arms):
     for name, move in moves.items():
         cosine = torch.cosine_similarity(move, first, 0)
         rows.append([name, f"{move.norm():.3f}", f"{cosine:.3f}"])
-    return markdown("arm", ["moved by", f"cosine with {next(iter(moves))}"], rows)
+    beside = next(iter(moves))
+    return markdown("arm", ["moved by", f"cosine with {beside}"], rows)
 
 
 def likelihood_table(base, arms, groups, parts):
@@ -111,7 +112,9 @@ def likelihood_table(base, arms, groups, parts):
     rows = []
     for s, side in enumerate(SIDES):
         for p, part in enumerate(PARTS):
-            row = [f"{side}, {part}", f"{tokens[s, p]:.1f}", f"{before[s, p]:.3f}"]
+            row = [f"{side}, {part}"]
+            row.append(f"{tokens[s, p]:.1f}")
+            row.append(f"{before[s, p]:.3f}")
             for change in changes.values():
                 row.append(f"{change[s, p]:+.3f}")
             rows.append(row)
@@ -138,12 +141,16 @@ def gradients(model, groups, parts):
 
 def gradient_table(chosen, rejected):
     """|g_w|, |g_l|, their cosine, and the length of g_w - g_l in |g_w|, by part and in all."""
-    names = [*PARTS, "all"]
+    sides = list(zip(PARTS, chosen, rejected))
+    sides.append(("all", sum(chosen), sum(rejected)))
     rows = []
-    for name, w, l in zip(names, [*chosen, sum(chosen)], [*rejected, sum(rejected)]):
+    for name, w, l in sides:
         cosine = torch.cosine_similarity(w, l, 0)
         left = (w - l).norm() / w.norm()
-        rows.append([name, f"{w.norm():.1f}", f"{l.norm():.1f}", f"{cosine:.3f}", f"{left:.2f}"])
+        row = [name]
+        for figure, digits in ((w.norm(), 1), (l.norm(), 1), (cosine, 3), (left, 2)):
+            row.append(f"{figure:.{digits}f}")
+        rows.append(row)
     columns = ["length of g_w", "length of g_l", "cosine", "g_w - g_l, in lengths of g_w"]
     return markdown("gradient of log p", columns, rows)
 
@@ -163,6 +170,11 @@ def step_lines(w, l, groups):
     return lines
 
 
+def show(lines):
+    """Print a block, and an empty line after it."""
+    print("\n".join([*lines, ""]))
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,18 +186,20 @@ def main(argv=None):
     base = load(args.cell / "r_sft")
     arms = {name: load(args.cell / name) for name in args.arms}
     tokenizer = Tokenizer.from_pretrained(args.cell / "r_sft")
-    print("\n".join(weight_table(base, arms)))
+    show(weight_table(base, arms))
     for title, pairs in zip(("trained", "held out"), pairs_of_cell(args.cell, args.seed)):
         if not pairs:
             continue
         groups = preferences.pairs_of(tokenizer, pairs)
-        parts = [part for g in groups for part in parts_of(tokenizer, *g.example.answers)]
-        print(f"\n{len(pairs)} pairs, {title}\n")
-        print("\n".join(likelihood_table(base, arms, groups, parts)))
+        parts = []
+        for group in groups:
+            parts += parts_of(tokenizer, *group.example.answers)
+        print(f"{len(pairs)} pairs, {title}\n")
+        show(likelihood_table(base, arms, groups, parts))
         if title == "trained":
             chosen, rejected = gradients(base, groups[:STEP], parts[:2 * STEP])
-            print("\n".join(["", *gradient_table(chosen, rejected), ""]))
-            print("\n".join(step_lines(sum(chosen), sum(rejected), groups[:STEP])))
+            show(gradient_table(chosen, rejected))
+            show(step_lines(sum(chosen), sum(rejected), groups[:STEP]))
 
 
 if __name__ == "__main__":
