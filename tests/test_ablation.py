@@ -75,6 +75,8 @@ def test_a_small_ablation_runs(tmp_path, capsys):
     assert "| r_sft - labels |" in said
     ablation_table.main([str(tmp_path)])                                          # the same tables from the small files
     assert capsys.readouterr().out.strip() in said
+    with pytest.raises(SystemExit, match="s0.25_corpus101_seed1, chosen: InputError.*no prompt was hard"):
+        ablation.main(["--out", str(tmp_path), *SMALL, "--variants", "chosen", "r_sft"])
 
 
 def test_nothing_begins_after_the_time_limit(tmp_path):

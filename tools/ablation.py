@@ -73,8 +73,8 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
-from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict,  # noqa: E402
-                  read_records, split_input, write_json)
+from data import (VERDICTS, InputError, Tokenizer, gold_verdict, parse_records,  # noqa: E402
+                  parse_verdict, read_records, split_input, write_json)
 from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
@@ -169,6 +169,8 @@ class Cell:
                                    if not ok or keep(pool[number], s)]
         pairs, _ = mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", answers)],
                                     "all", "random", gamma, self.seed)
+        if not pairs:
+            raise InputError(f"{self.folder}: no prompt was hard; raise --mine or --train")
         return pairs
 
     def dpo(self, name, pairs, lr=DPO_LR, factor=1.0, sft=SFT_TERM):
@@ -194,8 +196,6 @@ class Cell:
 
     def keep_pairs(self, name, pairs):
         """Write the pairs of a variant beside its model."""
-        if not pairs:
-            raise SystemExit(f"{self.folder}: no prompt was hard; raise --mine or --train")
         write_json(self.folder / f"{name}_pairs.json", pairs)
         return pairs
 
@@ -368,7 +368,7 @@ def run_task(args, corpus_seed, seed, skip, name):
             start = time.process_time()
             model = cell.build(name)
             seconds["train"] = time.process_time() - start
-            if name == "r_sft" and args.mine_now:
+            if name == "r_sft":
                 cell.mine("k8", [model], 8)
                 seconds["mine"] = time.process_time() - start - seconds["train"]
             before = time.process_time()
@@ -431,12 +431,13 @@ def end_with(parent):
 
 def run_all(args):
     """All tasks, --jobs at a time; those of a cell once its R-SFT model has mined; a variant in all
-    cells before the next; none begins after --minutes. A process that dies is an error here."""
+    cells before the next; none begins after --minutes. A process that dies is an error here; a task
+    that fails is not: -> a line for each of these."""
     names = names_of(args)
     first, after = tasks_of(args, names)
-    args.mine_now = any(after.values())
     ready = [*after, *first]
     running = {}
+    failed = []
     deadline = time.time() + 60 * args.minutes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, end_with, (os.getpid(),)) as pool:
@@ -447,8 +448,12 @@ def run_all(args):
                 running[pool.submit(run_task, args, *task)] = task
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
-                ready += after.get(running.pop(future), [])
+                task = running.pop(future)
+                if future.exception():
+                    failed.append(f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}")
+                else:
+                    ready += after.get(task, [])
+    return failed
 
 
 def parse_arguments(argv):
@@ -477,8 +482,10 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    run_all(args)
+    failed = run_all(args)
     ablation_table.main([str(args.out)])
+    if failed:
+        raise SystemExit("\n".join(["these failed:", *failed]))
 
 
 if __name__ == "__main__":
