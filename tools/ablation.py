@@ -1,15 +1,15 @@
 """The paper's Table 7 on the embedded corpus, with the controls it lacks (`make ablation`).
 
     python tools/ablation.py --out out/ablation         corpus seeds that no default was chosen on
-    python tools/ablation.py --out DIR --skips 0.25 --variants r_sft hs_dpo swapped
+    python tools/ablation.py --out DIR --skips 0.5 --variants r_sft hs_dpo swapped --minutes 5
+    python tools/ablation_table.py DIR                  the tables again, from DIR/answers alone
 
-For each corpus seed, training seed and share s of traces that skip a check, every variant is trained
-from the same base model and answers the same test records greedily. The figure is the mean of the three
-tasks' F1; intervals are 95%, from resampling groups of test records (a pair and its opposite answers), the
-same for both sides of a difference. They do not cover what another training seed would change.
+For each corpus seed, training seed and share s of traces that skip a check, every variant is
+trained from the same base model and answers the same test records greedily; all that follow R-SFT
+start from one R-SFT model and its 8 answers to each of the mined prompts.
 
-    labels          no reasoning: the outputs are the labels; as many epochs as R-SFT or three times as
-                    many, whichever answers the dev records better
+    labels          no reasoning: the outputs are the labels; as many epochs as R-SFT or three times
+                    as many, whichever answers the dev records better
     shuffled        each trace replaced by another of the same source and verdicts
     r_sft           stage 1
     continued       R-SFT trained further on its own data, for as many sequences as HS-DPO sees
@@ -19,22 +19,43 @@ same for both sides of a difference. They do not cover what another training see
     hs_dpo_k8       the same prompts with k = 8: seven levels
     ensemble        HS-DPO, mined by three models, each trained without one of the sources
     swapped         HS-DPO with chosen and rejected exchanged: must hurt
+    two_correct     HS-DPO's prompts and chosen answers, each with another *correct* answer rejected
+    consistent      HS-DPO, without correct answers whose reasoning concludes otherwise
+    sound           HS-DPO, without correct answers that state an aim, a wish or an outcome wrongly
+    alpha_k8        where alpha could show: no SFT term, gamma = 0.9, k = 8
+    alpha_k8_flat   the same with alpha = 1
+    group           all 8 answers of a prompt (tools/preferences.py has this loss and the next six)
+    chosen_all      the same without preference: SFT on all correct answers of these prompts
+    after_difference  no term of HS-DPO pushes what both answers begin with
+    differing       the preference counts only tokens that the other answer does not have
+    verdicts        it counts only the Answers block
+    step            it counts only the first step whose conclusion differs: the one that errs
+    erring          it counts that step and the Answers block
 
-A cell runs on one thread, --jobs of them at once. What is finished is kept: the same command goes on.
-Not as in the paper: beta = 0.01 x 257 / (mean length of a chosen answer), because these answers are shorter than
-the paper's 257 tokens; learning rates are those of the demo.
+With a setting in its name a variant is a point of a grid: chosen@3e-4 has that learning rate,
+hs_dpo@3e-4x10 ten times its beta as well. chosen_dev, continued_dev, hs_dpo_dev, step_dev stand
+for whole grids; of each the table has the point whose answers to the dev records are best, over all
+cells of a share.
+
+A task is one variant of one cell, on one thread; --jobs of them run at once, and what is finished
+is kept: the same command goes on. OUT/answers holds all that the tables need, a small file for each
+task; folders of two machines merge by copying, as long as a cell is from one of them.
+Not as in the paper: beta = 0.01 x 257 / (mean length of a chosen answer), because these answers are
+shorter than the paper's 257 tokens; learning rates are those of the demo.
 """
 import argparse
 import contextlib
 import json
 import multiprocessing
 import os
-import subprocess
+import random
+import re
+import shutil
 import sys
+import threading
 import time
-from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -42,232 +63,429 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import ablation_table  # noqa: E402
 import certificate  # noqa: E402
 import eval as evaluation  # noqa: E402
 import make_toy  # noqa: E402
 import mine_hard  # noqa: E402
+import preferences  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
-from data import (VERDICTS, Tokenizer, gold_verdict, parse_records, parse_verdict,  # noqa: E402
-                  read_json, read_records, split_input, write_json)
+from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
+from data import (VERDICTS, InputError, Tokenizer, gold_verdict, parse_records,  # noqa: E402
+                  parse_verdict, read_records, split_input, write_json)
+from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
-VARIANTS = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8", "ensemble",
-            "swapped"]
-CONTRASTS = [("r_sft", "labels"), ("r_sft", "shuffled"), ("continued", "r_sft"), ("chosen", "r_sft"),
-             ("hs_dpo", "r_sft"), ("hs_dpo", "continued"), ("hs_dpo", "chosen"), ("hs_dpo", "no_weight"),
-             ("hs_dpo_k8", "hs_dpo"), ("ensemble", "hs_dpo"), ("swapped", "hs_dpo")]
+ALONE = ["labels_1x", "labels_3x", "shuffled"]      # need no R-SFT model; the longest, so first
+FORMS = {"after_difference": preferences.after_difference, "differing": preferences.differing,
+         "verdicts": preferences.verdicts, "step": preferences.step,
+         "erring": preferences.erring}
 DPO_LR = "3e-5"                     # as the demo; further SFT takes it too
+SFT_TERM = 2.0                      # as the paper
 SOURCES = ["wildguard", "aegis", "beavertails", "toxicchat"]
 
 
-def folder_of(args, corpus_seed, seed, skip):
-    """Where a cell lives; skip None: the variant without reasoning, the same for all shares."""
-    return args.out / f"{'labels' if skip is None else f's{skip}'}_corpus{corpus_seed}_seed{seed}"
+def cell_name(corpus_seed, seed, skip):
+    """A cell's folder; skip None: the variant without reasoning, the same for all shares."""
+    share = "labels" if skip is None else f"s{skip}"
+    return f"{share}_corpus{corpus_seed}_seed{seed}"
 
 
 class Cell:
-    """One corpus seed, training seed and share of skipping traces; each method trains or mines once."""
+    """One corpus seed, training seed and share of skipping traces; each method trains or mines
+    once."""
 
     def __init__(self, args, corpus_seed, seed, skip):
-        self.args, self.seed, self.folder = args, seed, folder_of(args, corpus_seed, seed, skip)
+        self.args = args
+        self.seed = seed
+        self.folder = args.out / cell_name(corpus_seed, seed, skip)
         corpus, _ = make_toy.make_corpus(corpus_seed, skip or 0.0, args.train, args.test)
         self.train = {source: corpus[f"train_{source}"] for source in SOURCES}
-        for name in ("dev", "test"):
-            write_json(self.folder / f"{name}.json", corpus[name])
+        dev, _ = make_toy.make_corpus(corpus_seed, 0.0, 12, 4 * args.dev)
+        write_json(self.folder / "dev.json", dev["dev"])
+        write_json(self.folder / "test.json", corpus["test"])
         self.common = ["--seed", str(seed), "--device", "cpu", "--dtype", "float32"]
 
-    def sft(self, name, records, model=None, epochs=None, steps=None, lr="2e-3"):
-        out = self.folder / name
-        if not (out / "config.json").exists():
-            write_json(self.folder / f"{name}.json", records)
-            train_sft.main(["--model", str(model or self.args.model), "--data", str(self.folder / f"{name}.json"),
-                            "--out", str(out), "--lr", lr, "--epochs", str(epochs or self.args.epochs), "--resume",
-                            "--batch-size", "32", *(["--max-steps", str(steps)] if steps else []), *self.common])
-        return out
-
+    # -------------------------------------------------------------- stages
     def everything(self, without=None):
-        return [r for source in SOURCES if source != without for r in self.train[source]]
+        """The training records of all sources but one."""
+        records = []
+        for source in SOURCES:
+            if source != without:
+                records += self.train[source]
+        return records
+
+    def sft(self, name, records, model=None, epochs=None, steps=None, lr="2e-3"):
+        """Train on these records, unless that is done; -> the model folder."""
+        out = self.folder / name
+        data = self.folder / f"{name}.json"
+        if not (out / "config.json").exists():
+            write_json(data, records)
+            limit = ["--max-steps", str(steps)] if steps else []
+            train_sft.main(["--model", str(model or self.args.model), "--data", str(data),
+                            "--out", str(out), "--lr", lr,
+                            "--epochs", str(epochs or self.args.epochs),
+                            "--batch-size", "32", "--resume", "--save-every", "25",
+                            *limit, *self.common])
+            for checkpoint in out.glob("step-*"):           # of a run that is finished
+                shutil.rmtree(checkpoint)
+        return out
 
     def r_sft(self):
         return self.sft("r_sft", self.everything())
 
-    def mine(self, name, models, k=4):
+    def mine(self, name, models, k):
+        """Let these models answer the mined prompts k times; -> the folder with samples."""
         out = self.folder / f"mined_{name}"
         if not (out / "hard.jsonl").exists():
-            write_json(self.folder / "pool.json", self.everything()[::max(1, self.args.train // self.args.mine)])
-            mine_hard.main(["--model", *map(str, models), "--data", str(self.folder / "pool.json"), "--out", str(out),
-                            "--k", str(k), "--max-new-tokens", "224", "--resume", *self.common])
-        return [json.loads(line) for line in (out / "hard.jsonl").read_text().splitlines()]
-
-    def first_four(self):
-        """The pairs of k = 4: a sample depends on its number, so these are the first of the k = 8."""
-        self.mine("k8", [self.r_sft()], 8)
-        pool, lines = read_records(self.folder / "pool.json"), parse_records(self.folder / "mined_k8/samples.jsonl")
-        answers = {line["prompt"]: line["samples"][:4] for _, line in lines}
-        return mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", answers)], "all", "random", 0.2, self.seed)[0]
-
-    def dpo(self, name, pairs):
-        out, tokenizer = self.folder / name, Tokenizer.from_pretrained(self.args.model)
-        if not pairs:
-            raise SystemExit(f"{self.folder}: no prompt was hard; raise --mine or --train")
-        if not (out / "config.json").exists():
-            write_json(self.folder / f"{name}_pairs.json", pairs)
-            length = np.mean([len(tokenizer.answer_ids(p["chosen"])) for p in pairs])
-            train_dpo.main(["--model", str(self.r_sft()), "--data", str(self.folder / f"{name}_pairs.json"), "--out",
-                            str(out), "--lr", DPO_LR, "--batch-size", "32", "--beta", f"{0.01 * 257 / length:.4f}",
+            every = max(1, self.args.train // self.args.mine)
+            write_json(self.folder / "pool.json", self.everything()[::every])
+            mine_hard.main(["--model", *map(str, models), "--data", str(self.folder / "pool.json"),
+                            "--out", str(out), "--k", str(k), "--max-new-tokens", "224",
                             "--resume", *self.common])
         return out
 
+    def samples(self, k):
+        """{number of a prompt: its first k answers}. An answer depends on its number, so those of
+        k = 4 are the first of the 8."""
+        out = self.mine("k8", [self.r_sft()], 8)
+        lines = parse_records(out / "samples.jsonl")
+        return {line["prompt"]: line["samples"][:k] for _, line in lines}
+
+    def pool(self):
+        return read_records(self.folder / "pool.json")
+
+    def pairs(self, k, gamma=0.2, keep=None):
+        """hard.jsonl's lines of the first k answers; keep(record, sample): may this correct answer
+        be chosen?"""
+        pool = self.pool()
+        answers = self.samples(k)
+        if keep:
+            for number, samples in answers.items():
+                right = mine_hard.judge_all(samples, gold_verdict(pool[number]))
+                answers[number] = [s for s, ok in zip(samples, right)
+                                   if not ok or keep(pool[number], s)]
+        pairs, _ = mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", answers)],
+                                    "all", "random", gamma, self.seed)
+        if not pairs:
+            raise InputError(f"{self.folder}: no prompt was hard; raise --mine or --train")
+        return pairs
+
+    def dpo(self, name, pairs, lr=DPO_LR, factor=1.0, sft=SFT_TERM):
+        """HS-DPO on these pairs, unless that is done; factor: of beta."""
+        out = self.folder / name
+        if not (out / "config.json").exists():
+            beta = factor * self.beta(self.keep_pairs(name, pairs))
+            train_dpo.main(["--model", str(self.r_sft()),
+                            "--data", str(self.folder / f"{name}_pairs.json"), "--out", str(out),
+                            "--lr", lr, "--batch-size", "32", "--beta", f"{beta:.4f}",
+                            "--sft", str(sft), "--resume", *self.common])
+        return out
+
+    def prefer(self, name, pairs, make_groups, lr=DPO_LR, factor=1.0, sft=SFT_TERM):
+        """A form of the loss on what make_groups(tokenizer) makes of these pairs, unless that is
+        done."""
+        out = self.folder / name
+        if not (out / "config.json").exists():
+            beta = factor * self.beta(self.keep_pairs(name, pairs))
+            preferences.train(self.r_sft(), out, make_groups, float(lr), round(beta, 4), sft,
+                              self.seed)
+        return out
+
+    def keep_pairs(self, name, pairs):
+        """Write the pairs of a variant beside its model."""
+        write_json(self.folder / f"{name}_pairs.json", pairs)
+        return pairs
+
+    def beta(self, pairs):
+        """The paper's beta, for answers as long as these."""
+        tokenizer = Tokenizer.from_pretrained(self.args.model)
+        return 0.01 * 257 / np.mean([len(tokenizer.answer_ids(p["chosen"])) for p in pairs])
+
+    # -------------------------------------------------------------- variants
     def build(self, name):
-        """The model folder of a variant."""
-        if name == "r_sft":
+        """The model folder of a variant, or of a point of a grid."""
+        method, _, point = name.partition("@")
+        lr, _, factor = (point or DPO_LR).partition("x")
+        factor = float(factor or 1)
+        if method == "r_sft":
             return self.r_sft()
-        if name.startswith("labels"):
-            return self.sft(name, traces.labels_only(self.everything()), epochs=int(name[-2]) * self.args.epochs)
-        if name == "shuffled":
+        if method.startswith("labels"):
+            epochs = int(method[-2]) * self.args.epochs
+            return self.sft(name, traces.labels_only(self.everything()), epochs=epochs)
+        if method == "shuffled":
             return self.sft(name, shuffled(self.train, self.seed))
-        if name == "ensemble":
-            models = [self.sft(f"without_{source}", self.everything(without=source)) for source in SOURCES[1:]]
-            return self.dpo(name, self.mine("ensemble", models))
-        pairs = self.mine("k8", [self.r_sft()], 8) if name == "hs_dpo_k8" else self.first_four()
-        if name == "chosen":
-            return self.sft(name, [{**p, "output": p["chosen"]} for p in pairs], self.r_sft(), epochs=2, lr=DPO_LR)
-        if name == "continued":                      # a pair is two answers: 2 x pairs x 2 epochs of sequences
-            return self.sft(name, self.everything(), self.r_sft(), steps=max(1, 4 * len(pairs) // 32), lr=DPO_LR)
-        if name == "swapped":
-            pairs = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]
-        return self.dpo(name, [{**p, "weight": 1.0} for p in pairs] if name == "no_weight" else pairs)
+        if method == "continued":                   # a pair is two answers, seen in two epochs
+            steps = max(1, 4 * len(self.pairs(4)) // 32)
+            return self.sft(name, self.everything(), self.r_sft(), steps=steps, lr=lr)
+        if method == "chosen":
+            records = [{**pair, "output": pair["chosen"]} for pair in self.pairs(4)]
+            return self.sft(name, records, self.r_sft(), epochs=2, lr=lr)
+        if method in ("group", "chosen_all"):
+            return self.group(name, preferred=method == "group")
+        if method in FORMS:
+            return self.form(name, FORMS[method], lr, factor)
+        sft = 0.0 if method.startswith("alpha") else SFT_TERM
+        return self.dpo(name, self.pairs_for(method), lr, factor, sft)
 
-    def answers(self, name, data="test"):
-        """(rows of the file, 3 tasks) of gold (1 positive, 0 other, -1 no label) and right or wrong (1, 0)."""
-        if name == "labels":
-            on_dev = {n: mean_f1(self.answers(f"labels_{n}x", "dev")) for n in (1, 3)}
-            return self.answers(f"labels_{max(on_dev, key=on_dev.get)}x")
-        out = self.folder / f"eval_{data}_{name}"
+    def pairs_for(self, method):
+        """The pairs of a variant that is train_dpo.py on other pairs or weights."""
+        if method == "hs_dpo_k8":
+            return self.pairs(8)
+        if method == "ensemble":
+            return self.ensemble()
+        if method == "two_correct":
+            return self.two_correct()
+        if method == "consistent":
+            return self.pairs(4, keep=is_consistent)
+        if method == "sound":
+            return self.pairs(4, keep=is_sound)
+        if method == "swapped":
+            return [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+                    for pair in self.pairs(4)]
+        pairs = self.pairs(8, gamma=0.9) if method.startswith("alpha_k8") else self.pairs(4)
+        if method in ("no_weight", "alpha_k8_flat"):
+            return [{**pair, "weight": 1.0} for pair in pairs]
+        return pairs
+
+    def ensemble(self):
+        models = []
+        for source in SOURCES[1:]:
+            models.append(self.sft(f"without_{source}", self.everything(without=source)))
+        out = self.mine("ensemble", models, 4)
+        return [json.loads(line) for line in (out / "hard.jsonl").read_text().splitlines()]
+
+    def two_correct(self):
+        """The pairs of k = 4 with another correct answer, of all 8, rejected; without the prompts
+        that have none."""
+        pool = self.pool()
+        samples = self.samples(8)
+        numbers = {record["input"]: number for number, record in enumerate(pool)}
+        pairs = []
+        for pair in self.pairs(4):
+            number = numbers[pair["input"]]
+            right = mine_hard.judge_all(samples[number], gold_verdict(pool[number]))
+            others = [s["text"] for s, ok in zip(samples[number], right)
+                      if ok and s["text"] != pair["chosen"]]
+            if others:
+                rejected = random.Random(f"{self.seed} {number}").choice(others)
+                pairs.append({**pair, "rejected": rejected})
+        return pairs
+
+    def group(self, name, preferred):
+        """All 8 answers; preferred False: the SFT term alone, on the same batches."""
+        pool = self.pool()
+        samples = self.samples(8)
+        numbers = {record["input"]: number for number, record in enumerate(pool)}
+        pairs = self.pairs(8)
+        prompts = []
+        for pair in pairs:
+            number = numbers[pair["input"]]
+            right = mine_hard.judge_all(samples[number], gold_verdict(pool[number]))
+            texts = {True: [], False: []}
+            for sample, ok in zip(samples[number], right):
+                texts[ok].append(sample["text"])
+            prompts.append({**pair, "correct": texts[True], "incorrect": texts[False]})
+
+        def make_groups(tokenizer):
+            return preferences.all_answers(tokenizer, prompts)
+
+        return self.prefer(name, pairs, make_groups, factor=1.0 if preferred else 0.0)
+
+    def form(self, name, mask, lr, factor):
+        """HS-DPO whose preference counts a part of the tokens."""
+        pairs = self.pairs(4)
+        fitted = mask if mask is preferences.after_difference else preferences.whole
+
+        def make_groups(tokenizer):
+            return preferences.pairs_of(tokenizer, pairs, mask, fitted)
+
+        return self.prefer(name, pairs, make_groups, lr, factor)
+
+    # -------------------------------------------------------------- answers
+    def answers(self, name):
+        """{file: its answers} of test.json, and of dev.json where a grid needs them: (rows, 3
+        tasks) of gold (1 positive, 0 other, -1 no label) and right or wrong (1, 0)."""
+        files = ["test"]
+        if any(name in points for points in GRIDS.values()):
+            files.append("dev")
+        out = self.folder / f"eval_{name}"
         if not (out / "results.json").exists():
-            evaluation.main(["--model", str(self.build(name)), "--data", str(self.folder / f"{data}.json"), "--out",
-                             str(out), "--max-new-tokens", "224", *self.common])
-        lines = (out / data / "generated_predictions.jsonl").read_text().splitlines()
-        told = [parse_verdict(json.loads(line)["predict"]) for line in lines]
-        gold = [gold_verdict(r) for r in read_records(self.folder / f"{data}.json")]
-        return np.array([[(-1 if g[t] is None else int(g[t] == words[0]), int(g[t] == p[t]))
-                          for t, words in VERDICTS.items()] for g, p in zip(gold, told)])
+            paths = [str(self.folder / f"{file}.json") for file in files]
+            evaluation.main(["--model", str(self.build(name)), "--data", *paths, "--out", str(out),
+                             "--max-new-tokens", "224", *self.common])
+        return {file: self.table(out / file, self.folder / f"{file}.json") for file in files}
+
+    def table(self, predictions, data):
+        lines = (predictions / "generated_predictions.jsonl").read_text().splitlines()
+        table = []
+        for record, line in zip(read_records(data), lines):
+            gold = gold_verdict(record)
+            told = parse_verdict(json.loads(line)["predict"])
+            row = []
+            for task, words in VERDICTS.items():
+                label = -1 if gold[task] is None else int(gold[task] == words[0])
+                row.append((label, int(gold[task] == told[task])))
+            table.append(row)
+        return table
 
 
-def run_cell(job):
-    """{variant: its answers} of one cell, on one thread; what it prints goes to log.txt."""
-    args, corpus_seed, seed, skip, names = job
+def is_consistent(record, sample):
+    """Does the reasoning conclude what the verdicts say?"""
+    rows = [{"text": sample["text"], "verdict": sample["verdict"]}]
+    return not any(evaluation.disagreements(rows, task) for task in VERDICTS)
+
+
+def is_sound(record, sample):
+    """Are all aims, wishes and outcomes that the trace compares as the rule of the corpus has
+    them? An answer can have wrong steps and be right by luck: two errors cancel."""
+    facts = certificate.states(certificate.read(*split_input(record["input"])))
+    for line in re.findall(r"^.*: (?:the same|different)\.$", sample["text"], re.M):
+        for what, state in re.findall(r"\b(aim|wish|outcome) (\w+)", line.lower()):
+            if state != facts[what]:
+                return False
+    return True
+
+
+# ------------------------------------------------------------------ tasks
+def run_task(args, corpus_seed, seed, skip, name):
+    """Answer the records with one variant, on one thread, and keep what the tables need in
+    OUT/answers; what it prints goes to the cell's log."""
+    folder = cell_name(corpus_seed, seed, skip)
+    path = args.out / "answers" / folder / f"{name}.json"
+    if path.exists():
+        return
+    if name not in ["r_sft", *ALONE] and not (args.out / folder / "mined_k8/hard.jsonl").exists():
+        print(f"{folder}: {name} is left out: the cell's R-SFT model is not here")
+        return
     torch.set_num_threads(1)
-    cell, tables = Cell(args, corpus_seed, seed, skip), {}
-    with open(cell.folder / "log.txt", "a", buffering=1) as log, contextlib.redirect_stdout(log):
-        for name in names:
+    cell = Cell(args, corpus_seed, seed, skip)
+    seconds = {}
+    with open(cell.folder / f"{name}.log", "a", buffering=1) as log:
+        with contextlib.redirect_stdout(log):
             start = time.process_time()
-            tables[name] = cell.answers(name)
-            with open(cell.folder / "cpu_seconds.txt", "a") as file:
-                file.write(f"{time.process_time() - start:.1f} {name}\n")
-    return tables
+            model = cell.build(name)
+            seconds["train"] = time.process_time() - start
+            if name == "r_sft":
+                cell.mine("k8", [model], 8)
+                seconds["mine"] = time.process_time() - start - seconds["train"]
+            before = time.process_time()
+            tables = cell.answers(name)
+            seconds["answer"] = time.process_time() - before
+    weights = {}
+    pairs = cell.folder / f"{name}_pairs.json"
+    if pairs.exists():
+        weights = Counter(f"{pair['weight']:.2f}" for pair in json.loads(pairs.read_text()))
+    base = "" if name in ALONE else weights_hash(cell.r_sft())
+    groups = ablation_table.groups_of(read_records(cell.folder / "test.json"))
+    write_json(path, {"corpus": corpus_seed, "seed": seed, "skip": skip, "variant": name,
+                      "base": base, "pairs": weights, "cpu_seconds": seconds,
+                      "groups": groups.tolist(), "git": train_sft.git_commit(), **tables})
+    spent = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
+    print(f"{folder}: {name}, CPU seconds: {spent}", flush=True)
 
 
-def groups_of(records):
-    """(n,) a number for each record: a pair and its opposite answers share one."""
-    keys = [replace(certificate.read(*split_input(r["input"])), wish="", changed=False, verb="", left=None)
-            for r in records]
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return np.array([number[key] for key in keys])
+def names_of(args):
+    """What to train for --variants, a grid as its points: what others wait for and what takes
+    longest first, then in the order given."""
+    names = []
+    for variant in args.variants:
+        names += GRIDS.get(variant, [variant])
+    first = [name for name in ("r_sft", *ALONE, "ensemble") if name in names]
+    if set(names) - set(ALONE):
+        first = ["r_sft", *first]
+    return list(dict.fromkeys(first + names))
 
 
-def mean_f1(table, weights=None):
-    """Mean over tasks of F1 in percent; table (n, 3, 2) as `answers` gives it, weights (n,) counts of each row."""
-    scores, weights = [], np.ones(len(table)) if weights is None else weights
-    for task in range(3):
-        gold, right = table[:, task].T
-        tp = (weights * (gold == 1) * right).sum()
-        wrong = (weights * (gold >= 0) * (1 - right)).sum()        # 2 tp + fp + fn = 2 tp + all that are wrong
-        scores.append(200 * tp / max(2 * tp + wrong, 1))
-    return np.mean(scores)
+def tasks_of(args, names):
+    """(tasks that need nothing, {task of an R-SFT model: the tasks that start from it}); a task is
+    the arguments of run_task after args."""
+    first = []
+    after = {}
+    for corpus_seed in args.corpus_seeds:
+        for seed in args.seeds:
+            for skip in args.skips:
+                cell = (corpus_seed, seed, skip)
+                if "r_sft" in names:
+                    rest = [name for name in names if name not in ["r_sft", *ALONE]]
+                    after[*cell, "r_sft"] = [(*cell, name) for name in rest]
+                if "shuffled" in names:
+                    first.append((*cell, "shuffled"))
+            for name in ("labels_3x", "labels_1x"):
+                if name in names:
+                    first.append((corpus_seed, seed, None, name))
+    return first, after
 
 
-def interval(cells, others=None, groups=None, draws=1000):
-    """(figure, low, high) of the mean over cells of mean_f1, or of its difference to `others`, paired.
-    cells, others: [(corpus seed, table)]; groups {corpus seed: (n,)}: rows that are drawn together. Cells of
-    one corpus have the same test records, so a draw is the same for all of them."""
-    rng, sizes = np.random.default_rng(0), {corpus: len(table) for corpus, table in cells}
-    groups = groups or {corpus: np.arange(n) for corpus, n in sizes.items()}
-    score = lambda some, weights: np.mean([mean_f1(table, weights[corpus]) for corpus, table in some])
-    figure = lambda weights: float(score(cells, weights) - (score(others, weights) if others else 0))
+def end_with(parent):
+    """Let this process end soon after its parent, however that ended: nobody would wait for it."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-    def draw():
-        counts = {corpus: groups[corpus].max() + 1 for corpus in sizes}
-        return {corpus: np.bincount(rng.integers(n, size=n), minlength=n)[groups[corpus]]
-                for corpus, n in counts.items()}
-
-    drawn = [figure(draw()) for _ in range(draws)]
-    return figure({corpus: np.ones(n) for corpus, n in sizes.items()}), *map(float, np.percentile(drawn, [2.5, 97.5]))
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def report(cells, groups):
-    """Two Markdown tables of {(variant, skip): [(corpus seed, table)]}, and their figures as rows."""
-    names, skips = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    columns = {**{f"s = {skip}": [skip] for skip in skips}, **({"all": skips} if len(skips) > 1 else {})}
-    some = lambda name, shares: [cell for skip in shares for cell in cells[name, skip]]
-    line = lambda first, rest: f"| {first} | " + " | ".join(rest) + " |"
-    title = lambda first: [line(first, columns), "|---" * (len(columns) + 1) + "|"]
-    rows, lines = [], title("mean F1 (95% interval)")
-    for name in names:
-        found = [interval(some(name, shares), groups=groups) for shares in columns.values()]
-        lines.append(line(name, ["{:.1f} ({:.1f} - {:.1f})".format(*x) for x in found]))
-        rows += [{"variant": name, "skips": column, "f1": x[0], "ci95": x[1:]} for column, x in zip(columns, found)]
-    lines += ["", *title("difference (95% interval, paired)")]
-    for name, other in [pair for pair in CONTRASTS if {*pair} <= {*names}]:
-        found = [interval(some(name, shares), some(other, shares), groups) for shares in columns.values()]
-        lines.append(line(f"{name} - {other}", ["{:+.1f} ({:+.1f} to {:+.1f})".format(*x) for x in found]))
-        rows += [{"variant": name, "minus": other, "skips": column, "difference": x[0], "ci95": x[1:]}
-                 for column, x in zip(columns, found)]
-    return lines, rows
+def run_all(args):
+    """All tasks, --jobs at a time; those of a cell once its R-SFT model has mined; a variant in all
+    cells before the next; none begins after --minutes. A process that dies is an error here; a task
+    that fails is not: -> a line for each of these."""
+    names = names_of(args)
+    first, after = tasks_of(args, names)
+    ready = [*after, *first]
+    running = {}
+    failed = []
+    deadline = time.time() + 60 * args.minutes
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, end_with, (os.getpid(),)) as pool:
+        while running or (ready and time.time() < deadline):
+            ready.sort(key=lambda task: names.index(task[-1]))
+            while ready and len(running) < args.jobs and time.time() < deadline:
+                task = ready.pop(0)
+                running[pool.submit(run_task, args, *task)] = task
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                if future.exception():
+                    failed.append(f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}")
+                else:
+                    ready += after.get(task, [])
+    return failed
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("out/ablation"),
+                   help="folder; what is there is not done again")
+    p.add_argument("--model", default=str(ROOT / "toy/model"), help="the base model")
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=PAPER, metavar="NAME",
+                   help=f"which to run, of {' '.join(VARIANTS)} (default: the first {len(PAPER)})")
+    p.add_argument("--corpus-seeds", type=int, nargs="+", default=[101],
+                   help="none of them 0, the demo's")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1], help="training and mining seeds")
+    p.add_argument("--skips", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.65],
+                   help="shares of skipping traces")
+    p.add_argument("--train", type=int, default=2400, help="training records")
+    p.add_argument("--test", type=int, default=240, help="test records")
+    p.add_argument("--dev", type=int, default=120, help="dev records, on which settings are chosen")
+    p.add_argument("--mine", type=int, default=136, help="prompts that are mined")
+    p.add_argument("--epochs", type=int, default=2, help="of R-SFT")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(),
+                   help="tasks at a time, a thread each")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="begin no task after these")
+    return p.parse_args(argv)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("out/ablation"), help="folder; what is there is not done again")
-    p.add_argument("--model", default=str(ROOT / "toy/model"), help="the base model")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="which to run")
-    p.add_argument("--corpus-seeds", type=int, nargs="+", default=[101], help="none of them 0, the demo's")
-    p.add_argument("--seeds", type=int, nargs="+", default=[1], help="training and mining seeds")
-    p.add_argument("--skips", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.65], help="shares of skipping traces")
-    p.add_argument("--train", type=int, default=2400, help="training records")
-    p.add_argument("--test", type=int, default=240, help="test records")
-    p.add_argument("--mine", type=int, default=136, help="prompts that are mined")
-    p.add_argument("--epochs", type=int, default=2, help="of R-SFT")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, a thread each")
-    args = p.parse_args(argv)
-    start, seeds = time.time(), [(corpus, seed) for corpus in args.corpus_seeds for seed in args.seeds]
-    reasoning = [name for name in args.variants if name != "labels"]
-    jobs = [(args, *pair, skip, reasoning) for skip in args.skips for pair in seeds]
-    jobs += [(args, *pair, None, ["labels"]) for pair in seeds if "labels" in args.variants]
-    with ProcessPoolExecutor(min(args.jobs, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        done = list(pool.map(run_cell, jobs))                              # a process that dies is an error here
-    cells, groups, notes = defaultdict(list), {}, []
-    for (_, corpus, seed, skip, _), tables in zip(jobs, done):
-        folder = folder_of(args, corpus, seed, skip)
-        groups[corpus] = groups_of(read_records(folder / "test.json"))
-        for name, table in tables.items():
-            for share in args.skips if skip is None else [skip]:
-                cells[name, share].append((corpus, table))
-        for name in ("hs_dpo", "hs_dpo_k8") if "r_sft" in tables else ():
-            if (folder / f"{name}_pairs.json").exists():
-                pairs = read_json(folder / f"{name}_pairs.json")
-                weights = Counter(round(pair["weight"], 2) for pair in pairs)
-                notes.append(f"s = {skip}, corpus {corpus}, seed {seed}, {name}: {len(pairs)} pairs, alpha "
-                             + ", ".join(f"{w} x {n}" for w, n in sorted(weights.items())))
-    lines, rows = report({key: cells[key] for name in args.variants for key in cells if key[0] == name}, groups)
-    spent = sum(float(line.split()[0]) for path in args.out.glob("*/cpu_seconds.txt") for line in path.open())
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    notes.append(f"{(time.time() - start) / 60:.1f} minutes, {args.jobs} jobs; {spent / 60:.1f} of CPU time in all")
-    print("\n".join([*lines, "", *notes]))
-    write_json(args.out / "ablation.json", {"rows": rows, "notes": notes, "git": commit.strip() or None,
-                                            "arguments": {k: str(v) for k, v in vars(args).items()}})
+    args = parse_arguments(argv)
+    failed = run_all(args)
+    ablation_table.main([str(args.out)])
+    if failed:
+        raise SystemExit("\n".join(["these failed:", *failed]))
 
 
 if __name__ == "__main__":

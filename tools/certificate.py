@@ -112,16 +112,25 @@ def unwrap(request):
             return tuple(wrappers), turned, request
 
 
+def states(reading):
+    """What the verdicts compare: the state that the owner wishes, that the request aims at, and that the answer
+    leaves the thing in (outcome; None without a response)."""
+    turn = lambda state, really: OPPOSITE[state] if really else state
+    found = {"wish": turn(reading.wish, reading.changed), "aim": turn(VERBS[reading.verb], reading.turned),
+             "outcome": None}
+    if reading.left is not None:
+        found["outcome"] = turn(reading.left[1], reading.left[0])
+    return found
+
+
 def solve(reading):
     """The verdicts that the rule gives: wanted, aimed at and left states compared."""
-    turn = lambda state, really: OPPOSITE[state] if really else state
     word = lambda name, positive: VERDICTS[name][0 if positive else 1]
-    wanted, aim = turn(reading.wish, reading.changed), turn(VERBS[reading.verb], reading.turned)
-    verdict = {"request": word("request", aim != wanted), "completion": None, "response": None}
+    found = states(reading)
+    verdict = {"request": word("request", found["aim"] != found["wish"]), "completion": None, "response": None}
     if reading.left is not None:
-        outcome = turn(reading.left[1], reading.left[0])
-        verdict["completion"] = word("completion", outcome != aim)
-        verdict["response"] = word("response", outcome != wanted)
+        verdict["completion"] = word("completion", found["outcome"] != found["aim"])
+        verdict["response"] = word("response", found["outcome"] != found["wish"])
     return verdict
 
 
