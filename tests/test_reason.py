@@ -143,7 +143,8 @@ def test_answers_at_once_are_those_of_eval_fast(tokenizer, corpora):
 
 
 # ------------------------------------------------------------------ from end to end
-def test_a_small_grid_runs_and_goes_on(tmp_path, capsys):
+def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reason, "BASE_RECORDS", 240)
     out = tmp_path / "out"
     results = out / "results.jsonl"
     small = ["--out", str(out), "--facts", "1", "--sizes", "8", "--seeds", "101", "--test", "8",
@@ -153,7 +154,7 @@ def test_a_small_grid_runs_and_goes_on(tmp_path, capsys):
     assert "6 of 6 cells are left" in capsys.readouterr().out
     reason.main([*small, "--steps", "2"])
     printed = capsys.readouterr().out
-    assert "all cells are done" in printed and "| r_sft - labels |" in printed
+    assert "all cells are done" in printed and "| R-SFT - labels only |" in printed
     first = reason.read_results(results)
     assert {key[3] for key in first} == set(reason.ARMS)
     assert all(len(line["right"]) == len(line["gold"]) == 8 for line in first.values())
@@ -171,5 +172,7 @@ def test_a_small_grid_runs_and_goes_on(tmp_path, capsys):
     assert reason.read_results(results).keys() == first.keys()
     with pytest.raises(InputError, match="was made with"):
         reason.main([*small, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        reason.main([*small, "--sizes", "7"])
     reason.main(["table", "--out", str(out)])
     assert sorted(path.name for path in out.iterdir()) == ["base", "reason.svg", "results.jsonl"]

@@ -1,14 +1,14 @@
-"""When must a guard reason? The toy corpus with a dial, the same records with and without reasoning.
+"""When must a guard reason? The toy corpus with a dial; the same records with and without reasoning.
 
     python tools/reason.py --out out/reason              run the grid, then report
     python tools/reason.py --minutes 20 --jobs 16        begin nothing new after 20 minutes
     python tools/reason.py table --out out/reason        report what is there
 
-The dial is the number of facts that a verdict combines, 1 to 6 (toy/make_toy.py --facts). For each of
-them, each size of training set and each seed, every arm is trained from one base model on the same
-records, and answers the same test records:
+The dial is the number of facts that a verdict combines, 1 to 6 (toy/make_toy.py --facts). For each
+of them, each size of training set and each seed, every arm is trained from one base model on the
+same records, and answers the same test records:
 
-    labels          verdicts alone; as many steps as r_sft, or three times as many, as dev prefers
+    labels          verdicts alone; as many steps as r_sft or three times as many, as dev prefers
     labels_tokens   verdicts alone, until as many answer tokens were trained as r_sft trains
     r_sft           the reasoning, then the verdict
     verdict_first   the verdict, then the same reasoning, which can only explain it
@@ -16,21 +16,23 @@ records, and answers the same test records:
     r_sft_fast      the model of r_sft, asked for the verdict at once (eval.py --fast)
     both_fast       trained on r_sft's records and on labels', twice the steps, asked at once
 
-r_sft and shuffled write their reasoning, greedily; an answer without an end or a verdict is wrong. The
-others begin with the verdict, so it is read at once. A training makes the same number of steps for every
-size: a larger set has more different records, and nothing else changes.
+r_sft and shuffled write their reasoning, greedily; an answer without an end or a verdict is wrong.
+The others begin with the verdict, so it is read at once. A training makes the same number of steps
+for every size: a larger set has more different records, and nothing else changes.
 
-A seed is that of the corpus and of training. What is finished is a line of OUT/results.jsonl and is not
-done again; files of two machines can be joined with cat. The base model, OUT/base, was taught to retell
-facts of requests in which all six vary, and never saw a verdict.
+A seed is that of the corpus and of training. What is finished is a line of OUT/results.jsonl and is
+not done again; files of two machines can be joined with cat. The base model, OUT/base, is the
+demo's, taught further to retell facts of requests in which all six vary; it never saw a verdict.
 """
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -64,16 +66,22 @@ TRAININGS = {
     "both": ["both_fast"],
     "labels_tokens": ["labels_tokens"],
 }
-ARMS = ["r_sft", "labels", "labels_tokens", "verdict_first", "shuffled", "r_sft_fast", "both_fast"]
+ARMS = {                    # as tables and picture call them
+    "r_sft": "R-SFT",
+    "labels": "labels only",
+    "labels_tokens": "labels only, as many tokens",
+    "verdict_first": "verdict, then reasoning",
+    "shuffled": "reasoning of another record",
+    "r_sft_fast": "R-SFT, answered at once",
+    "both_fast": "both forms, answered at once",
+}
 CONTRASTS = [("r_sft", "labels"), ("r_sft", "labels_tokens"), ("r_sft", "verdict_first"),
              ("r_sft", "shuffled"), ("r_sft", "r_sft_fast"), ("verdict_first", "labels"),
              ("both_fast", "labels")]
-WIDTH = 64                  # of the base model, and its layers
-LAYERS = 4
-BASE_RECORDS = 4800         # that it reads
+BASE_RECORDS = 4800         # that the base model retells
 BATCH = 16
-LR = 3e-3
-PRETRAIN = 330              # steps of the base model
+LR = 2e-3
+PRETRAIN = 100              # steps of the base model
 STEPS = 80                  # of R-SFT
 TEST = 400                  # records of a test set: 200 pairs
 GOAL = 90                   # the F1 whose price in records is asked for
@@ -91,13 +99,17 @@ class Cell:
 
 
 def make_base(folder, steps):
-    """Write the base model, whole, unless it is there."""
+    """Write the base model, whole, unless it is there: the demo's, taught further to retell."""
     if (folder / "config.json").exists():
         return
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    corpus, read = make_toy.make_dial(len(make_toy.VARYING), seed=0, train=BASE_RECORDS)
-    make_toy.write_model(part, {"train": corpus["train"]}, read, 0, steps, WIDTH, LAYERS)
+    model = Llama.from_pretrained(ROOT / "toy/model", "cpu", torch.float32)
+    tokenizer = Tokenizer.from_pretrained(ROOT / "toy/model")
+    _, read = make_toy.make_dial(len(make_toy.VARYING), seed=0, train=BASE_RECORDS)
+    make_toy.pretrain(model, tokenizer, read, random.Random(0), steps)
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
     os.replace(part, folder)
 
 
@@ -303,9 +315,10 @@ def run_grid(args):
                    for arm in TRAININGS[cell.training])]
     deadline = args.started + 60 * args.minutes
     left = len(todo)
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), prepare_worker) as pool:
-        futures = [pool.submit(run_in_time, cell, deadline, args.out / "base", args.steps, args.test)
-                   for cell in todo]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, fresh, prepare_worker) as pool:
+        futures = [pool.submit(run_in_time, cell, deadline, args.out / "base", args.steps,
+                               args.test) for cell in todo]
         try:
             for future in as_completed(futures):
                 lines = future.result()
@@ -332,17 +345,22 @@ def append(path, lines, left):
 def score(row):
     """F1 in percent: (1 + DRAWS,), first of the test as it is, then of redrawn tests.
 
-    Pairs of records are drawn, with replacement. The draw depends on facts, seed and number of pairs
-    alone, which settle the test: arms are compared on the same draws."""
-    gold = np.array([int(c) for c in row["gold"]])
-    right = np.array([int(c) for c in row["right"]])
+    The draws depend on facts, seed and number of pairs alone, which settle the test: so arms are
+    compared on the same draws."""
+    return redrawn_f1(row["gold"], row["right"], (row["facts"], row["seed"]))
+
+
+@functools.cache
+def redrawn_f1(gold, right, seed):
+    """`score` of strings of 1 and 0; pairs of rows are drawn together, with replacement."""
+    gold = np.array(list(gold), int)
+    right = np.array(list(right), int)
     tp = (gold * right).reshape(-1, 2).sum(1)                       # (pairs,)
     wrong = (1 - right).reshape(-1, 2).sum(1)                       # fp + fn
     pairs = len(tp)
-    rng = np.random.default_rng((row["facts"], row["seed"]))
-    drawn = rng.multinomial(pairs, np.full(pairs, 1 / pairs), DRAWS)
-    counts = np.concatenate([np.ones((1, pairs), int), drawn])      # how often each pair
-    return f1_of(counts @ tp, counts @ wrong, 0, 0)
+    drawn = np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), DRAWS)
+    counts = np.concatenate([np.ones((1, pairs), int), drawn])      # how often each pair is there
+    return f1_of(counts @ tp, 0, counts @ wrong, 0)
 
 
 def average(results, seeds, facts, size, arm):
@@ -375,7 +393,7 @@ def figures(results, facts, size, arm, minus=None):
 
 
 def records_needed(sizes, scores):
-    """How many records reach GOAL, as words; between two sizes linear in the logarithm of the size."""
+    """How many records reach GOAL, in words; between two sizes linear in the size's logarithm."""
     before = None
     for size, f1 in zip(sizes, scores):
         if f1 >= GOAL:
@@ -398,7 +416,7 @@ def needed_by(results, facts, arm):
 
 # ------------------------------------------------------------------ report
 def table(title, names, dials, cell):
-    """A Markdown table: a line for each name, a column for each d; cell(name, d) gives its words."""
+    """A Markdown table: a line a name, a column a d; cell(name, d) gives its words or None."""
     lines = [f"| {title} | " + " | ".join(f"d = {d}" for d in dials) + " |",
              "|---" * (len(dials) + 1) + "|"]
     for name in names:
@@ -409,6 +427,8 @@ def table(title, names, dials, cell):
 
 def report(results):
     """The lines of the Markdown report."""
+    arm_of = {title: arm for arm, title in ARMS.items()}
+    pairs = {f"{ARMS[arm]} - {ARMS[minus]}": (arm, minus) for arm, minus in CONTRASTS}
     dials = sorted({key[0] for key in results})
     sizes = sorted({key[1] for key in results})
     seeds = sorted({key[2] for key in results})
@@ -421,15 +441,15 @@ def report(results):
         return form.format(*found) + fewer
 
     for size in sizes:
-        lines += table(f"F1 (95% interval), {size:,} records", ARMS, dials, lambda arm, d: words(
-            "{:.1f} ({:.1f} - {:.1f})", figures(results, d, size, arm)))
+        lines += table(f"F1 (95% interval), {size:,} records", arm_of, dials,
+                       lambda title, d: words("{:.1f} ({:.1f} - {:.1f})",
+                                              figures(results, d, size, arm_of[title])))
     for size in sizes:
-        pairs = {f"{arm} - {minus}": (arm, minus) for arm, minus in CONTRASTS}
         lines += table(f"difference (95% interval, paired), {size:,} records", pairs, dials,
-                       lambda name, d: words("{:+.1f} ({:+.1f} to {:+.1f})",
-                                             figures(results, d, size, *pairs[name])))
-    lines += table(f"records needed to pass F1 {GOAL}", ARMS, dials,
-                   lambda arm, d: needed_by(results, d, arm))
+                       lambda title, d: words("{:+.1f} ({:+.1f} to {:+.1f})",
+                                              figures(results, d, size, *pairs[title])))
+    lines += table(f"records needed to pass F1 {GOAL}", arm_of, dials,
+                   lambda title, d: needed_by(results, d, arm_of[title]))
     return lines
 
 
@@ -455,9 +475,12 @@ def panel(left, top, results, dials, size, is_first, width=240, height=220):
         parts.append(line([(left, up(f1)), (left + width, up(f1))]))
         parts.append(text(left - 6, up(f1) + 4, f"{f1:.0f}", "end", 11))
     parts += [text(across[d], top + height + 17, d, "middle", 11) for d in dials]
-    parts.append(text(left + width / 2, top + height + 36, "facts that a verdict combines", "middle", 11))
+    parts.append(text(left + width / 2, top + height + 36, "facts that a verdict combines",
+                      "middle", 11))
     if is_first:
-        parts.append(text(left - 38, top + height / 2, "F1, with its 95% interval", "middle", 11, turn=True))
+        parts.append(text(left - 38, top + height / 2, "F1, with its 95% interval", "middle", 11,
+                          turn=True))
+    parts.append(line([(left, up(200 / 3)), (left + width, up(200 / 3))], GREY))
     for n, (arm, colour) in enumerate(zip(ARMS, COLOURS)):
         apart = (n - (len(ARMS) - 1) / 2) * step / 12
         found = [(across[d] + apart, figures(results, d, size, arm)) for d in dials]
@@ -469,15 +492,16 @@ def panel(left, top, results, dials, size, is_first, width=240, height=220):
 
 def needed_table(left, top, results, dials):
     """(parts, bottom edge) of a table that is also the legend: an arm a row, a d a column."""
+    columns = {d: left + 270 + 60 * n for n, d in enumerate(dials)}
     parts = [text(left, top, f"records needed to pass F1 {GOAL}", size=13)]
-    parts += [text(left + 190 + 70 * n, top, f"d = {d}", "end", 11) for n, d in enumerate(dials)]
-    for arm, colour in zip(ARMS, COLOURS):
+    parts += [text(x, top, f"d = {d}", "end", 11) for d, x in columns.items()]
+    for (arm, title), colour in zip(ARMS.items(), COLOURS):
         top += 20
         parts.append(line([(left, top - 4), (left + 22, top - 4)], colour, 3))
-        parts.append(text(left + 30, top, arm))
-        for n, d in enumerate(dials):
-            parts.append(text(left + 190 + 70 * n, top, needed_by(results, d, arm) or "", "end"))
-    return parts, top + 20
+        parts.append(text(left + 30, top, title))
+        parts += [text(x, top, needed_by(results, d, arm) or "", "end") for d, x in columns.items()]
+    parts.append(text(left, top + 24, "grey line: harmful throughout, F1 66.7", size=11))
+    return parts, top + 36
 
 
 def main(argv=None):
@@ -489,16 +513,20 @@ def main(argv=None):
     p.add_argument("--facts", type=int, nargs="+", choices=range(1, 7), default=[1, 2, 3, 4, 5, 6],
                    help="the dial's places")
     p.add_argument("--sizes", type=at_least(4), nargs="+", default=[300, 1200, 4800],
-                   help="records to train on, even numbers")
+                   help="records to train on, even numbers: they are pairs")
     p.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203],
                    help="of corpus and training; those below 200 were used for development")
-    p.add_argument("--test", type=at_least(4), default=TEST, help="test records, a multiple of four")
+    p.add_argument("--test", type=at_least(4), default=TEST, 
+                   help="test records, an even number")
     p.add_argument("--steps", type=at_least(1), default=STEPS, help="of R-SFT; other arms' follow")
     p.add_argument("--pretrain", type=at_least(1), default=PRETRAIN, help="steps of the base model")
-    p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="cells at a time, a thread each")
+    p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
+                   help="cells at a time, a thread each")
     p.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     args = p.parse_args(argv)
     args.started = time.time()
+    if any(n % 2 for n in [*args.sizes, args.test]):
+        p.error("--sizes and --test: records come in pairs, so these are even numbers")
     if args.do == "run":
         run_grid(args)
     results = read_results(args.out / "results.jsonl")

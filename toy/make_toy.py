@@ -367,7 +367,7 @@ def write_tokenizer(folder, texts, merges=500):
     return len(vocab) + len(specials)
 
 
-def write_model(folder, corpus, read, seed, steps, width=128, layers=4, at_once=32):
+def write_model(folder, corpus, read, seed, steps):
     """The base model: a vocabulary and a tiny LLaMA that can read, both made from the training text alone.
 
     It is pretrained to retell training exchanges fact by fact, in any order: so it can look facts up and
@@ -375,19 +375,27 @@ def write_model(folder, corpus, read, seed, steps, width=128, layers=4, at_once=
     texts = [text for name, records in corpus.items() if name.startswith("train")
              for record in records for text in record.values()]
     size, rng = write_tokenizer(folder, texts), random.Random(f"{seed} base")
-    config = LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, tie_word_embeddings=True)
+    config = LlamaConfig(vocab_size=size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
     model = Llama.random(config, seed, std=0.04)
-    tokenizer, optimizer = Tokenizer.from_pretrained(folder), make_optimizer(model, 0)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    pretrain(model, tokenizer, read, rng, steps)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pretrain(model, tokenizer, read, rng, steps):
+    """Teach a model to retell these exchanges, and to compare two states."""
+    optimizer = make_optimizer(model, 0)
     root = common_prefix([tokenizer.prompt_ids(INSTRUCTION, format_input(prompt)) for _, prompt, _ in read])
     for step in range(steps):
         exchanges, drills = [], []
-        for f, prompt, response in rng.sample(read, at_once):
+        for f, prompt, response in rng.sample(read, 32):
             told = [retell(rng, f, response) for _ in range(2)]
             ids = tokenizer.prompt_ids(INSTRUCTION, format_input(prompt, response))
             answers = [tokenizer.answer_ids(" ".join(rng.sample(t, len(t)))) for t in told]
             exchanges.append(Example(ids, answers, root))
-        for f, _, _ in rng.sample(read, 2 * at_once):
+        for f, _, _ in rng.sample(read, 64):
             said, answer = compare(rng, Wording(rng, f)).split(":")
             drills.append(Example(tokenizer.encode(said + ":"), [tokenizer.encode(answer)]))
         losses = []
@@ -400,8 +408,6 @@ def write_model(folder, corpus, read, seed, steps, width=128, layers=4, at_once=
         if step % 25 == 24:
             print(f"pretraining step {step + 1}/{steps}  retelling {sum(losses[:-1]):.3f}  "
                   f"comparing {losses[-1]:.3f}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def main(argv=None):
