@@ -1,6 +1,7 @@
 # make demo       set up, then all four stages on the embedded corpus, ending in the table of F1 figures
 # make test       set up, then all tests
 # make ablation   the controls of the method on other seeds of the embedded corpus
+# make reason     when must a guard reason? labels and reasoning, by how many facts a verdict combines
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -26,4 +27,7 @@ test: setup
 ablation: setup
 	$(BIN)/python tools/ablation.py
 
-.PHONY: setup demo test ablation
+reason: setup
+	$(BIN)/python tools/reason.py
+
+.PHONY: setup demo test ablation reason

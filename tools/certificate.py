@@ -2,12 +2,16 @@
 
     python tools/certificate.py                the files of toy/
     python tools/certificate.py --toy DIR      another corpus of the same kind
+    python tools/certificate.py --facts DIR    the three files of toy/make_toy.py --facts
 
 1  solvable      a few patterns and the written rule give every verdict, so 100% can be reached
 2  no shortcut   logistic regression on words stays near the majority class (word pairs: shown)
 3  no word tells no word's positive rate leaves 40-60%, beyond what pairs of records do by chance
 4  composition   sizes, pairs that differ in one fact, held-out combinations, nesting, skipped checks,
                  wordings of the reasoning steps (shown)
+
+With --facts: 1 and 3 at every place of the dial but the first, where the verb is the verdict; words decide there
+and nowhere else; the facts that vary are the first ones, each half of the time; pairs differ in one.
 
 Nothing is imported from the generator. If its sentences change, PATTERNS is what to edit.
 """
@@ -230,10 +234,10 @@ def telling_words(rows, pairs, name, least=50, draws=1000):
 # ------------------------------------------------------------------ the certificate
 
 
-def load(folder):
+def load(folder, names=(*TRAIN, "dev", *TEST)):
     """{file: rows}; a row has text, gold, trace and reading (None where the solver fails)."""
     files = {}
-    for name in (*TRAIN, "dev", *TEST):
+    for name in names:
         files[name] = []
         for record in read_records(Path(folder) / f"{name}.json"):
             prompt, response = split_input(record["input"])
@@ -393,13 +397,72 @@ def print_wordings(files, least=20):
           + ", ".join(f"{file} {task} step {step}" for (file, task, step), n in fewest.items() if n == 1))
 
 
+# ------------------------------------------------------------------ the dial
+
+
+def bits_of(reading):
+    """The six facts of the dial as 0 and 1, in its order: 0 is what is told where a fact does not vary."""
+    turning = [name for name, _ in PATTERNS["turns"]]
+    bits = [VERBS[reading.verb] not in STATES, reading.wish not in STATES, reading.changed,
+            *(name in turning for name in reversed(reading.wrappers))]
+    return tuple(map(int, bits))
+
+
+def certify_dial(files, claims):
+    """All claims about the three files of one place of the dial."""
+    certify_solver(files, claims)
+    if any(row["reading"] is None for rows in files.values() for row in rows):
+        return
+    bits = {name: np.array([bits_of(row["reading"]) for row in rows]) for name, rows in files.items()}
+    varies = np.ptp(bits["train"], axis=0)                                  # (6,) does this fact vary?
+    facts = int(varies.sum())
+    shares = 100 * bits["train"].mean(0)[:facts]
+    claims.add(varies.tolist() == [1] * facts + [0] * (6 - facts), f"dial: the first {facts} of 6 facts vary")
+    claims.add((abs(shares - 50) <= 10).all(), "dial: each of them is 1 in "
+               + ", ".join(f"{share:.0f}%" for share in shares) + " of training records (40-60%)")
+    certify_dial_pairs(files, bits, claims)
+    certify_dial_words(files, facts, claims)
+
+
+def certify_dial_pairs(files, bits, claims):
+    """Rows 2i and 2i + 1: one fact apart, opposite verdicts. Files do not overlap."""
+    apart = {int(n) for some in bits.values() for n in abs(some[::2] - some[1::2]).sum(1)}
+    same = sum(a["gold"]["request"] == b["gold"]["request"] for rows in files.values()
+               for a, b in zip(rows[::2], rows[1::2]))
+    texts = {name: {row["text"] for row in rows} for name, rows in files.items()}
+    both = texts["train"] & (texts["dev"] | texts["test"]) | texts["dev"] & texts["test"]
+    claims.add(apart == {1}, f"pairs: twins differ in {sorted(apart)} facts")
+    claims.add(not same, f"pairs: {same} twins have the same verdict, so each is half of the records")
+    claims.add(not both, f"overlap: {len(both)} texts are in two files")
+
+
+def certify_dial_words(files, facts, claims):
+    """Words decide where one fact varies, and say nothing where more do."""
+    pairs = [(i, i + 1) for i in range(0, len(files["train"]), 2)]
+    _, outside, chance = telling_words(files["train"], pairs, "request")
+    n, accuracy, _, _ = shortcut(files["train"], files["test"], "request", 1)
+    # a line through the four cases of a parity can have three of them right: hence not 50
+    passed = accuracy >= 95 if facts == 1 else accuracy <= 65
+    wanted = "at least 95" if facts == 1 else "at most 65"
+    claims.add(passed, f"words: logistic regression has {accuracy:.1f}% of {n} right ({wanted})")
+    most = int(np.percentile(chance, 99.9, method="higher"))
+    if facts > 1:
+        claims.add(len(outside) <= most, f"words: {len(outside)} with a rate outside 40-60%, chance gives up to {most}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--toy", default=ROOT / "toy", metavar="DIR", help="folder of the corpus")
+    p.add_argument("--facts", metavar="DIR", help="folder of one place of the dial, instead of --toy")
     p.add_argument("--slack", type=float, default=5.0, help="points words may gain on the majority")
     args = p.parse_args(argv)
-    files, claims = load(args.toy), Claims()
-    pairs = {}
+    claims = Claims()
+    if args.facts:
+        certify_dial(load(args.facts, ("train", "dev", "test")), claims)
+        if not claims.print():
+            raise SystemExit(1)
+        return
+    files, pairs = load(args.toy), {}
     for name, rows in files.items():
         known = [i for i, row in enumerate(rows) if row["reading"]]
         pairs[name] = [(known[i], known[j]) for i, j in match_pairs([rows[i]["reading"] for i in known])]

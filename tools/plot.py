@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from data import InputError, parse_records, read_json, write_whole  # noqa: E402
 from eval import TITLES  # noqa: E402
 
-GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a"]
+GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a",
+                        "#c2504d", "#4aa3a2"]
 
 # ------------------------------------------------------------------ drawing
 

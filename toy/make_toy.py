@@ -2,6 +2,7 @@
 
     python toy/make_toy.py                       rewrite all files beside this script (seed 0)
     python toy/make_toy.py --seed 7 --out DIR    another corpus of the same kind
+    python toy/make_toy.py --facts 3 --out DIR   requests whose verdict combines three facts (below)
 
 The world. Somebody's thing is in one of two states (a gate open or closed), its owner wants one of
 them and may have changed their mind since, and a request asks for one of them, perhaps wrapped: a
@@ -15,6 +16,11 @@ that differ in one fact and in the verdict on the request.
 Files are GuardReasonerTrain records from four sources with the label gaps of the real ones: wildguard
 (all three), aegis and toxicchat (no response), beavertails (only the response is labelled). A share
 of the traces skips a check that the verdict needs, though the verdict is right: real teachers do.
+
+The dial. --facts d writes train.json, dev.json and test.json: requests alone, so there is one verdict, a
+parity of d facts. Of VARYING the first d vary, the others are told as well, but stay at what changes nothing:
+the owner wants state 0 and has kept to it, wrappers turn nothing. World, sentences, number of wrappers, steps
+of the reasoning and balance are those of every other d. No trace skips a check.
 """
 import argparse
 import random
@@ -49,11 +55,17 @@ WRAPPERS = {
 FILLERS = ["It rained all morning.", "The bus was late again.", "There is soup for lunch.",
            "A cat sleeps on the wall.", "The neighbours are painting their house.", "It is a holiday tomorrow.",
            "Somebody left a hat on the bench.", "The clock in the hall is slow."]
+SOURCES = ["wildguard", "aegis", "beavertails", "toxicchat"]
 OPINIONS = ["does not mind", "is away"]
 POLITE = ["Sure.", "Sorry.", "Thank you for asking.", "All right.", "I thought about it."]
 # held out of training: triples of (kind, outermost wrapper, did the owner change their mind)
 UNSEEN = {("door", "stop", True), ("light", "story", True), ("lock", "block", False), ("flag", "list", False),
           ("door", "list", True), ("light", "block", True), ("lock", "story", False), ("flag", "stop", False)}
+
+# the dial: the facts in the order in which they begin to vary; wrappers are counted from the inside
+VARYING = ["verb", "wish", "changed", "first wrapper", "second wrapper", "third wrapper"]
+DIAL_KINDS = ["lock", "flag"]       # their verbs are no states: an "open" gate tells less than a pair of facts
+TURNING = {"story": "stop", "list": "block"}                            # a quiet wrapper and its reverse
 
 
 @dataclass(frozen=True)
@@ -114,13 +126,17 @@ def twin(rng, f, unseen):
             return g
 
 
-def write_exchange(rng, f, source):
-    """(prompt, response or None) in words; the facts stand in any order among other sentences."""
+def write_exchange(rng, f, source, say_kept=False):
+    """(prompt, response or None) in words; the facts stand in any order among other sentences.
+
+    say_kept: a mind that has not changed gets a sentence too, as long as that of one that has."""
     verb, state = (lambda i: KINDS[f.kind][i][0]), (lambda i: KINDS[f.kind][i][1])
     owner = [f"The {f.thing} belongs to {f.owner}."]
     wish = [f"{f.owner} wants it {state(f.wish)}."]
     if f.changed:
         wish.append(f"Since then {f.owner} has changed their mind.")
+    elif say_kept:
+        wish.append(f"Since then {f.owner} has kept to it.")
     opinion = rng.choice(OPINIONS + [f"wants it {state(0)}", f"wants it {state(1)}"])       # beside the point
     parts = [owner, wish, [f"{f.other} {opinion}."], [rng.choice(FILLERS)]]
     rng.shuffle(parts)
@@ -261,6 +277,51 @@ def make_corpus(seed=0, skip=0.25, train=2400, test=1200):
     return corpus, read
 
 
+# ------------------------------------------------------------------ the dial
+def draw_pair(rng, facts):
+    """Facts of which the first `facts` of VARYING are drawn, and the same with one of those turned round."""
+    kind = rng.choice(DIAL_KINDS)
+    owner, other, asker = rng.sample(NAMES, 3)
+    thing = rng.choice(KINDS[kind][2])
+    quiet = [rng.choice(list(TURNING)) for _ in range(3)]
+    bits = [rng.randrange(2) if i < facts else 0 for i in range(len(VARYING))]
+    turned = list(bits)
+    turned[rng.randrange(facts)] ^= 1
+
+    def with_bits(verb, wish, changed, *turns):
+        wrappers = tuple(TURNING[name] if turn else name for name, turn in zip(quiet, turns))
+        return Facts(kind, thing, owner, other, asker, wish, bool(changed), verb, wrappers, 0, False)
+
+    return with_bits(*bits), with_bits(*turned)
+
+
+def make_dial_exchanges(rng, facts, n):
+    """n exchanges without a response, in pairs in the same words and order; more of them begin alike."""
+    exchanges = []
+    while len(exchanges) < n:
+        pair, source, seed = draw_pair(rng, facts), rng.choice(SOURCES), rng.random()
+        for f in pair:
+            prompt, _ = write_exchange(random.Random(seed), f, source, say_kept=True)
+            exchanges.append((f, prompt, None))
+    return exchanges[:n]
+
+
+def make_dial(facts, seed=0, train=2400, test=400):
+    """({"train", "dev", "test": records}, training exchanges); rows 2i and 2i + 1 are a pair.
+
+    dev has half as many records as test. A corpus with a larger `train` begins with the same records."""
+    corpus = {}
+    for name, n in {"train": train, "dev": test // 2, "test": test}.items():
+        exchanges = make_dial_exchanges(random.Random(f"{seed} {facts} {name}"), facts, n)
+        rng = random.Random(f"{seed} {facts} {name} wording")
+        skip = None if name == "test" else 0.0
+        corpus[name] = [to_record(rng, "aegis", exchange, skip) for exchange in exchanges]
+        if name == "train":
+            read = exchanges
+    return corpus, read
+
+
+# ------------------------------------------------------------------ the base model
 def train_bpe(texts, merges):
     """Byte-pair encoding from scratch (Sennrich et al. 2016): the list of merged pairs, best first."""
     pieces = Counter(piece for text in texts for piece in re.findall(
@@ -271,6 +332,8 @@ def train_bpe(texts, merges):
         for piece, parts in words.items():
             for pair in zip(parts, parts[1:]):
                 pairs[pair] += pieces[piece]
+        if not pairs:                                                   # every piece is one token
+            break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         chosen.append(best)
         for piece, parts in words.items():
@@ -315,7 +378,15 @@ def write_model(folder, corpus, read, seed, steps):
     config = LlamaConfig(vocab_size=size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
     model = Llama.random(config, seed, std=0.04)
-    tokenizer, optimizer = Tokenizer.from_pretrained(folder), make_optimizer(model, 0)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    pretrain(model, tokenizer, read, rng, steps)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pretrain(model, tokenizer, read, rng, steps):
+    """Teach a model to retell these exchanges, and to compare two states."""
+    optimizer = make_optimizer(model, 0)
     root = common_prefix([tokenizer.prompt_ids(INSTRUCTION, format_input(prompt)) for _, prompt, _ in read])
     for step in range(steps):
         exchanges, drills = [], []
@@ -337,8 +408,6 @@ def write_model(folder, corpus, read, seed, steps):
         if step % 25 == 24:
             print(f"pretraining step {step + 1}/{steps}  retelling {sum(losses[:-1]):.3f}  "
                   f"comparing {losses[-1]:.3f}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def main(argv=None):
@@ -349,12 +418,18 @@ def main(argv=None):
     p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
     p.add_argument("--test", type=int, default=1200, help="records of each test file")
     p.add_argument("--pretrain", type=int, default=600, help="steps of pretraining of the base model")
+    p.add_argument("--facts", type=int, choices=range(1, 7), metavar="D",
+                   help="write the dial's three files instead: verdicts combine D facts; no base model")
     args = p.parse_args(argv)
-    corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
+    if args.facts:
+        corpus, _ = make_dial(args.facts, args.seed, args.train, args.test)
+    else:
+        corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
     for name, records in corpus.items():
         write_json(args.out / f"{name}.json", records)
         print(f"{args.out / name}.json: {len(records)} records")
-    write_model(args.out / "model", corpus, read, args.seed, args.pretrain)
+    if not args.facts:
+        write_model(args.out / "model", corpus, read, args.seed, args.pretrain)
 
 
 if __name__ == "__main__":

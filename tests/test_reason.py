@@ -1,0 +1,178 @@
+"""The toy corpus's dial, and the experiment about it: arithmetic by hand, a small form from end to end."""
+import json
+import math
+import random
+import xml.etree.ElementTree as ElementTree
+
+import certificate
+import numpy as np
+import pytest
+import reason
+import traces
+
+import make_toy
+from data import InputError, gold_verdict, read_records, split_input
+from eval import answer_fast, f1
+from model import Llama, World
+
+DIALS = range(1, 7)
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    return {d: make_toy.make_dial(d, seed=3, train=400, test=200)[0] for d in DIALS}
+
+
+def bits(records):
+    """(n, 6) which facts of the dial are turned, read from the texts alone."""
+    return np.array([certificate.bits_of(certificate.read(*split_input(r["input"]))) for r in records])
+
+
+# ------------------------------------------------------------------ the dial
+@pytest.mark.parametrize("d", DIALS)
+def test_the_first_facts_vary_and_decide(corpora, d):
+    records = corpora[d]["train"]
+    facts = bits(records)
+    assert np.ptp(facts, axis=0).tolist() == [1] * d + [0] * (6 - d)
+    assert (abs(facts.mean(0)[:d] - 0.5) < 0.1).all()
+    assert (abs(facts[::2] - facts[1::2]).sum(1) == 1).all()                    # twins are one fact apart
+    harmful = [gold_verdict(r)["request"] == "harmful" for r in records]
+    assert harmful == (facts.sum(1) % 2 == 1).tolist()                          # a parity of d facts
+    assert all(a != b for a, b in zip(harmful[::2], harmful[1::2]))             # so half are harmful
+
+
+def test_nothing_else_changes_with_the_dial(corpora):
+    words = lambda name: [np.mean([len(r[name].split()) for r in corpora[d]["train"]]) for d in DIALS]
+    for name in ("input", "output"):
+        assert max(words(name)) / min(words(name)) < 1.05
+    for d in DIALS:
+        for r in corpora[d]["train"]:
+            reading = certificate.read(*split_input(r["input"]))
+            assert len(reading.wrappers) == 3 and r["input"].count("Since then") == 1
+            assert r["output"].count("Reasoning Step") == 3 and len(r["output"].split(", ")) >= 4
+
+
+def test_a_larger_corpus_begins_with_the_smaller_one(corpora):
+    larger, _ = make_toy.make_dial(4, seed=3, train=500, test=200)
+    assert larger["train"][:400] == corpora[4]["train"] and larger["test"] == corpora[4]["test"]
+    assert make_toy.make_dial(4, seed=4, train=400, test=200)[0]["test"] != corpora[4]["test"]
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_the_dial_has_its_certificate(tmp_path, capsys, d):
+    make_toy.main(["--facts", str(d), "--seed", "3", "--out", str(tmp_path), "--train", "600", "--test", "400"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.json", "test.json", "train.json"]
+    certificate.main(["--facts", str(tmp_path)])
+    assert "FAIL" not in capsys.readouterr().out
+    records = read_records(tmp_path / "train.json")
+    records[0]["output"] = traces.labels_only(records[1:2])[0]["output"]        # its twin's verdict: wrong
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    with pytest.raises(SystemExit):
+        certificate.main(["--facts", str(tmp_path)])
+    assert "FAIL  solver: 1 wrong" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ figures by hand
+def row(gold, right, **rest):
+    return {"facts": 2, "size": 10, "seed": 5, "arm": "r_sft", "gold": gold, "right": right, **rest}
+
+
+def test_f1_equals_the_scorers():
+    rng = random.Random(0)
+    gold = [rng.randrange(2) for _ in range(40)]
+    right = [rng.randrange(2) for _ in range(40)]
+    said = [g if ok else None for g, ok in zip(gold, right)]
+    want = f1(gold, said, positive=1)
+    assert reason.score(row(reason.flags(gold), reason.flags(right)))[0] == pytest.approx(want)
+
+
+def test_interval_by_hand():
+    """Two pairs, one all right and one all wrong: a draw has 2, 1 or 0 good pairs."""
+    scores = reason.score(row("1010", "1100"))
+    assert scores[0] == 50                                          # tp 1, fp 1, fn 1
+    assert set(scores[1:]) == {0, 50, 100}
+    assert abs(np.mean(scores[1:] == 50) - 0.5) < 0.06
+    assert reason.interval(scores) == (50, 0, 100)
+
+
+def test_differences_are_paired_and_seeds_are_averaged():
+    results = {}
+    for seed, right in ((1, "11110000"), (2, "11111111")):
+        for arm in ("r_sft", "labels"):
+            line = row("10101010", right, arm=arm) | {"seed": seed}
+            results[reason.key_of(line)] = line
+    assert reason.figures(results, 2, 10, "r_sft", "labels") == (0, 0, 0, 2)
+    figure, low, high, seeds = reason.figures(results, 2, 10, "r_sft")
+    assert figure == 75 and 50 <= low < 75 < high <= 100 and seeds == 2
+    assert reason.figures(results, 3, 10, "r_sft") is None
+    del results[2, 10, 2, "labels"]
+    assert reason.figures(results, 2, 10, "r_sft", "labels")[3] == 1
+    assert "[1]" in "".join(reason.report(results))                 # a figure of fewer seeds says so
+
+
+def test_records_needed_by_hand():
+    assert reason.records_needed([300, 1200], [91, 99]) == "<= 300"
+    assert reason.records_needed([300, 1200], [50, 70]) == "> 1,200"
+    assert reason.records_needed([300, 1200], [80, 100]) == f"{math.sqrt(300 * 1200):,.0f}"    # half way
+
+
+# ------------------------------------------------------------------ arms
+def test_what_each_arm_sees(tokenizer, corpora):
+    records = corpora[3]["train"][:40]
+    gold = [gold_verdict(r) for r in records]
+    seen = {name: reason.arm_records(name, records, 1) for name in reason.TRAININGS}
+    for name in ("labels", "r_sft", "verdict_first"):
+        assert [r["input"] for r in seen[name]] == [r["input"] for r in records]
+        assert [gold_verdict(r) for r in seen[name]] == gold
+    assert all(r["output"].startswith("Answers:") for r in seen["labels"] + seen["verdict_first"])
+    by_input = dict(zip((r["input"] for r in records), records))
+    assert all(gold_verdict(by_input[r["input"]]) == gold_verdict(r) for r in seen["shuffled"])
+    assert len(seen["both"]) == 80
+    (steps,) = reason.arm_steps("labels_tokens", 100, records, tokenizer)
+    tokens = {name: reason.answer_tokens(seen[name], tokenizer) for name in ("labels", "r_sft")}
+    assert abs(steps * tokens["labels"] / (100 * tokens["r_sft"]) - 1) < 0.01
+
+
+def test_answers_at_once_are_those_of_eval_fast(tokenizer, corpora):
+    model = Llama.from_pretrained("toy/model")
+    records = corpora[3]["test"][:12]
+    prompts = [tokenizer.prompt_ids(r["instruction"], r["input"]) for r in records]
+    blocks = answer_fast(model, tokenizer, prompts, World(model.head.device))
+    want = [text.split()[2] for text, _ in blocks]
+    assert reason.answer_at_once(model, tokenizer, records) == want
+
+
+# ------------------------------------------------------------------ from end to end
+def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reason, "BASE_RECORDS", 240)
+    out = tmp_path / "out"
+    results = out / "results.jsonl"
+    small = ["--out", str(out), "--facts", "1", "--sizes", "8", "--seeds", "101", "--test", "8",
+             "--pretrain", "2", "--jobs", "1"]
+    with pytest.raises(InputError, match="no cell is done yet"):
+        reason.main([*small, "--steps", "2", "--minutes", "0"])
+    assert "6 of 6 cells are left" in capsys.readouterr().out
+    reason.main([*small, "--steps", "2"])
+    printed = capsys.readouterr().out
+    assert "all cells are done" in printed and "| R-SFT - labels only |" in printed
+    first = reason.read_results(results)
+    assert {key[3] for key in first} == set(reason.ARMS)
+    assert all(len(line["right"]) == len(line["gold"]) == 8 for line in first.values())
+    assert first[1, 8, 101, "both_fast"]["steps"] == 4 and first[1, 8, 101, "labels"]["steps"] in (2, 6)
+    ElementTree.parse(out / "reason.svg")
+
+    whole = results.read_bytes()
+    results.write_bytes(whole[:-20])                                            # as a kill leaves it
+    reason.main([*small, "--steps", "2"])
+    assert " 0 cells left" in capsys.readouterr().out
+    again = reason.read_results(results)
+    lasting = lambda line: {name: value for name, value in line.items() if "seconds" not in name}
+    assert {k: lasting(v) for k, v in again.items()} == {k: lasting(v) for k, v in first.items()}
+    results.write_bytes(whole + whole)                                          # of two machines
+    assert reason.read_results(results).keys() == first.keys()
+    with pytest.raises(InputError, match="was made with"):
+        reason.main([*small, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        reason.main([*small, "--sizes", "7"])
+    reason.main(["table", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["base", "reason.svg", "results.jsonl"]
