@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from safetensors import SafetensorError
@@ -687,7 +688,8 @@ def lay_out(root, branches):
             tokens += fed
             end += [first + len(fed)] * len(fed)
     lists = (tokens, end, rows, targets, answer)
-    return Pack(*(torch.tensor(values, dtype=torch.long) for values in lists))
+    # by way of numpy: torch takes seven times as long to read a list
+    return Pack(*(torch.from_numpy(np.array(values, np.int64)) for values in lists))
 
 
 def deal(packs, rank, ranks):
