@@ -62,9 +62,13 @@ def trl_rows(b, batches, records, pairs):
                  "labels": [-100] * len(e.prompt) + e.answers[0]}
                 for some in batches * 2 for e in some]
     t = Tokenizer.from_pretrained(b.args.model)
-    head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
-    return [{"prompt": head + r["instruction"] + "\n" + r["input"] + tail, "chosen": r["chosen"] + t.end,
-             "rejected": r["rejected"] + t.end} for some in records for r in some]
+
+    def prompt(record):
+        text = record["instruction"] + "\n" + record["input"]
+        return t.before + (text.strip() if t.trim else text) + t.after
+
+    return [{"prompt": prompt(r), "chosen": r["chosen"] + t.end, "rejected": r["rejected"] + t.end}
+            for some in records for r in some]
 
 
 def trl(b, pairs, **options):
