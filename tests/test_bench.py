@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import bench
@@ -136,3 +137,13 @@ def test_trl_is_given_the_prompt_that_we_train_on():
         assert t.template_ids(t.split_control(row["prompt"])) == example.prompt
         for answer, name in zip(example.answers, ("chosen", "rejected")):
             assert t.template_ids(t.split_control(row[name])) == answer
+
+
+def test_processor_time_stands_while_nothing_is_computed():
+    seconds = {}
+    for flags in ([], ["--processor-time"]):
+        b = Bench(arguments("--shape", "tiny", *flags))
+        began = b.now()
+        time.sleep(0.2)
+        seconds[len(flags)] = b.now() - began
+    assert seconds[0] >= 0.2 and seconds[1] < 0.1

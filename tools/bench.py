@@ -243,6 +243,8 @@ def parse_arguments(argv):
     p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
                    help="torch: the plain twins of the kernels")
     p.add_argument("--threads", type=count, help="of torch (default: its own choice)")
+    p.add_argument("--processor-time", action="store_true", help="a clock that stands while others use the "
+                   "machine; for --threads 1 and OMP_NUM_THREADS=1, as idle threads count")
     p.add_argument("--only", choices=ITEMS, help=argparse.SUPPRESS)
     p.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     if p.parse_args(argv).memory_cap:

@@ -128,7 +128,7 @@ class Bench:
     def now(self):
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.process_time() if self.args.processor_time else time.perf_counter()
 
     def peak(self):
         """Most bytes held so far."""

@@ -14,9 +14,9 @@ average. Each number of records has a process of its own. One thing after anothe
     read samples    four answers to every prompt, from samples.jsonl
     select          judge them, draw pairs, weigh them
 
-A row gives seconds and, in brackets, microseconds a record: what grows linearly keeps the latter. GiB is what the
-records and their answers hold; "above", the most beyond that while the line ran. --rate: tokens a second that the
-model trains at, to say which part of a step is not the model's.
+A row gives seconds of processor time (others may use the machine) and, in brackets, microseconds a record: what
+grows linearly keeps the latter. GiB is what the records and their answers hold; "above", the most beyond that while
+the line ran. --rate: tokens a second that the model trains at, to say which part of a step is not the model's.
 """
 import argparse
 import json
@@ -97,7 +97,7 @@ def reset_peak():
 
 
 class Meter:
-    """Seconds and memory of one thing after another."""
+    """Processor time and memory of one thing after another."""
 
     def __init__(self, n):
         self.n = n
@@ -106,9 +106,9 @@ class Meter:
     def run(self, name, work, *args):
         """work(*args), noted under a name."""
         reset_peak()
-        began = time.perf_counter()
+        began = time.process_time()
         result = work(*args)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         now = held()
         self.rows.append(dict(name=name, seconds=seconds, a_record=1e6 * seconds / self.n, gib=now,
                               above=max(0.0, most_held() - now)))
