@@ -22,7 +22,7 @@ import random
 import sys
 import time
 from collections import Counter
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict,
@@ -285,8 +285,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
             write_lines(parts[first], answer_block(guard, block, first, settings, args, meter))
         world.wait()                                        # all blocks exist
         if world.rank == 0:
-            lines = [line for part in parts.values() for _, line in parse_records(part)]
-            write_lines(path, lines)
+            lines = (line for part in parts.values() for _, line in parse_records(part))
+            write_lines(path, lines)                        # one line at a time is held
         world.wait()                                        # the file exists
     if world.rank == 0:
         for part in parts.values():
@@ -335,8 +335,10 @@ def check_settings(path, settings, world):
 
 def write_lines(path, lines):
     """Write a JSON value a line, whole; half a surrogate pair is written as JSON spells it."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write = partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace")
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
     write_whole(path, write)
 
 

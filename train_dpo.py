@@ -101,9 +101,13 @@ def reference_logprobs(model, examples, args, world):
     one a pair, with two answers; packs hold args.max_tokens, ordinary ones where args.no_share. A
     run that is resumed computes them again: it starts from the same model before it loads its
     checkpoint."""
-    packs = pack(examples, args.max_tokens, not args.no_share)
-    total = answer_logprobs(model, packs, 2 * len(examples), world)
-    return total.view(-1, 2)
+    logprobs = []
+    for first in range(0, len(examples), 1024):             # packs of so many exist at a time
+        some = examples[first:first + 1024]
+        packs = pack(some, args.max_tokens, not args.no_share)
+        total = answer_logprobs(model, packs, 2 * len(some), world)
+        logprobs.append(total.view(-1, 2))
+    return torch.cat(logprobs)
 
 
 # ------------------------------------------------------------------ the script

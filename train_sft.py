@@ -148,8 +148,9 @@ def training_arguments(p):
     """The arguments that mean the same in both trainers."""
     p.add_argument("--max-length", type=at_least(1), default=2048,
                    help="tokens of a sequence (paper: 2048)")
-    p.add_argument("--max-tokens", type=at_least(1), default=8192,
-                   help="of a pack: speed and memory only")
+    p.add_argument("--max-tokens", type=at_least(1),
+                   help="of a pack: speed and memory only (default: 8192; CUDA: up to 32768, "
+                   "from 2e9 parameters on 16384, if memory will do)")
     p.add_argument("--max-steps", type=at_least(1), help="stop here; the schedule ends here too")
     p.add_argument("--recompute", action="store_true",
                    help="activations twice: less memory, 4/3 time")
@@ -169,11 +170,18 @@ def load_for_training(args, world, examples):
     storage = torch.promote_types(products, torch.float32)
     sizes = sorted(len(e.prompt) + sum(map(len, e.answers)) for e in examples)
     largest_batch = sum(sizes[-args.batch_size:])
-    T = max(sizes[-1], min(args.max_tokens, largest_batch))             # tokens of the largest pack
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     logits = TokenLogprobs.logits_in_part(world.device)
-    need = training_bytes(config, T, products, storage, world.ranks, args.recompute, logits)
-    check_memory(need, world.device, "use --recompute, a lower --max-tokens, or more GPUs")
+
+    def need(max_tokens):
+        """Bytes, if packs have at most so many tokens."""
+        T = max(sizes[-1], min(max_tokens, largest_batch))              # tokens of the largest pack
+        return training_bytes(config, T, products, storage, world.ranks, args.recompute, logits)
+
+    if args.max_tokens is None:
+        args.max_tokens = default_max_tokens(parameters(config), world, need)
+    check_memory(need(args.max_tokens), world.device,
+                 "use --recompute, a lower --max-tokens, or more GPUs")
     place = "cpu" if world.ranks > 1 else world.device
     model = Llama.from_pretrained(args.model, place, storage)
     model.compute_dtype = products
@@ -183,13 +191,33 @@ def load_for_training(args, world, examples):
     return model
 
 
+def parameters(config):
+    """How many numbers the weights of such a model are."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in Llama(config).parameters())
+
+
+def default_max_tokens(N, world, need):
+    """Tokens of a pack where --max-tokens says nothing, the same on all ranks: 8192, enough to keep
+    a CPU busy. A GPU reads a layer's weights and launches its kernels once for a pack, so that more
+    tokens are faster: 32768, or 16384 of a model of N = 2e9 weights or more, whose products are
+    large enough then. What a layer keeps of each token for the backward pass must fit: half as many
+    where need(tokens) bytes are over 90% of a card's memory (the rest is lost between blocks)."""
+    most = 32768 if N < 2e9 else 16384
+    while world.device.type == "cuda" and most > 8192:
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        if world.sum(need(most) > 0.9 * memory) == 0:                   # on no rank is it too much
+            return most
+        most //= 2
+    return 8192
+
+
 def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogprobs.LOGITS):
     """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients,
     AdamW's two moments, the head's gradient. In dtype `products`: weights cast for products, what
     layers keep for the backward pass. 0.4 GB for Python and torch. A long run on a CPU may add
     half: freed memory is kept."""
-    with torch.device("meta"):
-        N = sum(weight.numel() for weight in Llama(c).parameters())
+    N = parameters(c)
     D = c.hidden_size
     L = c.num_hidden_layers
     head = c.vocab_size * D

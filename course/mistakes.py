@@ -100,7 +100,7 @@ MISTAKES = {
     ],
     "pack": [
         ("-forest.rows", "forest.rows"),
-        ("bin.root == forest.root and ", ""),
+        (" and bin.root == forest.root", ""),
         ("taken + forest.rows <= max_tokens", "bin.rows + forest.rows <= max_tokens"),
         ("to_forests(examples, share)", "to_forests(examples, True)"),
     ],
@@ -198,7 +198,7 @@ MISTAKES = {
     ],
     "reference_logprobs": [
         ("total.view(-1, 2)", "total.view(2, -1).T"),
-        ("pack(examples, args.max_tokens", "pack(examples, 10 ** 9"),
+        ("pack(some, args.max_tokens", "pack(some, 10 ** 9"),
         ("not args.no_share", "True"),
     ],
     "confusion": [

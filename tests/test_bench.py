@@ -2,14 +2,18 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import bench
 import measure
+import peers
 import pytest
 import torch
+from conftest import ROOT
 from measure import Bench, random_examples
 
+from data import Tokenizer
 from model import Llama
 
 FAST = ["--steps", 1, "--batch-size", 2, "--prompts", 2, "--new-tokens", 4, "--device", "cpu",
@@ -122,3 +126,24 @@ def test_goals_follow_from_the_limits_of_the_same_round():
     assert "G2 158/s missed; G12 60 s met" in bench.show(row)
     other = bench.summarize("sft unshared", [rounds(100.0, 80.0), rounds(180.0, 60.0)], False)
     assert other["ratio"] == pytest.approx((1.25 + 3) / 2) and "goals" not in other
+
+
+def test_trl_is_given_the_prompt_that_we_train_on():
+    b = Bench(arguments("--model", ROOT / "toy/model"))
+    batches, records = b.batches(pairs=True)
+    rows = peers.trl_rows(b, batches, records, pairs=True)
+    t = Tokenizer.from_pretrained(b.args.model)
+    for example, row in zip([e for some in batches for e in some], rows, strict=True):
+        assert t.template_ids(t.split_control(row["prompt"])) == example.prompt
+        for answer, name in zip(example.answers, ("chosen", "rejected")):
+            assert t.template_ids(t.split_control(row[name])) == answer
+
+
+def test_processor_time_stands_while_nothing_is_computed():
+    seconds = {}
+    for flags in ([], ["--processor-time"]):
+        b = Bench(arguments("--shape", "tiny", *flags))
+        began = b.now()
+        time.sleep(0.2)
+        seconds[len(flags)] = b.now() - began
+    assert seconds[0] >= 0.2 and seconds[1] < 0.1

@@ -24,7 +24,7 @@ COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitli
             if re.match(r"(python|torchrun) ", line)]
 SCRIPTS = ["data", "train_sft", "mine_hard", "train_dpo", "eval"]
 TOOLS = ["ablation", "baselines", "bench", "certificate", "fuzz", "grade", "kill", "make_assignment", "make_toy", "plot",
-         "synthesize", "traces", "early_verdict", "view", "real", "first_gpu", "ablation_table", "pushes", "reason"]
+         "synthesize", "traces", "early_verdict", "view", "real", "first_gpu", "ablation_table", "pushes", "reason", "scale"]
 FOLDERS = ("tests", "tools", "course", "docs")
 OTHERS = {"--nproc_per_node", "--shutdown-timeout", "--repo-type", "--local-dir", "--help"}          # of torchrun, hf, argparse
 RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_pipeline.py four_stages",
@@ -44,6 +44,7 @@ RUN_BY = {"train_sft.py": "test_pipeline.py four_stages", "mine_hard.py": "test_
           "tests/kill.py": "test_kill.py five_kills",
           "tests/test_kernels.py": "test_kernels.py equal_their_twins",
           "tools/bench.py": "test_bench.py one_command",
+          "tools/scale.py": "test_scale.py one_command",
           "toy/make_toy.py": "test_ablation.py small_ablation",
           "tools/pushes.py": "test_preferences.py pushes_of_a_small_cell",
           "tools/ablation_table.py": "test_ablation.py small_ablation",

@@ -3,10 +3,12 @@ import json
 import math
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CONFIG, tiny_model, tiny_examples
+from measure import SHAPES
 from safetensors.torch import load_file
 
 import train_sft
@@ -201,6 +203,26 @@ def test_memory_of_training_by_hand():
     assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD) + 4e8
     assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD) + 4e8
     assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + logits + VD) + 4e8
+
+
+def test_how_many_tokens_a_pack_has_by_default(monkeypatch):
+    def tokens(shape, gigabytes, device="cuda", ranks=1):
+        card = SimpleNamespace(total_memory=1e9 * gigabytes)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+        c = SHAPES[shape]
+        need = lambda T: train_sft.training_bytes(c, T, torch.bfloat16, torch.float32, ranks, False, 2 ** 29)
+        return train_sft.default_max_tokens(train_sft.parameters(c), World(torch.device(device)), need)
+
+    assert tokens("1b", 141) == tokens("1b", 80) == 32768 and tokens("3b", 141) == 16384
+    assert tokens("8b", 141, ranks=4) == 16384 and tokens("8b", 80, ranks=4) == 8192       # 58 GB of activations, 29
+    assert tokens("3b", 80) == tokens("1b", 24) == 8192                        # the others would not fit
+    assert tokens("1b", 141, "cpu") == 8192
+
+
+@pytest.mark.parametrize("given, want", [([], 8192), (["--max-tokens", 300], 300)])
+def test_the_log_says_how_many_tokens_a_pack_has(tmp_path, given, want):
+    header, _, _ = run(tmp_path / "a", "--max-steps", 1, *given)
+    assert header["max_tokens"] == want
 
 
 def test_a_checkpoint_holds_full_weights_of_a_model_stored_in_bf16(tmp_path):

@@ -50,10 +50,12 @@ ITEMS = {                           # name: (function, what it needs); the slowe
     "sft transformers": (peers.sft, "peers"),
     "sft trl": (partial(peers.trl, pairs=False), "peers model"),
     "sft trl packed": (partial(peers.trl, pairs=False, packing=True), "peers model"),
+    "sft trl stored": (partial(peers.trl, pairs=False, gradient_checkpointing=False), "peers model"),
     "dpo": (dpo, ""),
     "dpo unshared": (partial(dpo, share=False), ""),
     "dpo trl": (partial(peers.trl, pairs=True), "peers model"),
     "dpo trl precomputed": (partial(peers.trl, pairs=True, precompute_ref_log_probs=True), "peers model"),
+    "dpo trl stored": (partial(peers.trl, pairs=True, gradient_checkpointing=False), "peers model"),
     "generate": (sample, ""),
     "generate unshared": (partial(sample, share=False), ""),
     "stops": (partial(sample, stops=True), "model"),
@@ -81,8 +83,10 @@ ITEMS = {                           # name: (function, what it needs); the slowe
     "generate transformers": (peers.sample, "peers"),
     "generate transformers sorted": (partial(peers.sample, sort=True), "peers"),
     "generate transformers at once": (partial(peers.sample, prompts_a_call=0), "peers"),
+    "generate vllm": (peers.vllm, "peers model"),
     "stops transformers sorted": (partial(peers.sample, sort=True, stops=True), "peers model"),
     "stops transformers at once": (partial(peers.sample, prompts_a_call=0, stops=True), "peers model"),
+    "stops vllm": (partial(peers.vllm, stops=True), "peers model"),
 }
 # the part of the rate that the measured limits allow, for models of about 1B, 3B and 8B
 GOALS = {"sft unshared": ("G1", 0.63, 0.63, 0.70), "sft": ("G2", 0.63, 0.63, 0.70),
@@ -112,13 +116,13 @@ def run_here(args):
     print("\n" + json.dumps(result), flush=True)
 
 
-def run_child(argv, name, seconds):
+def run_child(argv, name, seconds, python=sys.executable):
     """One item in a process of its own; {"error"} where it fails or is not done within `seconds`."""
     if seconds is not None and seconds < 5:
         return {"error": "left out: --minutes are over"}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1",
              "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, __file__, *argv, "--only", name, "--started", str(time.time())]
+    command = [python, __file__, *argv, "--only", name, "--started", str(time.time())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds,
                               env={**os.environ, **quiet})
@@ -216,6 +220,8 @@ def parse_arguments(argv):
     p.add_argument("--dpo", help="records with chosen and rejected (default: made up from --sft)")
     p.add_argument("--items", nargs="+", metavar="NAME", help="items or groups to run (default: all)")
     p.add_argument("--peers", action="store_true", help="run transformers, TRL and torch's own kernels too")
+    p.add_argument("--vllm-python", default=sys.executable, metavar="FILE",
+                   help="the interpreter that has vLLM, which wants a torch of its own (default: this one)")
     p.add_argument("--big", action="store_true", help="the loss at 8,192 x 128,256 on a CPU too")
     p.add_argument("--repeat", type=count, default=1, metavar="N", help="rounds through all items")
     p.add_argument("--minutes", type=at_least(0, float), help="stop then, and say what was left out")
@@ -237,6 +243,8 @@ def parse_arguments(argv):
     p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
                    help="torch: the plain twins of the kernels")
     p.add_argument("--threads", type=count, help="of torch (default: its own choice)")
+    p.add_argument("--processor-time", action="store_true", help="a clock that stands while others use the "
+                   "machine; for --threads 1 and OMP_NUM_THREADS=1, as idle threads count")
     p.add_argument("--only", choices=ITEMS, help=argparse.SUPPRESS)
     p.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     if p.parse_args(argv).memory_cap:
@@ -271,7 +279,8 @@ def main(argv=None):
         rounds.append({})
         for name in names:
             left = args.minutes * 60 - (time.time() - args.started) if args.minutes is not None else None
-            result = rounds[-1][name] = run_child(argv, name, left)
+            python = args.vllm_python if name.endswith("vllm") else sys.executable
+            result = rounds[-1][name] = run_child(argv, name, left, python)
             said = result.get("error") or f"{human(result['rate'])} {result['unit']}/s"
             print(f"round {number} of {args.repeat}: {name}: {said}", file=sys.stderr, flush=True)
     rows = [summarize(name, rounds, args.cuda) for name in names]

@@ -1,8 +1,9 @@
-"""What bench.py compares with: transformers, TRL and torch's own kernels, as a plain user has them.
+"""What bench.py compares with: transformers, TRL, vLLM and torch's own kernels, as a plain user has them.
 
 Each takes the same Bench (see there) and the same batches. The packages are imported inside: none is needed
 before --peers asks for it, and one that is absent is named. Padded peers compute ROWS rows at once.
 """
+import os
 import tempfile
 from functools import partial
 from inspect import signature
@@ -61,9 +62,13 @@ def trl_rows(b, batches, records, pairs):
                  "labels": [-100] * len(e.prompt) + e.answers[0]}
                 for some in batches * 2 for e in some]
     t = Tokenizer.from_pretrained(b.args.model)
-    head, tail = t.start + t.head.format("user"), t.close + t.head.format("assistant")
-    return [{"prompt": head + r["instruction"] + "\n" + r["input"] + tail, "chosen": r["chosen"] + t.end,
-             "rejected": r["rejected"] + t.end} for some in records for r in some]
+
+    def prompt(record):
+        text = record["instruction"] + "\n" + record["input"]
+        return t.before + (text.strip() if t.trim else text) + t.after
+
+    return [{"prompt": prompt(r), "chosen": r["chosen"] + t.end, "rejected": r["rejected"] + t.end}
+            for some in records for r in some]
 
 
 def trl(b, pairs, **options):
@@ -147,6 +152,32 @@ def sample(b, prompts_a_call=ROWS, sort=False, stops=False):
     run(prompts[:2], 4)
     began, size = b.now(), prompts_a_call or len(prompts)
     tokens = sum(run(prompts[i:i + size], new) for i in range(0, len(prompts), size))
+    return {"unit": "tokens", "units": tokens, "seconds": b.now() - began, "flops": 2 * b.parameters * tokens}
+
+
+def vllm(b, stops=False):
+    """vLLM: prefix caching on, all sequences at once. Keys and values get 2 GiB of a CPU's memory, a setting
+    that its peak memory holds; the engine runs in this process, so that its memory is counted."""
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="2", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+                      VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
+    from vllm import LLM, SamplingParams
+    ids = [{"prompt_token_ids": prompt} for prompt in b.prompts()]
+    engine = LLM(b.args.model, dtype=str(b.products).removeprefix("torch."), enforce_eager=not b.cuda,
+                 max_model_len=4096, enable_prefix_caching=True, max_num_seqs=b.args.prompts * b.args.k)
+    most = b.args.new_tokens * (2 if stops else 1)
+    stop = Tokenizer.from_pretrained(b.args.model).stop if stops else None
+
+    def run(prompts, most):
+        sampling = SamplingParams(n=b.args.k, temperature=1.0, top_p=0.95, max_tokens=most,
+                                  ignore_eos=not stops, stop_token_ids=stop)
+        answers = [answer for result in engine.generate(prompts, sampling, use_tqdm=False)
+                   for answer in result.outputs]
+        return sum(len(answer.token_ids) for answer in answers)
+
+    run(ids[:2], 4)
+    engine.reset_prefix_cache()
+    began = b.now()
+    tokens = run(ids, most)
     return {"unit": "tokens", "units": tokens, "seconds": b.now() - began, "flops": 2 * b.parameters * tokens}
 
 
