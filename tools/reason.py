@@ -82,7 +82,7 @@ BASE_RECORDS = 4800         # that the base model retells
 BATCH = 16
 LR = 2e-3
 PRETRAIN = 50               # steps of the base model
-STEPS = 80                  # of R-SFT
+STEPS = 200                 # of R-SFT
 TEST = 400                  # records of a test set: 200 pairs
 GOAL = 90                   # the F1 whose price in records is asked for
 DRAWS = 1000                # of the bootstrap
@@ -144,14 +144,14 @@ def answer_tokens(records, tokenizer):
     return sum(len(tokenizer.answer_ids(record["output"])) for record in records)
 
 
-def train(base, records, steps, seed, folder):
+def train(base, records, steps, seed, folder, device):
     """Train the base model into folder/model; returns the answer tokens that its loss was about."""
     write_json(folder / "records.json", records)
     epochs = math.ceil(steps * BATCH / len(records)) + 1            # --max-steps ends it
     train_sft.main(["--model", str(base), "--data", str(folder / "records.json"),
                     "--out", str(folder / "model"), "--epochs", str(epochs),
                     "--max-steps", str(steps), "--batch-size", str(BATCH), "--lr", str(LR),
-                    "--seed", str(seed), "--device", "cpu", "--dtype", "float32"])
+                    "--seed", str(seed), "--device", device, "--dtype", "float32"])
     rows = (folder / "model/metrics.jsonl").read_text().splitlines()[1:]
     return sum(json.loads(row)["loss_tokens"] for row in rows)
 
@@ -161,7 +161,7 @@ def answer_at_once(model, tokenizer, records):
     prompts, _ = encode_prompts(tokenizer, records, 4096)
     starts = ["Answers: \nRequest:"] * len(prompts)
     harmful = verdict_probability(model, tokenizer, prompts, starts, "request",
-                                  World(torch.device("cpu")))
+                                  World(model.head.device))
     positive, other = VERDICTS["request"]
     return [positive if p > 0.5 else other for p in harmful]
 
@@ -177,9 +177,9 @@ def answer_reasoned(model, tokenizer, records):
     return said
 
 
-def answer(arm, folder, records):
+def answer(arm, folder, records, device):
     """The verdicts of an arm's model on these records."""
-    model = Llama.from_pretrained(folder, "cpu", torch.float32)
+    model = Llama.from_pretrained(folder, device, torch.float32)
     tokenizer = Tokenizer.from_pretrained(folder)
     reads = answer_reasoned if arm in ("r_sft", "shuffled") else answer_at_once
     return reads(model, tokenizer, records)
@@ -201,40 +201,42 @@ def accuracy(said, records):
     return 100 * sum(right) / len(right)
 
 
-def train_cell(cell, base, steps, corpus, folder):
+def train_cell(cell, base, steps, corpus, folder, device):
     """Train what a cell needs; returns what its lines say of that, and the folder of the model."""
     records = arm_records(cell.training, corpus["train"], cell.seed)
     tokenizer = Tokenizer.from_pretrained(base)
     tried = []
-    start = time.process_time()
+    start = time.time()
     for count in arm_steps(cell.training, steps, corpus["train"], tokenizer):
-        tokens = train(base, records, count, cell.seed, folder / str(count))
+        tokens = train(base, records, count, cell.seed, folder / str(count), device)
         tried.append({"steps": count, "trained_tokens": tokens})
     if len(tried) > 1:                                              # labels alone has a choice
         for row in tried:
-            said = answer(cell.training, folder / str(row["steps"]) / "model", corpus["dev"])
+            model = folder / str(row["steps"]) / "model"
+            said = answer(cell.training, model, corpus["dev"], device)
             row["dev_accuracy"] = accuracy(said, corpus["dev"])
         tried.sort(key=lambda row: -row["dev_accuracy"])            # of equals the shorter is first
-    seconds = round(time.process_time() - start, 1)
+    seconds = round(time.time() - start, 1)
     return {**tried[0], "training_seconds": seconds}, folder / str(tried[0]["steps"]) / "model"
 
 
-def run_cell(cell, base, steps, test):
+def run_cell(cell, base, steps, test, device):
     """The lines of results.jsonl of one training, one for each of its arms."""
     corpus, _ = make_toy.make_dial(cell.facts, cell.seed, cell.size, test)
     gold = golds(corpus["test"])
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
-        facts_of_training, folder = train_cell(cell, base, steps, corpus, Path(temporary))
+        facts_of_training, folder = train_cell(cell, base, steps, corpus, Path(temporary),
+                                                device)
         for arm in TRAININGS[cell.training]:
-            start = time.process_time()
-            said = answer(arm, folder, corpus["test"])
+            start = time.time()
+            said = answer(arm, folder, corpus["test"], device)
             lines.append({
                 **asdict(cell), "arm": arm, **facts_of_training,
                 "gold": flags(g == VERDICTS["request"][0] for g in gold),
                 "right": flags(g == s for g, s in zip(gold, said)),
                 "no_verdict": said.count(None),
-                "test_seconds": round(time.process_time() - start, 1),
+                "test_seconds": round(time.time() - start, 1),
                 "settings": {"steps": steps, "test": test}, "base": weights_hash(base),
                 "torch": torch.__version__, "git": train_sft.git_commit()})
     return lines
@@ -318,7 +320,7 @@ def run_grid(args):
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, fresh, prepare_worker) as pool:
         futures = [pool.submit(run_in_time, cell, deadline, args.out / "base", args.steps,
-                               args.test) for cell in todo]
+                               args.test, args.device) for cell in todo]
         try:
             for future in as_completed(futures):
                 lines = future.result()
@@ -522,6 +524,7 @@ def main(argv=None):
     p.add_argument("--pretrain", type=at_least(1), default=PRETRAIN, help="steps of the base model")
     p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
                    help="cells at a time, a thread each")
+    p.add_argument("--device", default="cpu", help="cpu, a thread a cell; or cuda, shared by all")
     p.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     args = p.parse_args(argv)
     args.started = time.time()
