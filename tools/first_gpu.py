@@ -258,9 +258,11 @@ def time_kernels(b, name, call):
         call()
         b.now()
     table = seen.key_averages()
+    kind = torch.autograd.DeviceType.CUDA if b.cuda else torch.autograd.DeviceType.CPU
+    rows = [row for row in table if row.device_type == kind]        # on CUDA kernels, not who asked
     print(f"\n{name}: {seconds:.4f} s\n{table.table(sort_by=by, row_limit=25)}", flush=True)
     attribute = "self_device_time_total" if b.cuda else "self_cpu_time_total"
-    times = sorted(((getattr(row, attribute) / 1e6, row.count, row.key) for row in table),
+    times = sorted(((getattr(row, attribute) / 1e6, row.count, row.key) for row in rows),
                    reverse=True)
     busy = sum(time for time, _, _ in times) / seconds
     return {"seconds": seconds, "busy": busy, "longest": times[:25]}
