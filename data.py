@@ -314,9 +314,10 @@ class Tokenizer:
         self.stop = [id for id in ids if id < self.size]
 
     def use_control(self, text):
-        """Take the control tokens out of a template's text. A word of signs, as <|im_end|> where
-        the file does not call it special, is one of them: as a user's text it is plain. InputError
-        where a token has no row in the model, or swallows the spaces beside it."""
+        """Make the control tokens in a template's text special. Where a file lists <|im_end|>, say,
+        as an ordinary word, the template's is a control token all the same, and a user who types it
+        gets plain text. InputError where a token has no row in the model, or swallows the spaces
+        beside it."""
         for piece in split_at({*self.special, *self.words}, text):
             if piece in self.words and re.search(r"[^\w\s]", piece):
                 self.special[piece] = self.words.pop(piece)
@@ -444,7 +445,7 @@ class Tokenizer:
         return max_length, f"--max-length {max_length}"
 
     def answer_ids(self, text):
-        """Ids of an answer with its end mark. Encoded apart from the prompt:
+        """Ids of an answer with its end mark, the first of `stop`. Encoded apart from the prompt:
         no token spans the two."""
         return self.encode(text) + self.stop[:1]
 
@@ -1294,7 +1295,7 @@ def read_object(path, absent=None):
 
 # ------------------------------------------------------------------ python data.py FILE
 def show(tokenizer, examples):
-    """Print a pack: one line a segment, the scored text in brackets,
+    """Print a pack: a line for each run of one `end`, the scored text in brackets,
     and the mask of a small one."""
     p = pack(examples, 10 ** 9)[0]
     tokens = p.tokens.tolist()

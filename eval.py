@@ -9,9 +9,9 @@
     -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format),
        OUT/results.json
 
-Greedy answers. No verdict counts once, as wrong, and is always shown; --legacy scores as the
-released evaluate.py does, its double counting included. Released weights need --format raw, as they
-were used.
+Greedy answers, or with --k the vote of several. No verdict counts once, as wrong, and is always
+shown; --legacy scores as the released evaluate.py does, its double counting included. Released
+weights need --format raw, as they were used.
 
     f1, bootstrap, auprc, ...          the figures
     score                              rows of answers -> one result a task

@@ -4,7 +4,7 @@
     python mine_hard.py --model DIR... --data FILE... --out DIR   yours; several models: an ensemble
     torchrun --nproc_per_node 4 mine_hard.py ...                  blocks of prompts go to the ranks
 
-    model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, each judged)
+    model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, with verdicts)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
 hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: with --resume and others of
@@ -51,10 +51,9 @@ def judge_all(samples, gold):
 def judge_by_field(samples, gold):
     """The released code's rule: [True, False or (dropped) None, for each sample], by one field.
 
-    A sample that lacks a verdict of a labelled field is dropped. Of request, response, completion,
-    in this order, the first labelled one on which some of the others are right and some wrong
-    decides, and no other field is looked at. Where there is none, all are judged as by `judge`. How
-    a sample ended does not matter."""
+    A sample that lacks a verdict of a labelled field is dropped. The first labelled field, of
+    request, response, completion in this order, on which some of the samples left are right and
+    some wrong decides alone. If there is none, `judge` does. How a sample ended does not matter."""
     labelled = [name for name in ("request", "response", "completion") if gold[name] is not None]
     complete = [all(s["verdict"][name] for name in labelled) for s in samples]
     for name in labelled:

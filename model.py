@@ -1,6 +1,7 @@
 """LLaMA in one file: the plain model, then the same mathematics faster, then a sampling engine.
 
-Part I is complete and can be read alone:
+Part I has all of the mathematics and can be read alone. Its rope, attention and token_logprobs hand
+over to twins in part II: take each for the plain function beside it.
     LlamaConfig                     config.json of a Hugging Face folder
     rms_norm, apply_rope            the operations, one equation each
     tree_plan, attention_by_mask    the one mask rule of a stream (see data.py, the tree packer)
@@ -10,7 +11,7 @@ Part I is complete and can be read alone:
 Part II has fast twins; each names the plain function that it must equal:
     TokenLogprobs                   log-probabilities without ever holding all logits
     TileAttention                   attention in plain products, tile by tile
-    Triton kernels                  both on CUDA, the rotations, and draw_token
+    Triton kernels                  both on CUDA; rotations, draw_token, and what part III asks
 Part III decodes many samples at once:
     PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
     Engine, generate_iter           admit, reserve, decode, finish
@@ -921,7 +922,7 @@ class TileAttention(torch.autograd.Function):
         ctx.plan; N = T - plan.skip. Keys are in many tiles: sums of dk and dv in full_precision."""
         q, k, v, out = ctx.saved_tensors
         G, R = q.shape[:2]
-        delta = (do * out).sum(-1, keepdim=True)                    # (T, H, 1)
+        delta = (do * out).sum(-1, keepdim=True)                    # (N, H, 1)
         delta = TileAttention.by_group(delta, G)
         do = TileAttention.by_group(do, G)
         dq = torch.empty_like(q)
@@ -1390,7 +1391,8 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
 @jit
 def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
                 G: constexpr, R: constexpr, E: constexpr, P: constexpr, M: constexpr):
-    # attend_pages: program (page and key head n, M of its W = w R queries), where query i is that
+    # attend_pages (part III has the words and a drawing): program (page and key head n, M of its
+    # W = w R queries), where query i is that
     # of reader i // R, head i % R. Q (B, G, R, E); READERS (pages, w) int64, which rows of Q; K and
     # V (pages, G, P, E), BIAS (pages, P), 0 where a key is; writes LSE (pages, w, G, R), a natural
     # log, and OUT (pages, w, G, R, E). A page without a key: LSE below -2e4, OUT any finite number
@@ -1453,7 +1455,8 @@ def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C
 # ================================================================== part III: the sampling engine
 # The k samples of a prompt share its keys and values, and all prompts share the instruction's. So
 # the cache is a pool of pages of 64 keys, and a page belongs to the instruction, to one prompt, or
-# to one sample. A *slot* is where one sample is decoded; B slots advance together, a token a step.
+# to one sample. A *slot* is where one sample is decoded; B slots advance together, a token a step,
+# and here they are numbered as they stand in the batch of a step.
 #
 # Prompts A and B with two samples each, in slots 0 (A0), 1 (A1), 2 (B0), 3 (B1), a page a part:
 #
@@ -1595,8 +1598,8 @@ def launch_page_kernel(q, readers, k, v, bias, lse, out):
 
 def join_results(lse, out, terms, count, dtype):
     """Join what each query head of each slot found in its pages: lse (results, G, R) and out
-    (results, G, R, E), of which row b H + h of terms (B H, S) names count[b], then the empty
-    result -> (B H, E) in dtype. The twin of join_kernel, which reads no empty one."""
+    (results, G, R, E) -> (B H, E) in dtype. Row b H + h of terms (B H, S) lists the count[b]
+    results that head h of slot b joins, filled up with the empty one, which join_kernel skips."""
     E = out.shape[-1]
     if use_triton(lse) and E in KERNEL_WIDTHS:
         return launch_join_kernel(lse, out, terms, count, dtype)
@@ -1789,7 +1792,8 @@ class Engine:
     def reserve(self):
         """Give every slot pages for its next `poll` tokens. Where none are left, the youngest jobs
         make room, so that the oldest finish; they are returned, and when one starts again, it draws
-        the same (see sample_seed). The youngest may be the very job that asks: it has no slots then
+        the same (see sample_seed), samples that had ended included: a job goes back whole. The
+        youngest may be the very job that asks: it has no slots then
         and gets nothing more."""
         put_back = []
         for job in list(self.jobs):
@@ -1941,9 +1945,11 @@ class Engine:
                              "are broken, or too large for this --dtype")
         live = [(slot, job.drawn) for job in self.jobs for slot in job.slots]
         slot, drawn = self.ints(live).T                     # (B,)
+        # The ids since the last look, and the one before them: at a job's first look that is the
+        # one which prefill drew; later it was looked at before, and did not end the answer
         new = torch.arange(-self.capacity.poll - 1, 0, device=self.device)
-        column = drawn[:, None] + new                       # of the ids since the last look, and of
-        ids = self.history[slot[:, None], column]           # the one before: the first is prefill's
+        column = drawn[:, None] + new                       # (B, poll + 1)
+        ids = self.history[slot[:, None], column]
         is_last = torch.isin(ids, self.stop)
         is_last |= column == self.sampling.max_new_tokens - 1
         last = is_last.int().argmax(1, keepdim=True)        # the id that ends the answer

@@ -12,7 +12,7 @@ reference is the model we start from; its log-probabilities are computed before 
 no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
-    main                                                   the run, line for line as in train_sft.py
+    main                                                   the run: train_sft.py's, but for the loss
 """
 import argparse
 import math
@@ -187,7 +187,7 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            pairs = torch.unique(p.answer // 2)     # of this pack: answers 2i and 2i + 1 lie in one
+            pairs = torch.unique(p.answer // 2)     # those in this pack; a pack splits no pair
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count)

@@ -13,7 +13,7 @@ no dropout.
 
     sft_loss, lr_at, batches       the method
     main                           the run, from top to bottom
-    machinery                      what train_dpo.py imports by name: nothing about SFT
+    machinery                      what train_dpo.py has in common: nothing about SFT
 """
 import argparse
 import json
@@ -41,8 +41,8 @@ from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_mem
 
 def sft_loss(logprobs, count):
     """L = -(1/count) sum_n log p(target_n)   (GuardReasoner Eq. 1, as a mean over tokens)
-    logprobs (N,) of one pack, which may be 0 long; count: the answer tokens of the whole step,
-    over all packs and ranks. -> (), to be summed over the packs."""
+    logprobs (N,) of one pack, or sums of them, and N may be 0; count: the answer tokens of the
+    whole step, over all packs and ranks. -> (), to be summed over the packs."""
     return -logprobs.sum() / count
 
 

@@ -434,7 +434,7 @@ def report(results):
     dials = sorted({key[0] for key in results})
     sizes = sorted({key[1] for key in results})
     seeds = sorted({key[2] for key in results})
-    lines = [f"Seeds {', '.join(map(str, seeds))}; a figure of fewer says of how many.", ""]
+    lines = [f"Seeds {', '.join(map(str, seeds))}; an F1 of fewer says of how many.", ""]
 
     def words(form, found):
         if found is None:
@@ -520,7 +520,7 @@ def main(argv=None):
                    help="of corpus and training; those below 200 were used for development")
     p.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS),
                    help="what to train; both_fast's is both, r_sft_fast's r_sft")
-    p.add_argument("--test", type=at_least(4), default=TEST, 
+    p.add_argument("--test", type=at_least(4), default=TEST,
                    help="test records, an even number")
     p.add_argument("--steps", type=at_least(1), default=STEPS, help="of R-SFT; other arms' follow")
     p.add_argument("--pretrain", type=at_least(1), default=PRETRAIN, help="steps of the base model")
