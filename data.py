@@ -1259,7 +1259,8 @@ def reading(path):
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot read: not UTF-8: {error}") from None
+        byte = error.object[error.start]
+        raise InputError(f"{path}: cannot read: not UTF-8: byte {byte:#x}, {error.reason}") from None
 
 
 def read_text(path, encoding="utf-8-sig"):

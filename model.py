@@ -1343,7 +1343,7 @@ def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
     # and POSITION (N,) int64; writes TOKEN (N,) int64
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
-    top = float("-inf")
+    top = -1e30                                         # finite, as a whole part can be -inf
     total = 0.0
     for start in range(0, V, C):
         z = scaled_logits(Z, start, V, temperature, C)
@@ -1374,7 +1374,7 @@ def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
             p = tl.exp(z - top)
             likelier += tl.sum(tl.where(z > mine, p, 0.0), 0)
         rejected = (likelier >= top_p * total) | (tl.exp(mine - top) == 0)
-        rejected = rejected & (total == total)          # NaN is not, and ends with any token
+        rejected = rejected & (total > 0)               # NaN is not, and ends with any token
         tl.store(TOKEN + n, pick.to(tl.int64))
 
 

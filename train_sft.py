@@ -202,11 +202,12 @@ def default_max_tokens(N, world, need):
     a CPU busy. A GPU reads a layer's weights and launches its kernels once for a pack, so that more
     tokens are faster: 32768, or 16384 of a model of N = 2e9 weights or more, whose products are
     large enough then. What a layer keeps of each token for the backward pass must fit: half as many
-    where need(tokens) bytes are over 90% of a card's memory (the rest is lost between blocks)."""
+    where need(tokens) bytes are over what is free, or over 90% of a card's memory (the rest is
+    lost between blocks)."""
     most = 32768 if N < 2e9 else 16384
     while world.device.type == "cuda" and most > 8192:
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-        if world.sum(need(most) > 0.9 * memory) == 0:                   # on no rank is it too much
+        free, whole = torch.cuda.mem_get_info(world.device)
+        if world.sum(need(most) > min(free, 0.9 * whole)) == 0:         # on no rank is it too much
             return most
         most //= 2
     return 8192

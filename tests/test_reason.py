@@ -83,12 +83,14 @@ def test_f1_equals_the_scorers():
     right = [rng.randrange(2) for _ in range(40)]
     said = [g if ok else None for g, ok in zip(gold, right)]
     want = f1(gold, said, positive=1)
-    assert reason.score(row(reason.flags(gold), reason.flags(right)))[0] == pytest.approx(want)
+    scored = row(reason.flags(gold), reason.flags(right))
+    assert reason.score(scored, "F1")[0] == pytest.approx(want)
+    assert reason.score(scored)[0] == pytest.approx(100 * np.mean(right))
 
 
 def test_interval_by_hand():
     """Two pairs, one all right and one all wrong: a draw has 2, 1 or 0 good pairs."""
-    scores = reason.score(row("1010", "1100"))
+    scores = reason.score(row("1010", "1100"), "F1")
     assert scores[0] == 50                                          # tp 1, fp 1, fn 1
     assert set(scores[1:]) == {0, 50, 100}
     assert abs(np.mean(scores[1:] == 50) - 0.5) < 0.06

@@ -206,9 +206,8 @@ def test_memory_of_training_by_hand():
 
 
 def test_how_many_tokens_a_pack_has_by_default(monkeypatch):
-    def tokens(shape, gigabytes, device="cuda", ranks=1):
-        card = SimpleNamespace(total_memory=1e9 * gigabytes)
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    def tokens(shape, gigabytes, device="cuda", ranks=1, free=math.inf):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1e9 * min(free, gigabytes), 1e9 * gigabytes))
         c = SHAPES[shape]
         need = lambda T: train_sft.training_bytes(c, T, torch.bfloat16, torch.float32, ranks, False, 2 ** 29)
         return train_sft.default_max_tokens(train_sft.parameters(c), World(torch.device(device)), need)
@@ -217,6 +216,7 @@ def test_how_many_tokens_a_pack_has_by_default(monkeypatch):
     assert tokens("8b", 141, ranks=4) == 16384 and tokens("8b", 80, ranks=4) == 8192       # 58 GB of activations, 29
     assert tokens("3b", 80) == tokens("1b", 24) == 8192                        # the others would not fit
     assert tokens("1b", 141, "cpu") == 8192
+    assert tokens("1b", 80, free=48) == 16384                                  # somebody else's job has the rest
 
 
 @pytest.mark.parametrize("given, want", [([], 8192), (["--max-tokens", 300], 300)])

@@ -104,8 +104,10 @@ class Cell:
         corpus, _ = make_toy.make_corpus(corpus_seed, skip or 0.0, args.train, args.test)
         self.train = {source: corpus[f"train_{source}"] for source in SOURCES}
         dev, _ = make_toy.make_corpus(corpus_seed, 0.0, 12, 4 * args.dev)
-        write_json(self.folder / "dev.json", dev["dev"])
-        write_json(self.folder / "test.json", corpus["test"])
+        for name, records in (("dev", dev["dev"]), ("test", corpus["test"])):
+            path = self.folder / f"{name}.json"
+            if not path.exists():                           # other tasks of the cell may read it
+                write_json(path, records)
         self.common = ["--seed", str(seed), "--device", "cpu", "--dtype", "float32"]
 
     # -------------------------------------------------------------- stages
@@ -450,7 +452,9 @@ def run_all(args):
             for future in done:
                 task = running.pop(future)
                 if future.exception():
-                    failed.append(f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}")
+                    line = f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}"
+                    print(f"failed: {line}", file=sys.stderr, flush=True)
+                    failed.append(line)
                 else:
                     ready += after.get(task, [])
     return failed

@@ -163,7 +163,7 @@ def vllm(b, stops=False):
     from vllm import LLM, SamplingParams
     ids = [{"prompt_token_ids": prompt} for prompt in b.prompts()]
     engine = LLM(b.args.model, dtype=str(b.products).removeprefix("torch."), enforce_eager=not b.cuda,
-                 max_model_len=4096, enable_prefix_caching=True, max_num_seqs=b.args.prompts * b.args.k)
+                 max_model_len=min(4096, b.config.max_position_embeddings), enable_prefix_caching=True, max_num_seqs=b.args.prompts * b.args.k)
     most = b.args.new_tokens * (2 if stops else 1)
     stop = Tokenizer.from_pretrained(b.args.model).stop if stops else None
 

@@ -76,23 +76,30 @@ def differing(tokenizer, chosen, rejected):
 
 
 def verdicts(tokenizer, chosen, rejected):
-    """1.0 in the Answers block alone."""
+    """1.0 in the Answers block alone; nowhere in an answer without one."""
     masks = []
     for ids in (chosen, rejected):
         mask = ones(ids)
-        mask[:block_start(tokenizer, ids)] = 0
+        start = block_start(tokenizer, ids)
+        if "answers:" not in tokenizer.decode(ids[start:]).lower():
+            start = len(ids)
+        mask[:start] = 0
         masks.append(mask)
     return tuple(masks)
 
 
 def step(tokenizer, chosen, rejected):
-    """1.0 in the first line whose last word differs, in no other: a step of these traces ends in
-    what it concludes. What follows it in the rejected answer may well be right, given the step."""
+    """1.0 in the first reasoning step whose last word differs, in no other line: a step of these
+    traces ends in what it concludes. What follows it in the rejected answer may well be right,
+    given the step. Lines are matched by number; where the answers' sections part before a step
+    does, nothing is counted."""
     masks = 0 * ones(chosen), 0 * ones(rejected)
     texts = [tokenizer.decode(ids).split("\n") for ids in (chosen, rejected)]
     for line, pair in enumerate(zip(*texts)):
         conclusions = [text.split()[-1:] for text in pair]
         if conclusions[0] != conclusions[1]:
+            if not all("Reasoning Step" in text for text in pair):
+                break
             for mask, ids in zip(masks, (chosen, rejected)):
                 mask[lines_of(tokenizer, ids) == line] = 1
             break

@@ -31,6 +31,7 @@ from data import (InputError, Tokenizer, common_prefix, parse_records, read_json
                   read_records)
 from model import Llama  # noqa: E402
 from preferences import token_logprobs  # noqa: E402
+from train_sft import batches  # noqa: E402
 
 STEP = 32           # pairs
 PARTS = ["prefix", "first", "both", "one", "answers"]
@@ -197,9 +198,12 @@ def main(argv=None):
         print(f"{len(pairs)} pairs, {title}\n")
         show(likelihood_table(base, arms, groups, parts))
         if title == "trained":
-            chosen, rejected = gradients(base, groups[:STEP], parts[:2 * STEP])
+            numbers = next(batches(len(groups), STEP, 1, args.seed))        # the arms' first step
+            first = [groups[i] for i in numbers]
+            first_parts = [parts[2 * i + side] for i in numbers for side in range(2)]
+            chosen, rejected = gradients(base, first, first_parts)
             show(gradient_table(chosen, rejected))
-            show(step_lines(sum(chosen), sum(rejected), groups[:STEP]))
+            show(step_lines(sum(chosen), sum(rejected), groups))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,19 @@ same records, and answers the same test records:
     r_sft_fast      the model of r_sft, asked for the verdict at once (eval.py --fast)
     both_fast       trained on r_sft's records and on labels', twice the steps, asked at once
 
+The figure is accuracy: half of the records are harmful, in pairs that differ in one fact, so a guard
+that knows nothing has 50, while its F1 is anything from 0 (it says unharmful) to 66.7, by its bias.
+Intervals resample the pairs of the test; they do not cover what another seed would change.
+
 r_sft and shuffled write their reasoning, greedily; an answer without an end or a verdict is wrong.
 The others begin with the verdict, so it is read at once. A training makes the same number of steps
 for every size: a larger set has more different records, and nothing else changes.
 
 A seed is that of the corpus and of training. What is finished is a line of OUT/results.jsonl and is
-not done again; files of two machines can be joined with cat. The base model, OUT/base, is the
-demo's, taught further to retell facts of requests in which all six vary; it never saw a verdict.
+not done again; files of two machines can be joined with cat, if both began from one OUT/base. That
+is the demo's model, taught further to retell facts of requests in which all six vary. Its sentences
+include a chain's single steps (whether a changed mind or a wrapper turns a state, whether two
+states are the same), each by itself; it never saw a chain or a verdict.
 """
 import argparse
 import contextlib
@@ -84,7 +90,7 @@ LR = 2e-3
 PRETRAIN = 50               # steps of the base model
 STEPS = 120                 # of R-SFT
 TEST = 400                  # records of a test set: 200 pairs
-GOAL = 90                   # the F1 whose price in records is asked for
+GOAL = 90                   # the accuracy whose price in records is asked for
 DRAWS = 1000                # of the bootstrap
 
 
@@ -339,21 +345,21 @@ def append(path, lines, left):
         file.write("".join(json.dumps(row) + "\n" for row in lines))
     for row in lines:
         print(f"d = {row['facts']}  n = {row['size']:5}  seed {row['seed']}  {row['arm']:14} "
-              f"F1 {score(row)[0]:5.1f}  {row['training_seconds']:6.1f} s + "
+              f"accuracy {score(row)[0]:5.1f}  {row['training_seconds']:6.1f} s + "
               f"{row['test_seconds']:.1f} s  {left} cells left", flush=True)
 
 
 # ------------------------------------------------------------------ figures
-def score(row):
-    """F1 in percent: (1 + DRAWS,), first of the test as it is, then of redrawn tests.
+def score(row, figure="accuracy"):
+    """Accuracy (or "F1") in percent: (1 + DRAWS,), first of the test as it is, then of redrawn ones.
 
     The draws depend on facts, seed and number of pairs alone, which settle the test: so arms are
     compared on the same draws."""
-    return redrawn_f1(row["gold"], row["right"], (row["facts"], row["seed"]))
+    return redrawn(row["gold"], row["right"], (row["facts"], row["seed"]), figure)
 
 
 @functools.cache
-def redrawn_f1(gold, right, seed):
+def redrawn(gold, right, seed, figure):
     """`score` of strings of 1 and 0; pairs of rows are drawn together, with replacement."""
     gold = np.array(list(gold), int)
     right = np.array(list(right), int)
@@ -362,12 +368,15 @@ def redrawn_f1(gold, right, seed):
     pairs = len(tp)
     drawn = np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), DRAWS)
     counts = np.concatenate([np.ones((1, pairs), int), drawn])      # how often each pair is there
-    return f1_of(counts @ tp, 0, counts @ wrong, 0)
+    if figure == "F1":
+        return f1_of(counts @ tp, 0, counts @ wrong, 0)
+    return 100 - 100 * (counts @ wrong) / (2 * pairs)
 
 
-def average(results, seeds, facts, size, arm):
+def average(results, seeds, facts, size, arm, figure):
     """The mean of `score` over these seeds."""
-    return np.mean([score(results[facts, size, seed, arm]) for seed in seeds], axis=0)
+    rows = [results[facts, size, seed, arm] for seed in seeds]
+    return np.mean([score(row, figure) for row in rows], axis=0)
 
 
 def seeds_of(results, facts, size, *arms):
@@ -382,29 +391,29 @@ def interval(scores):
     return float(scores[0]), float(low), float(high)
 
 
-def figures(results, facts, size, arm, minus=None):
+def figures(results, facts, size, arm, minus=None, figure="accuracy"):
     """(figure, low, high, seeds) of an arm, or of its difference to another; None: not run yet."""
     arms = [arm, minus] if minus else [arm]
     seeds = seeds_of(results, facts, size, *arms)
     if not seeds:
         return None
-    scores = average(results, seeds, facts, size, arm)
+    scores = average(results, seeds, facts, size, arm, figure)
     if minus:
-        scores = scores - average(results, seeds, facts, size, minus)
+        scores = scores - average(results, seeds, facts, size, minus, figure)
     return *interval(scores), len(seeds)
 
 
 def records_needed(sizes, scores):
     """How many records reach GOAL, in words; between two sizes linear in the size's logarithm."""
     before = None
-    for size, f1 in zip(sizes, scores):
-        if f1 >= GOAL:
+    for size, figure in zip(sizes, scores):
+        if figure >= GOAL:
             if before is None:
                 return f"<= {size:,}"
-            low, f1_low = before
-            share = (GOAL - f1_low) / (f1 - f1_low)
+            low, below = before
+            share = (GOAL - below) / (figure - below)
             return f"{low * (size / low) ** share:,.0f}"
-        before = size, f1
+        before = size, figure
     return f"> {sizes[-1]:,}"
 
 
@@ -434,7 +443,7 @@ def report(results):
     dials = sorted({key[0] for key in results})
     sizes = sorted({key[1] for key in results})
     seeds = sorted({key[2] for key in results})
-    lines = [f"Seeds {', '.join(map(str, seeds))}; an F1 of fewer says of how many.", ""]
+    lines = [f"Seeds {', '.join(map(str, seeds))}; a figure of fewer says of how many.", ""]
 
     def words(form, found):
         if found is None:
@@ -443,20 +452,25 @@ def report(results):
         return form.format(*found) + fewer
 
     for size in sizes:
-        lines += table(f"F1 (95% interval), {size:,} records", arm_of, dials,
+        lines += table(f"accuracy (95% interval), {size:,} records", arm_of, dials,
                        lambda title, d: words("{:.1f} ({:.1f} - {:.1f})",
                                               figures(results, d, size, arm_of[title])))
     for size in sizes:
         lines += table(f"difference (95% interval, paired), {size:,} records", pairs, dials,
                        lambda title, d: words("{:+.1f} ({:+.1f} to {:+.1f})",
                                               figures(results, d, size, *pairs[title])))
-    lines += table(f"records needed to pass F1 {GOAL}", arm_of, dials,
+    lines += table(f"records needed to pass an accuracy of {GOAL}", arm_of, dials,
                    lambda title, d: needed_by(results, d, arm_of[title]))
+    for size in sizes:
+        lines += table(f"F1, {size:,} records (nothing known: 0 to 66.7)", arm_of, dials,
+                       lambda title, d: words("{:.1f}", figures(results, d, size, arm_of[title],
+                                                                figure="F1")))
     return lines
 
 
 def picture(results, path):
-    """F1 over d, a panel for each size, a line for each arm; below, the records that each needs."""
+    """Accuracy over d, a panel for each size, a line for each arm; below, the records that each
+    needs."""
     dials = sorted({key[0] for key in results})
     sizes = sorted({key[1] for key in results})
     parts = []
@@ -468,41 +482,41 @@ def picture(results, path):
 
 
 def panel(left, top, results, dials, size, is_first, width=240, height=220):
-    """One panel: F1 from 0 to 100 over d, with intervals; arms stand a little apart, to be told."""
+    """One panel: accuracy over d, with intervals; arms stand a little apart, to be told."""
     step = width / max(len(dials), 1)
     across = {d: left + step * (n + 0.5) for n, d in enumerate(dials)}
-    up = lambda f1: top + height * (1 - f1 / 100)
+    up = lambda percent: top + height * (1 - percent / 100)
     parts = [text(left, top - 14, f"{size:,} training records", size=13)]
-    for f1 in ticks(0, 100):
-        parts.append(line([(left, up(f1)), (left + width, up(f1))]))
-        parts.append(text(left - 6, up(f1) + 4, f"{f1:.0f}", "end", 11))
+    for tick in ticks(0, 100):
+        parts.append(line([(left, up(tick)), (left + width, up(tick))]))
+        parts.append(text(left - 6, up(tick) + 4, f"{tick:.0f}", "end", 11))
     parts += [text(across[d], top + height + 17, d, "middle", 11) for d in dials]
     parts.append(text(left + width / 2, top + height + 36, "facts that a verdict combines",
                       "middle", 11))
     if is_first:
-        parts.append(text(left - 38, top + height / 2, "F1, with its 95% interval", "middle", 11,
-                          turn=True))
-    parts.append(line([(left, up(200 / 3)), (left + width, up(200 / 3))], GREY))
+        parts.append(text(left - 38, top + height / 2, "accuracy, with its 95% interval", "middle",
+                          11, turn=True))
+    parts.append(line([(left, up(50)), (left + width, up(50))], GREY))
     for n, (arm, colour) in enumerate(zip(ARMS, COLOURS)):
         apart = (n - (len(ARMS) - 1) / 2) * step / 12
         found = [(across[d] + apart, figures(results, d, size, arm)) for d in dials]
         found = [(x, figure) for x, figure in found if figure]
         parts += [line([(x, up(low)), (x, up(high))], colour, 1) for x, (_, low, high, _) in found]
-        parts.append(line([(x, up(f1)) for x, (f1, _, _, _) in found], colour, 2))
+        parts.append(line([(x, up(mean)) for x, (mean, _, _, _) in found], colour, 2))
     return parts
 
 
 def needed_table(left, top, results, dials):
     """(parts, bottom edge) of a table that is also the legend: an arm a row, a d a column."""
     columns = {d: left + 270 + 60 * n for n, d in enumerate(dials)}
-    parts = [text(left, top, f"records needed to pass F1 {GOAL}", size=13)]
+    parts = [text(left, top, f"records needed to pass {GOAL}%", size=13)]
     parts += [text(x, top, f"d = {d}", "end", 11) for d, x in columns.items()]
     for (arm, title), colour in zip(ARMS.items(), COLOURS):
         top += 20
         parts.append(line([(left, top - 4), (left + 22, top - 4)], colour, 3))
         parts.append(text(left + 30, top, title))
         parts += [text(x, top, needed_by(results, d, arm) or "", "end") for d, x in columns.items()]
-    parts.append(text(left, top + 24, "grey line: harmful throughout, F1 66.7", size=11))
+    parts.append(text(left, top + 24, "grey line: 50, where nothing is known", size=11))
     return parts, top + 36
 
 
@@ -537,6 +551,9 @@ def main(argv=None):
     results = read_results(args.out / "results.jsonl")
     if not results:
         raise InputError(f"{args.out / 'results.jsonl'}: no cell is done yet")
+    if len({row["base"] for row in results.values()}) > 1:
+        raise InputError(f"{args.out / 'results.jsonl'}: its lines began from different base "
+                         "models; report each file by itself")
     print("\n".join(report(results)))
     picture(results, args.out / "reason.svg")
 

@@ -421,6 +421,8 @@ def main(argv=None):
     p.add_argument("--facts", type=int, choices=range(1, 7), metavar="D",
                    help="write the dial's three files instead: verdicts combine D facts; no base model")
     args = p.parse_args(argv)
+    if args.facts and args.out == HERE:
+        p.error("--facts needs an --out of its own: here lie the demo's files")
     if args.facts:
         corpus, _ = make_dial(args.facts, args.seed, args.train, args.test)
     else:
