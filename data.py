@@ -1260,7 +1260,8 @@ def reading(path):
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise InputError(f"{path}: cannot read: not UTF-8: byte {byte:#x}, {error.reason}") from None
+        why = f"not UTF-8: byte {byte:#x}, {error.reason}"
+        raise InputError(f"{path}: cannot read: {why}") from None
 
 
 def read_text(path, encoding="utf-8-sig"):

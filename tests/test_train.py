@@ -3,7 +3,6 @@ import json
 import math
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
