@@ -20,8 +20,9 @@ MODULES = ("os", "sys", "subprocess", "signal", "shutil", "resource", "importlib
 NAMES = ("open", "exec", "eval", "compile", "input", "breakpoint", "exit", "quit", "globals",
          "locals", "vars", "getattr", "setattr", "delattr", "attrgetter", "methodcaller",
          "get_type_hints", "singledispatch", "singledispatchmethod", "make_dataclass", "time",
-         "Path", "read_text", "read_json", "parse_json", "parse_records", "parse_lines", "read_records",
-         "read_vocabulary", "read_tensors", "safe_open", "save_file", "write_json", "write_whole")
+         "Path", "read_text", "read_json", "parse_json", "parse_records", "parse_lines",
+         "read_records", "read_vocabulary", "read_tensors", "safe_open", "save_file", "write_json",
+         "write_whole")
 # what can be asked of a package or an object: files, things by their name as a text, and the
 # frames of other code
 ATTRIBUTES = ("load", "save", "fromfile", "from_file", "tofile", "memmap", "loadtxt", "savetxt",
