@@ -504,4 +504,114 @@ def f1(gold, predicted, positive):
     return 1''',
         "importing `sys` is not allowed",
     ),
+    (
+        "rms_norm",
+        '''\
+def rms_norm(x, weight, eps):
+    wide, weight = full_precision(x), full_precision(weight)
+    return torch.ops.aten._fused_rms_norm(wide, x.shape[-1:], weight, eps)[0].to(x.dtype)''',
+        "`.ops` is not allowed",
+    ),
+    (
+        "rms_norm",
+        '''\
+def rms_norm(x, weight, eps):
+    import operator
+    norm = operator.attrgetter("rms_" + "norm")(functional)
+    return norm(full_precision(x), x.shape[-1:], weight, eps).to(x.dtype)''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "attention_by_mask",
+        '''\
+def attention_by_mask(q, k, v, plan):
+    from operator import attrgetter as get
+    i = torch.arange(len(q))
+    sees = (i[None] <= i[:, None]) & (i[:, None] < plan.end[None])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attend = get("scaled_dot_product_" + "attention")(functional)
+    return attend(q, k, v, attn_mask=sees, enable_gqa=True)[0].transpose(0, 1)''',
+        "importing `attrgetter` is not allowed",
+    ),
+    (
+        "attention_by_mask",
+        '''\
+def attention_by_mask(q, k, v, plan):
+    from string import Formatter
+    found, _ = Formatter().get_field("0.__globals__", [full_precision], {})
+    return found["__buil" + "tins__"]["__imp" + "ort__"]("sys").modules["cases"].attend_by_hand(
+        q, k, v, plan.end)''',
+        "importing `Formatter` is not allowed",
+    ),
+    (
+        "check_nesting",
+        '''\
+def check_nesting(end):
+    import operator
+    found = operator.attrgetter("__glo" + "bals__")(full_precision)["__buil" + "tins__"]
+    if not found["__imp" + "ort__"]("sys").modules["cases"].nests(end):
+        raise ValueError''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "TileAttention.backward",
+        '''\
+@staticmethod
+def backward(ctx, do):
+    q, k, v, out = ctx.saved_tensors
+    G, R, N, E = q.shape
+    i = torch.arange(ctx.plan.skip, k.shape[1])[:, None]
+    j = torch.arange(k.shape[1])
+    seen = torch.zeros(N, k.shape[1], dtype=q.dtype)
+    seen = seen.masked_fill((j > i) | (i >= ctx.plan.end), -math.inf)
+    xs = q.flatten(0, 1)[None], k.repeat_interleave(R, 0)[None], v.repeat_interleave(R, 0)[None]
+    ready = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, total = ready(*xs, 0.0, False, attn_mask=seen, scale=1.0)
+    ready = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    do = do.transpose(0, 1)[None]
+    dq, dk, dv = ready(do, *xs, out, total, 0.0, False, attn_mask=seen, scale=1.0)
+    dk, dv = (x[0].unflatten(0, (G, R)).sum(1).transpose(0, 1) for x in (dk, dv))
+    return dq[0].transpose(0, 1) * E ** -0.5, dk, dv, None''',
+        "`.ops` is not allowed",
+    ),
+    (
+        "TokenLogprobs.backward",
+        '''\
+@staticmethod
+def backward(ctx, grad):
+    import operator
+    hidden, head, targets, _ = ctx.saved_tensors
+    with operator.attrgetter("enable_" + "grad")(torch)():
+        xs = [operator.attrgetter("requires_" + "grad_")(x.detach())() for x in (hidden, head)]
+        z = full_precision(xs[0] @ xs[1].to(hidden.dtype).T)
+        got = z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return *operator.attrgetter("auto" + "grad.grad")(torch)(got, xs, grad), None''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "lr_at",
+        '''\
+def lr_at(step, steps, peak):
+    import torch.fx
+    return torch.fx.graph_module.linecache.getlines("/proc/self/cwd/train_sft.py")''',
+        "importing `fx` is not allowed",
+    ),
+    (
+        "lr_at",
+        '''\
+def lr_at(step, steps, peak):
+    import typing
+
+    def probe(x: "peak * 0"):
+        pass
+    return typing.get_type_hints(probe, {"peak": peak})["x"]''',
+        "`.get_type_hints` is not allowed",
+    ),
+    (
+        "common_prefix",
+        '''\
+def common_prefix(sequences):
+    return type("Anything", (int,), {"__e" + "q__": max})(0)''',
+        "`type` must not make a class",
+    ),
 ]
