@@ -6,7 +6,6 @@ Two losses are drawn. A stand-in gives the answers that a trained model would ta
 record's own trace, or the same with its verdicts turned round.
 """
 import argparse
-import ast
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from exercises import BY_NAME, DAY_ONE, find, is_blank  # noqa: E402
+from exercises import BY_NAME, DAY_ONE, find, is_blank, parse  # noqa: E402
 
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
@@ -65,11 +64,12 @@ def draw(title, losses):
 
 
 def not_written():
-    """Which of the five functions are blank."""
+    """Which of the five functions are blank, or in a file with a mistake in syntax."""
     blanks = []
     for name in DAY_ONE:
-        tree = ast.parse((ROOT / BY_NAME[name].file).read_text(encoding="utf-8"))
-        if is_blank(find(tree, name)):
+        tree = parse((ROOT / BY_NAME[name].file).read_text(encoding="utf-8"))
+        node = tree and find(tree, name)
+        if node is None or is_blank(node):
             blanks.append(name)
     return blanks
 

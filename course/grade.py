@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import stat
 import sys
 import tempfile
@@ -280,7 +281,10 @@ def attempt_unruled(exercise, text, seed, seconds):
 
 
 def check_reach():
-    """Say so where graded code could read the reference."""
+    """Say so where graded code could read the reference, or use the network."""
+    if not sandbox.can_leave_network():
+        print("NOTE: here, graded code can use the network; grade strangers in a container without",
+              file=sys.stderr)
     if not sandbox.is_out_of_reach(ROOT):
         print("NOTE: here, graded code can read this repository and other files (no Landlock, or "
               f"{ROOT} lies in a system folder); grade strangers in a container", file=sys.stderr)
@@ -313,6 +317,7 @@ def main(argv=None):
     if not (args.students or args.self_check):
         p.error("STUDENT... is missing")
     check_reach()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # which leaves no folder behind
     if args.self_check:
         return self_check(some, args.seed, args.seconds) > 0
     graded = {}
