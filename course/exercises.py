@@ -278,13 +278,18 @@ def extras(ours, theirs, text):
     known = set().union(*map(bound, parse(ours).body))
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
     own = [node for node in tree.body if isinstance(node, kinds) and bound(node) - known]
-    names = used(function)
-    for _ in own:                                           # each may need another one
-        for node in own:
-            if bound(node) & names:
-                names |= used(node)
+    binds = {}                                              # name -> the statements that bind it
+    for node in own:
+        for name in bound(node):
+            binds.setdefault(name, []).append(node)
+    found = set()
+    waiting = list(used(function))
+    while waiting:
+        for node in binds.pop(waiting.pop(), []):           # each may need another one
+            found.add(node)
+            waiting += used(node)
     lines = theirs.split("\n")
-    needed = [node for node in own if bound(node) & names]
+    needed = [node for node in own if node in found]
     return ["\n".join(lines[first_line(node) - 1:node.end_lineno]) for node in needed]
 
 

@@ -38,7 +38,8 @@ NO_NEW_PRIVILEGES = 38
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8       # rights
 RIGHTS = 2 ** 13 - 1                                        # all thirteen of version 1
 READING = EXECUTE | READ_FILE | READ_DIR
-NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000              # of unshare
+NEW_USER = 0x10000000                                       # of unshare
+NEW_NETWORK = 0x40000000
 ALONE = EXECUTE | WRITE_FILE | READ_FILE                    # what a rule on a single file may give
 
 
