@@ -55,14 +55,16 @@ class Result:
         said = {wrong: None for wrong in self.remarks.values() if wrong}
         whole = set(self.remarks.values()) == set(said)
         if len(said) == 1 and whole:
-            return first_line(next(iter(said)))
-        return "; ".join(f"{part}: {first_line(wrong)}" if part else first_line(wrong)
+            return in_one_line(next(iter(said)), 160)
+        room = 160 // max(1, sum(map(bool, self.remarks.values())))
+        return "; ".join(f"{part}: {in_one_line(wrong, room)}" if part else in_one_line(wrong, room)
                          for part, wrong in self.remarks.items() if wrong)
 
 
-def first_line(text):
-    lines = text.splitlines()
-    return lines[0] if lines else text
+def in_one_line(text, room):
+    """A text without line breaks, cut where there is no more room."""
+    text = " ".join(text.split())
+    return text if len(text) <= room else text[:room] + "..."
 
 
 def read_script(path):
@@ -174,7 +176,7 @@ def grade(folder, exercises, seed, seconds, show=False):
         for e in some:
             result = results[e.name] = grade_one_or_say_why(e, read, seed, seconds)
             print(f"   {e.name:24}{result.points:3} /{e.points:3}  {result.seconds:5.1f} s   "
-                  f"{result.remark[:160]}", flush=True)
+                  f"{result.remark}", flush=True)
             if show:
                 print(result.log)
         print(f"   {'':24}{points_of(results, some):3} /{sum(e.points for e in some):3}")
