@@ -115,7 +115,7 @@ def common_prefix(sequences):
     "lay_out": [
         ("fed = ids[:-1]", "fed = ids"),
         ("end += [after] * len(own)", "end += [T] * len(own)"),
-        ("torch.tensor(values, dtype=torch.long)", "torch.tensor(values)"),
+        (" in lists))", " in lists[:2]), *map(torch.tensor, lists[2:]))"),
         ("[last, *range(first, first + len(fed))]", "list(range(first, first + len(ids)))"),
         ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)"),
     ],
