@@ -268,8 +268,9 @@ def by_column(rows, dataset, fpr):
 def verdict_probability(model, tokenizer, prompts, texts, name, world):
     """P(positive class) of task `name` for each text, which ends just before the verdict: two
     branches. p = exp(a) / (exp(a) + exp(b)), a and b the log-probabilities of the two words, each
-    encoded with a space before it, after prompt (ids) + the text's ids. -> a list of floats, in the
-    order of the texts; answer_logprobs adds up the tokens of each branch of a pack."""
+    encoded with a space before it, after prompt (ids) + the text's ids; what these all begin with
+    is the root of every Example (common_prefix), and runs once. -> a list of floats, in the order
+    of the texts; answer_logprobs adds up the tokens of each branch of a pack."""
     words = [tokenizer.encode(" " + word) for word in VERDICTS[name]]
     starts = [prompt + tokenizer.encode(text)
               for prompt, text in zip(prompts, texts)]

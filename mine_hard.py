@@ -68,7 +68,7 @@ def judge_by_field(samples, gold):
 def pick_pair(samples, right, rule, rng):
     """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the
     longest by characters. right: for each sample True, False, or None, which is neither; there is
-    one of each. rule: "random", each text of a kind as likely as the others, or "longest"; rng: a
+    one of each. rule: "random", each sample of a kind as likely as the others, or "longest"; rng: a
     random.Random, from which all chance comes."""
     correct = [s["text"] for s, ok in zip(samples, right) if ok is True]
     incorrect = [s["text"] for s, ok in zip(samples, right) if ok is False]

@@ -177,8 +177,8 @@ def full_precision(x):
 
 def rms_norm(x, weight, eps):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension   (Zhang et al. 2019, Eq. 4)
-    x (..., D), weight (D,) of any dtype -> (..., D) in x's dtype; the mean is taken in at least
-    float32 (see full_precision), as squares of float16 overflow."""
+    x (..., D), weight (D,) of any dtype -> (..., D) in x's dtype; the mean is taken in
+    full_precision: in float32, as squares of float16 overflow, and float64 stays float64."""
     wide = full_precision(x)
     mean = wide.square().mean(-1, keepdim=True)
     unit = wide * torch.rsqrt(mean + eps)

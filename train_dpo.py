@@ -40,7 +40,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
 
 def answer_sums(logprobs, answer, n):
     """Sum the log-probabilities (N,) of each answer: answer (N,) numbers them 0 .. n-1, in any
-    order; -> (n,), 0 for an answer without a token."""
+    order; -> (n,) in the dtype of logprobs, 0 for an answer without a token."""
     return logprobs.new_zeros(n).index_add(0, answer, logprobs)
 
 

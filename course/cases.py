@@ -1,5 +1,5 @@
 """The instructor's cases: each part of an exercise on random inputs, against its formula written
-down here once more.
+down here once more. (The grader takes this module out of reach before a function runs: sandbox.py.)
 
 `run(name, part, seed)` raises where the function of that name is wrong; another seed gives other
 inputs. What is expected comes from loops over numbers in NumPy, from a property that a right answer
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import test_exercises
-from test_exercises import Largest
+from test_exercises import Largest, Products, Watched
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 FIELDS = {"request": (H, U), "completion": (R, C), "response": (H, U)}
@@ -61,7 +61,10 @@ def close(got, want, what, tolerance=1e-9):
     got, want = numbers(got), numbers(want)
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     worst = np.abs(got - want).max(initial=0)
-    assert worst <= tolerance * max(1, np.abs(want).max(initial=0)), f"{what}: off by {worst:.3g}"
+    size = max(1, np.abs(want).max(initial=0))
+    is_rounded = tolerance < 1e-8 and worst < 1e-5 * size
+    why = ": as if in float32; the inputs are float64, so keep their dtype" if is_rounded else ""
+    assert worst <= tolerance * size, f"{what}: off by {worst:.3g}{why}"
 
 
 def holds(fact, what):
@@ -139,10 +142,12 @@ def _(rng):
         want = (
             numbers(weight) * numbers(x) / np.sqrt((numbers(x) ** 2).mean(-1, keepdims=True) + eps)
         )
-        close(rms_norm(x, weight, eps), want, "rms_norm")
+        close(rms_norm(x, weight, eps), want, "rms_norm of float64, which stays float64")
+    for dtype in (torch.float64, torch.float16):
+        got = rms_norm(tensor(rng, 3, 8).to(dtype), torch.ones(8), 1e-5)
+        holds(got.dtype == dtype, f"rms_norm of {dtype} is {got.dtype}")
     large = (300 * tensor(rng, 4, 512)).half()  # squares overflow half precision
     got = rms_norm(large, torch.ones(512), 1e-5)
-    holds(got.dtype == torch.float16, "the result has the dtype of x")
     close(got, numbers(large) / np.sqrt((numbers(large) ** 2).mean(-1, keepdims=True)),
           "mean in at least float32", 2e-3)
 
@@ -310,11 +315,14 @@ def _(rng):
             says = check_nesting(list(end)) is None
         except ValueError:
             says = False
-        holds(
-            says == nests(end), f"check_nesting({end}) {'accepts' if nests(end) else 'refuses'} it"
-        )
+        holds(says == nests(end), f"check_nesting({end}): {'accepted' if says else 'refused'}, "
+              f"and it {'nests' if nests(end) else 'does not nest'}")
         seen[says] += 1
     holds(min(seen.values()) > 30, "too few of one kind in this draw; take another seed")
+    for end in ([10 ** 5] * 10 ** 5, forest(rng, 0, 10 ** 5)):
+        watched = Watched(end)
+        watched.most = 10 * len(end)
+        check_nesting(watched)
 
 
 @case("tree_plan", "position")
@@ -401,6 +409,21 @@ def check_tile_gradient(rng, n):
             close(xs[n].grad, want[n], f"gradient of {'qkv'[n]}, rows from {first}")
 
 
+def check_bfloat16_gradient(rng, n):
+    """Siblings below one row, in tiles of one row: a large term, then terms that are lost if they
+    are added to it in bfloat16. Row i sees keys 0 and i with equal weight."""
+    from model import TileAttention
+    T, large = int(rng.integers(60, 130)), 2 ** int(rng.integers(9, 12))
+    do = torch.tensor([0, large] + [large // 256] * (T - 2))[:, None, None].bfloat16()
+    q, k, v = torch.ones(T, 1, 1), torch.zeros(T, 1, 1), torch.zeros(T, 1, 1)
+    v[0] = 2
+    xs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    with patch("model.TILE_ROWS", 1):
+        TileAttention.apply(*xs, plan_of([T, *range(2, T + 1)])).backward(do)
+    want = large / 2 + (T - 2) * large / 512
+    close(xs[n].grad[0, 0, 0] / want, 1, f"bfloat16: gradient of {'qkv'[n]}, relative", 0.01)
+
+
 @case("TileAttention.backward", "dq")
 def _(rng):
     check_tile_gradient(rng, 0)
@@ -409,11 +432,13 @@ def _(rng):
 @case("TileAttention.backward", "dk")
 def _(rng):
     check_tile_gradient(rng, 1)
+    check_bfloat16_gradient(rng, 1)
 
 
 @case("TileAttention.backward", "dv")
 def _(rng):
     check_tile_gradient(rng, 2)
+    check_bfloat16_gradient(rng, 2)
 
 
 def scores_by_hand(rng, N, D, V, scale=1.0):
@@ -455,18 +480,40 @@ SIZES = ((1, 3, 5, 1), (70, 8, 50, 1), (37, 8, 50, 300))
 def _(rng):
     for N, D, V, scale in SIZES:
         check_logprobs(rng, "value", N, D, V, scale)
+    from model import TokenLogprobs
+    hidden, head = tensor(rng, 40, 8).bfloat16(), tensor(rng, 60, 8).float()
+    got = TokenLogprobs.apply(hidden, head, torch.arange(40))
+    want = (hidden @ head.bfloat16().T).double().log_softmax(-1).diagonal()
+    holds(got.dtype == torch.float32, f"log p of bfloat16 hidden is {got.dtype}, not float32")
+    close(got, want, "log p of bfloat16 hidden, sums in float32", 1e-5)
 
 
 @case("TokenLogprobs.forward", "parts")
 def _(rng):
     made = check_logprobs(rng, "value", 203, 8, 50)         # fifty rows at a time
     holds(made < 203 * 50, f"a tensor of {made} numbers: all logits at once")
+    from model import TokenLogprobs
+    V = int(rng.integers(30, 60))
+    hidden, head = tensor(rng, 9, 4).bfloat16().requires_grad_(), tensor(rng, V, 4).float()
+    saved = TokenLogprobs.apply(hidden, head, torch.arange(9)).grad_fn.saved_tensors
+    kinds = {x.dtype for x in saved if x.shape == head.shape}
+    holds(kinds == {torch.float32}, f"float32 head, bfloat16 hidden: saved as {kinds}")
 
 
 @case("TokenLogprobs.backward", "hidden")
 def _(rng):
     for N, D, V, scale in SIZES:
         check_logprobs(rng, "hidden", N, D, V, scale)
+    from model import TokenLogprobs
+    parts = int(rng.integers(60, 100))                      # the first adds 256, each other one 1
+    head = -torch.full((16 * parts, 1), 1 / 16)
+    head[:16] = torch.tensor([0, -32])[torch.arange(16) % 2, None]
+    hidden = torch.zeros(1, 1).bfloat16().requires_grad_()
+    with patch.object(TokenLogprobs, "LOGITS", 16):
+        got = TokenLogprobs.apply(hidden, head.requires_grad_(), torch.tensor([0]))
+        got.backward(torch.tensor([16.0 * parts]))
+    close(numbers(hidden.grad) / (255 + parts), [[1]],
+          "bfloat16: gradient of hidden over many parts, relative", 0.01)
 
 
 @case("TokenLogprobs.backward", "head")
@@ -480,6 +527,15 @@ def _(rng):
     for what in ("hidden", "head"):
         made = check_logprobs(rng, what, 60, 8, 203)        # thirty-two words at a time
         holds(made < 60 * 203, f"a tensor of {made} numbers: all logits at once")
+    from model import TokenLogprobs
+    N, V = int(rng.integers(50, 90)), 16 * int(rng.integers(8, 14))
+    hidden, head = tensor(rng, N, 2).requires_grad_(), tensor(rng, V, 2).requires_grad_()
+    with patch.object(TokenLogprobs, "LOGITS", N):
+        total = TokenLogprobs.apply(hidden, head, torch.zeros(N, dtype=torch.long)).sum()
+        with Products() as products:
+            total.backward()
+    holds(products.count <= V // 4, f"{N} rows, {V} words, LOGITS {N}: {products.count} products; "
+          "at least sixteen words at a time")
 
 
 @case("common_prefix")
@@ -556,6 +612,10 @@ def _(rng):
 
 @case("lay_out", "scored")
 def _(rng):
+    from data import lay_out
+    for root in ([0], rng.integers(0, 9, 5).tolist()):
+        kinds = {name: x.dtype for name, x in vars(lay_out(root, [])).items()}
+        holds(set(kinds.values()) == {torch.int64}, f"lay_out({root}, []): dtypes {kinds}")
     for p, wanted, _ in laid_out(rng):
         got = {}
         for target, answer in zip(p.targets.tolist(), p.answer.tolist(), strict=True):
@@ -611,8 +671,23 @@ def _(rng):
         check_packs(*packs_of(rng, False, maximum), False, maximum)
 
 
+def check_fit(rng):
+    """First fit and not best fit; the root counts when packs are sorted."""
+    from data import Example, pack
+    a, b = (int(n) for n in rng.integers(4, 30, 2))
+    sizes = [2 * a - 2, a, a, 1]                            # room for 2 a + 1 below the root
+    packs = pack([Example([7] + [n] * n, [[0]], 1) for n in sizes], 2 * a + 2)
+    rows = [len(p.tokens) for p in packs]
+    holds(rows == [2 * a + 1, 2 * a], f"rows below the root {sizes}, root 1, max_tokens "
+          f"{2 * a + 2}: packs of {rows} rows; the last goes into the first pack that has room")
+    packs = pack([Example([1] * (a + 2), [[0]], 1), Example([2] * (2 * a + b), [[0]], a + b)], 200)
+    rows = [len(p.tokens) for p in packs]
+    holds(rows == [2 * a + b, a + 2], f"packs of {rows} rows: the largest first, roots included")
+
+
 @case("pack", "fit")
 def _(rng):
+    check_fit(rng)
     for maximum in (45, 60, 90, 10 ** 6):
         packs, answers, _ = packs_of(rng, True, maximum)
         sizes = [len(p.tokens) for p in packs]
@@ -670,6 +745,8 @@ def _(rng):
     holds(epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]), "another order in each epoch")
     holds(list(batches(n, size, 1, seed)) == got[:a], "the order depends on (seed, epoch) alone")
     holds(list(batches(n, size, 2, seed + 1)) != got, "another seed, another order")
+    both = zip(batches(n, size, 2, seed), batches(n, size, 2, seed + 1))
+    holds([one for one, _ in both] == got, "what another generator draws changes the order")
 
 
 def dealt(rng):
@@ -733,6 +810,24 @@ def _(rng):
     share = np.bincount(got.numpy(), minlength=V) / n
     holds(not share[want == 0].any(), "a token outside the nucleus was drawn")
     close(share, want, "frequencies in the nucleus", 5 * 0.5 / math.sqrt(n))
+    place = rng.permutation(3)
+    half = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)[place].log().expand(500, 3)
+    got = draw_token(half, seed[:500], position[:500], 1.0, 0.5)
+    holds((got == int(place.argmin())).all(), "p .5 .25 .25, top_p .5: .25 was drawn, before which "
+          "comes a mass of .5, which is not below top_p")
+
+
+def at_most(most, sentence):
+    """model.uniform, which may be called so many times."""
+    from model import uniform
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        holds(len(calls) <= most, sentence)
+        return uniform(*arguments)
+
+    return counted
 
 
 @case("draw_token", "rows")
@@ -744,6 +839,11 @@ def _(rng):
     alone = [draw_token(many[i:i + 1], seed[i:i + 1], position[i:i + 1], 0.9, 0.9).item()
              for i in range(20)]
     holds(together.tolist() == alone, "what a row draws depends on the other rows")
+    bad = many.clone()
+    bad[int(rng.integers(20))] = math.nan
+    with patch("model.uniform", at_most(2000, "a row of NaN: no token after 2000 draws")):
+        got = draw_token(bad, seed, position, 0.9, 0.9)
+    holds((got == together).sum() >= 19, "a row of NaN changes what the others draw")
     one = many[:1].expand(20, 1000)
     holds(len(set(draw_token(one, seed, position[:1].expand(20), 1.0, 1.0).tolist())) > 5, "seeds")
     holds(len(set(draw_token(one, seed[:1].expand(20), position, 1.0, 1.0).tolist())) > 5,
@@ -824,7 +924,7 @@ def _(rng):
     for _ in range(60):
         name = str(rng.choice(list(FIELDS)))
         word = str(rng.choice(FIELDS[name]))
-        response = str(rng.choice(["a", "None said", "b\n\nAI assistant:\nc"]))
+        response = str(rng.choice(["a", "", "None said", "b\n\nAI assistant:\nc"]))
         one = {"request": format_input("x"), "completion": format_input("x", response),
                "response": format_input("x", response)}
         got = gold_verdict({"input": one[name], "output": f" {word.capitalize()}\n"})
@@ -900,11 +1000,19 @@ def _(rng):
     part = lambda value: {s["text"] for s, ok in zip(samples, right) if ok is value}
     longest = tuple(max(part(value), key=len) for value in (True, False))
     holds(pick_pair(samples, right, "longest", random.Random(0)) == longest, "longest")
+    n = int(rng.integers(3, 9))
+    wide = [{"text": text} for text in ("é" * n, "e" * (n + 1), "é" * n, "e" * (n + 1))]
+    holds(pick_pair(wide, [True, True, False, False], "longest", random.Random(0))
+          == ("e" * (n + 1),) * 2, f"{n} times é, {n + 1} times e: the longest by characters")
+    twice = [{"text": text} for text in "aaaab"] + [{"text": text} for text in "cdddd"]
+    drawn = Counter(pick_pair(twice, [True] * 5 + [False] * 5, "random", random.Random(i))
+                    for i in range(600))
+    holds(drawn["a", "d"] > 600 * 0.5, "random: each sample is as likely, also of equal texts")
     drawn = Counter(pick_pair(samples, right, "random", random.Random(i)) for i in range(600))
     holds(set(drawn) == {(a, b) for a in part(True) for b in part(False)},
           "random: every correct with every incorrect sample")
     holds(min(drawn.values()) > 600 / 9 / 3, "random: all pairs about equally often")
-    again = [pick_pair(samples, right, "random", random.Random(5)) for _ in range(3)]
+    again = [pick_pair(samples, right, "random", random.Random(5)) for _ in range(20)]
     holds(len(set(again)) == 1, "random: the given generator decides")
 
 
@@ -1014,7 +1122,9 @@ def _(rng):
     x, answer = tensor(rng, 50), torch.from_numpy(rng.integers(0, 6, 50))
     want = np.zeros(8)
     np.add.at(want, answer.numpy(), x.numpy())
-    close(answer_sums(x, answer, 8), want, "answer_sums")
+    got = answer_sums(x, answer, 8)
+    holds(got.dtype == x.dtype, f"answer_sums of float64 is {got.dtype}; new_zeros keeps the dtype")
+    close(got, want, "answer_sums")
 
 
 NAMES = ["loss", "preference", "accuracy", "margin", "chosen_logprob", "rejected_logprob"]
@@ -1025,6 +1135,7 @@ def pairs_by_hand(rng):
     from train_dpo import pairs_loss
     n, beta, sft = 6, float(rng.uniform(0.05, 1)), float(rng.uniform(0.5, 3))
     policy, reference = (-5 * tensor(rng, n, 2).abs() for _ in range(2))
+    reference[0] = policy[0]                                # a margin of 0
     length, weight = torch.from_numpy(rng.integers(1, 9, n)).double(), tensor(rng, n).abs()
     want, gradient = np.zeros((6, n)), np.zeros((n, 2))
     for i in range(n):
@@ -1280,7 +1391,9 @@ def _(rng):
         name = str(rng.choice(list(FIELDS)))
         lead = random_answer(rng).replace("Answers", "Notes") + " so.\n\n"
         shown = [n for n in FIELDS if rng.random() < 0.7]
-        block = "Answers: \n" + "".join(f"{n.capitalize()}: {FIELDS[n][0]}\n" for n in shown)
+        prose = f"The {name} is odd: so\n" if rng.random() < 0.3 else ""
+        block = f"Answers: \n{prose}"
+        block += "".join(f"{n.capitalize()}: {FIELDS[n][0]}\n" for n in shown)
         field = f"{name.capitalize()}:"
         want = (lead + block).rstrip() + f"\n\nAnswers: \n{field}"
         if name in shown:

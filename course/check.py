@@ -2,9 +2,11 @@
 
     python course/check.py                       where you stand
     python course/check.py rms_norm              one exercise: what came, and what was wanted
-    python course/check.py rms_norm --hint 1     a first hint; 2 and 3 say more
+    python course/check.py rms_norm --hint 1     a first hint, and no other; 2 and 3 say more
 """
 import argparse
+import ast
+import difflib
 import importlib
 import os
 import re
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / part) for part in ("", "tests", "course")]
 sys.dont_write_bytecode = True
 
-from exercises import BY_NAME, exercises_of, find, is_blank, lines_of, parse  # noqa: E402
+from exercises import BY_NAME, SCRIPTS, exercises_of, find, is_blank, lines_of, parse  # noqa: E402
 from rules import refusals  # noqa: E402
 
 SECONDS = 20                                            # that a test may take, as in grading
@@ -32,7 +34,7 @@ def handed_out():
 
 def hint(exercise, number):
     """The text of a hint, as the handouts hold it."""
-    for path in sorted((ROOT / "course").glob("set*.md")):
+    for path in sorted((ROOT / "course").glob("*set*.md")):     # in a copy, of hints_set1.md
         section = re.search(rf"^### `{re.escape(exercise.name)}`$(.*?)(?=^#|\Z)",
                             path.read_text(encoding="utf-8"), re.M | re.S)
         if section:
@@ -84,11 +86,22 @@ def where(error):
     return f"{said}\n    {place}"
 
 
+def slip_in(file):
+    """What keeps Python from reading a script, as a line; "" where nothing does."""
+    try:
+        ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        return f"{file}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
+    except UnicodeDecodeError as error:
+        return f"{file} is not UTF-8 at byte {error.start}: save it as UTF-8 in your editor"
+    except (ValueError, MemoryError, RecursionError) as error:
+        return f"{file} cannot be read: {error or 'it is nested too deep'}"
+    return ""
+
+
 def state(exercise):
     """("done", "blank", "wrong" or "refused", lines to show)."""
     source = (ROOT / exercise.file).read_text(encoding="utf-8")
-    if parse(source) is None:
-        return "wrong", [f"{exercise.file} has a mistake in syntax"]
     node = find(parse(source), exercise.name)
     if node is None or is_blank(node):
         return "blank", [f"{exercise.name} in {exercise.file} is not written yet"]
@@ -113,16 +126,29 @@ def by_interpreter(name):
     return last.rsplit(" ", 1)[-1], lines
 
 
+def exercise_name(text):
+    """The name of an exercise, as typed; argparse says what else was near."""
+    if text in BY_NAME:
+        return text
+    near = difflib.get_close_matches(text, BY_NAME, n=3, cutoff=0.4)
+    near = f"; near it: {', '.join(near)}" if near else ""
+    raise argparse.ArgumentTypeError(f"no exercise is called {text}{near}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("name", nargs="?", choices=BY_NAME, metavar="NAME", help="an exercise")
+    p.add_argument("name", nargs="?", type=exercise_name, metavar="NAME", help="an exercise")
     p.add_argument("--hint", type=int, choices=(1, 2, 3), help="show a hint instead")
     args = p.parse_args(argv)
     os.chdir(ROOT)
     if args.hint:
         print(hint(BY_NAME[args.name], args.hint) if args.name else "which exercise?")
         return 0
+    slips = list(filter(None, map(slip_in, SCRIPTS)))       # tests load all six
+    if slips:
+        print("\n".join(slips))
+        return 1
     some = [BY_NAME[args.name]] if args.name else handed_out()
     points = 0
     for e in some:

@@ -27,7 +27,7 @@ class Exercise:
     set: int
     parts: dict                 # part -> points; "" where there is one
     twins: tuple = ()           # finished functions that do the same: blank while this is graded
-    forbidden: tuple = ()       # names that it must not use, beside those of rules.py
+    forbidden: tuple = ()       # what it must not use, beside the names of rules.py (* is any text)
     together: tuple = ()        # what may agree with it on something that tests do not fix
 
     @property
@@ -74,8 +74,8 @@ SETS = {
 # what computes gradients, or attention, for whoever does not want to
 GRADIENTS = ("autograd", "backward", "grad", "enable_grad", "requires_grad", "requires_grad_",
              "func", "vjp", "vmap", "jacobian", "checkpoint", "recomputed", "apply")
-READY_ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward",
-                   "MultiheadAttention", "flex_attention", "_scaled_dot_product_attention_math")
+READY_ATTENTION = ("*scaled_dot_product*", "*multi_head_attention*", "MultiheadAttention",
+                   "*flex_attention*", "Transformer*")
 FAST_ATTENTION = ("attention", "TileAttention.forward", "TileAttention.backward",
                   "TreeAttention.forward", "TreeAttention.backward")
 PLAIN_ATTENTION = ("attention_by_mask", "TreeAttention.forward", "TreeAttention.backward")
@@ -84,7 +84,7 @@ TREE_KERNELS = ("tree_forward", "tree_backward_q", "tree_backward_kv")
 
 # in the order in which they are handed out, and in which the tests of each pass
 EXERCISES = [
-    Exercise("rms_norm", MODEL, 1, {"": 2}, forbidden=("rms_norm", "RMSNorm")),
+    Exercise("rms_norm", MODEL, 1, {"": 2}, forbidden=("*rms_norm*", "RMSNorm")),
     Exercise("rope_frequencies", MODEL, 1, {"plain": 1, "stretch": 2}),
     Exercise("apply_rope", MODEL, 1, {"": 2}, twins=("rope", "launch_rope_kernel")),
     Exercise("attention_by_mask", MODEL, 1, {"causal": 2, "tree": 1, "groups": 1},
@@ -164,7 +164,7 @@ def parse(source):
     """The syntax tree of a file, or None where it has a mistake in syntax."""
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: nested too deep
         return None
 
 
@@ -185,7 +185,10 @@ def statements(node):
 
 def is_blank(node):
     """Is a function's body nothing but `raise NotImplementedError`, or empty?"""
-    body = [ast.unparse(statement) for statement in statements(node)]
+    try:
+        body = [ast.unparse(statement) for statement in statements(node)]
+    except RecursionError:                                  # nested deep: it is something
+        return False
     raises = ["raise NotImplementedError"], ["raise NotImplementedError()"]
     return body in ([], ["pass"], ["..."], *raises)
 
@@ -275,13 +278,18 @@ def extras(ours, theirs, text):
     known = set().union(*map(bound, parse(ours).body))
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
     own = [node for node in tree.body if isinstance(node, kinds) and bound(node) - known]
-    names = used(function)
-    for _ in own:                                           # each may need another one
-        for node in own:
-            if bound(node) & names:
-                names |= used(node)
+    binds = {}                                              # name -> the statements that bind it
+    for node in own:
+        for name in bound(node):
+            binds.setdefault(name, []).append(node)
+    found = set()
+    waiting = list(used(function))
+    while waiting:
+        for node in binds.pop(waiting.pop(), []):           # each may need another one
+            found.add(node)
+            waiting += used(node)
     lines = theirs.split("\n")
-    needed = [node for node in own if bound(node) & names]
+    needed = [node for node in own if node in found]
     return ["\n".join(lines[first_line(node) - 1:node.end_lineno]) for node in needed]
 
 

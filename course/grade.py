@@ -11,11 +11,15 @@ with the helpers at top level that it needs. So a blank or broken function costs
 no others, and edited tests do not matter. Where functions agree between them (a forward and its
 backward pass), the student's own together count as well. First rules.py reads the function; then it
 runs in a process of its own, for at most --seconds of CPU time (see sandbox.py), where twins of it
-are blank. A part of an exercise gives its points if its tests and its random cases all pass.
+are blank. A part of an exercise gives its points if its tests and its random cases all pass. Only
+plain files are read, and what goes wrong with one hand-in costs no other student anything.
 """
 import argparse
 import csv
 import json
+import os
+import signal
+import stat
 import sys
 import tempfile
 import time
@@ -23,13 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sandbox
-from exercises import (EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of, extras, find, is_blank,
-                       lines_of, parse, splice)
+from exercises import (DAY_ONE, EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of, extras, find,
+                       is_blank, lines_of, parse, splice)
 from make_assignment import copy_parts
 from rules import refusals
 
 NEEDED = ["toy/model", "tests/test_exercises.py", "tests/test_exercises_kernels.py",
           "course/cases.py", "course/exercises.py"]
+LARGEST = 2 ** 20                                       # bytes of a script that is handed in
+
+
+class Refused(Exception):
+    """Why a file is not read."""
 
 
 @dataclass
@@ -46,14 +55,36 @@ class Result:
         said = {wrong: None for wrong in self.remarks.values() if wrong}
         whole = set(self.remarks.values()) == set(said)
         if len(said) == 1 and whole:
-            return first_line(next(iter(said)))
-        return "; ".join(f"{part}: {first_line(wrong)}" if part else first_line(wrong)
+            return in_one_line(next(iter(said)), 160)
+        room = 160 // max(1, sum(map(bool, self.remarks.values())))
+        return "; ".join(f"{part}: {in_one_line(wrong, room)}" if part else in_one_line(wrong, room)
                          for part, wrong in self.remarks.items() if wrong)
 
 
-def first_line(text):
-    lines = text.splitlines()
-    return lines[0] if lines else text
+def in_one_line(text, room):
+    """A text without line breaks, cut where there is no more room."""
+    text = " ".join(text.split())
+    return text if len(text) <= room else text[:room] + "..."
+
+
+def read_script(path):
+    """The text of a script that was handed in, or None where there is none. Refused unless it is a
+    plain file: a link may lead to another one's work or to ours, and a pipe never ends."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Refused(f"refused: {path.name} is no plain file (a link?)") from error
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise Refused(f"refused: {path.name} is no plain file")
+        data = os.read(number, LARGEST + 1)
+    finally:
+        os.close(number)
+    if len(data) > LARGEST:
+        raise Refused(f"refused: {path.name} has more than {LARGEST} bytes")
+    return data.decode("utf-8", errors="replace")
 
 
 # ------------------------------------------------------------------ one exercise
@@ -71,6 +102,11 @@ def graded_copy(folder, exercise, functions):
         (folder / file).write_text(source, encoding="utf-8")
 
 
+def scratch_folder():
+    """A new folder, gone after the `with`, whatever graded code leaves in it."""
+    return tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True)
+
+
 def attempt(exercise, functions, seed, seconds):
     """({part: what is wrong, or ""}, what it printed) of these functions, {(file, name): (text,
     helpers)}, among our others."""
@@ -80,7 +116,7 @@ def attempt(exercise, functions, seed, seconds):
         against = refusals([text, *helpers], exercise.forbidden)
         if against:
             return dict.fromkeys(exercise.parts, "refused: " + "; ".join(against)), ""
-    with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
+    with scratch_folder() as scratch:
         folder = Path(scratch).resolve() / "copy"
         graded_copy(folder, exercise, functions)
         return sandbox.run(folder, exercise, seed, seconds)
@@ -117,27 +153,44 @@ def grade_one(exercise, read, seed, seconds):
     return Result(points, remarks, time.time() - start, log)
 
 
+def grade_one_or_say_why(exercise, read, seed, seconds):
+    """`grade_one`; a hand-in that it stumbles over gives no points, and says why."""
+    try:
+        return grade_one(exercise, read, seed, seconds)
+    except Refused as error:
+        why = str(error)
+    except Exception as error:
+        why = f"could not be graded: {sandbox.message_of(error)}"
+    return Result(0, dict.fromkeys(exercise.parts, why))
+
+
 # ------------------------------------------------------------------ students
 def grade(folder, exercises, seed, seconds, show=False):
     """Print a student's table; returns {exercise: Result}."""
     def read(file):
-        path = Path(folder) / file
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        return read_script(Path(folder) / file)
 
     results = {}
-    for number in sorted({e.set for e in exercises}):
+    for number, some in by_set(exercises):
         print(f"\nset {number}: {SETS[number].title}")
-        some = [e for e in exercises if e.set == number]
         for e in some:
-            result = results[e.name] = grade_one(e, read, seed, seconds)
+            result = results[e.name] = grade_one_or_say_why(e, read, seed, seconds)
             print(f"   {e.name:24}{result.points:3} /{e.points:3}  {result.seconds:5.1f} s   "
-                  f"{result.remark[:160]}", flush=True)
+                  f"{result.remark}", flush=True)
             if show:
                 print(result.log)
         print(f"   {'':24}{points_of(results, some):3} /{sum(e.points for e in some):3}")
     print(f"\ntotal {points_of(results, exercises)} of {sum(e.points for e in exercises)} points "
           f"(seed {seed})")
     return results
+
+
+def by_set(exercises):
+    """[(number, exercises)] of each set; those of day one alone are set 0."""
+    if sorted(e.name for e in exercises) == sorted(DAY_ONE):
+        return [(0, exercises)]
+    numbers = sorted({e.set for e in exercises})
+    return [(number, [e for e in exercises if e.set == number]) for number in numbers]
 
 
 def points_of(results, exercises):
@@ -149,8 +202,7 @@ def feedback(name, results, exercises, seed):
     of theirs says it."""
     total = sum(e.points for e in exercises)
     lines = [f"# {name}: {points_of(results, exercises)} of {total} points", ""]
-    for number in sorted({e.set for e in exercises}):
-        some = [e for e in exercises if e.set == number]
+    for number, some in by_set(exercises):
         lines += [f"## Set {number}: {SETS[number].title}: {points_of(results, some)} of "
                   f"{sum(e.points for e in some)}", "", "| function | points | |", "|---|---|---|"]
         for e in some:
@@ -171,17 +223,17 @@ def feedback(name, results, exercises, seed):
 
 def write_table(path, graded, exercises):
     """One CSV row a student: total, each set, each exercise."""
-    sets = sorted({e.set for e in exercises})
-    head = ["student", "total", *(f"set {n}" for n in sets), *(e.name for e in exercises)]
-    most = [sum(e.points for e in exercises), *(sum(e.points for e in exercises if e.set == n)
-                                                for n in sets), *(e.points for e in exercises)]
+    sets = by_set(exercises)
+    head = ["student", "total", *(f"set {n}" for n, _ in sets), *(e.name for e in exercises)]
+    most = [sum(e.points for e in exercises), *(sum(e.points for e in some) for _, some in sets),
+            *(e.points for e in exercises)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerow(["(of)", *most])
         for name, results in graded.items():
-            by_set = [points_of(results, [e for e in exercises if e.set == n]) for n in sets]
-            writer.writerow([name, points_of(results, exercises), *by_set,
+            each = [points_of(results, some) for _, some in sets]
+            writer.writerow([name, points_of(results, exercises), *each,
                              *(results[e.name].points for e in exercises)])
 
 
@@ -224,14 +276,17 @@ def self_check(exercises, seed, seconds):
 
 def attempt_unruled(exercise, text, seed, seconds):
     """`attempt` of a function that may call what is forbidden."""
-    with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
+    with scratch_folder() as scratch:
         folder = Path(scratch).resolve() / "copy"
         graded_copy(folder, exercise, {(exercise.file, exercise.name): (text, [])})
         return sandbox.run(folder, exercise, seed, seconds)
 
 
 def check_reach():
-    """Say so where graded code could read the reference."""
+    """Say so where graded code could read the reference, or use the network."""
+    if not sandbox.can_leave_network():
+        print("NOTE: here, graded code can use the network; grade strangers in a container without",
+              file=sys.stderr)
     if not sandbox.is_out_of_reach(ROOT):
         print("NOTE: here, graded code can read this repository and other files (no Landlock, or "
               f"{ROOT} lies in a system folder); grade strangers in a container", file=sys.stderr)
@@ -259,11 +314,12 @@ def main(argv=None):
     if args.only:
         some = [e for e in EXERCISES if e.name in args.only]
     for student in args.students:
-        if not any((Path(student) / file).exists() for file in SCRIPTS):
+        if not any(os.path.lexists(Path(student) / file) for file in SCRIPTS):
             p.error(f"{student}: holds none of the six scripts")
     if not (args.students or args.self_check):
         p.error("STUDENT... is missing")
     check_reach()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # which leaves no folder behind
     if args.self_check:
         return self_check(some, args.seed, args.seconds) > 0
     graded = {}

@@ -1,13 +1,14 @@
 """A student's copy of the repository: functions blanked out in problem sets, with handouts.
 
     python course/make_assignment.py OUT              sets 1 to 5, of which the fifth is voluntary
-    python course/make_assignment.py OUT --sets 2     this one; everything else stays as it is
-    python course/make_assignment.py OUT --sets 0     day one: five functions, two hours
+    python course/make_assignment.py OUT --sets 2     this one; all else stays finished, to be read
+    python course/make_assignment.py OUT --sets 0     day one: five functions, two hours; the same
 
 A blanked function keeps its signature, its docstring (which is the exercise) and comments above its
 first statement; its body becomes `raise NotImplementedError`. The copy carries what CARRIED names
-and nothing else: no grader, no solutions, no figures of what is left out. `python course/grade.py
-OUT` grades it.
+and nothing else: no grader, no figures of what is left out, and no solution but those of the sets
+that are not named. Hints and answers are in files of their own. `python course/grade.py OUT` grades
+it.
 """
 import argparse
 import shutil
@@ -24,9 +25,19 @@ CARRIED = [
         "conftest.py", "processes.py", "make_golden.py", "test_exercises.py",
         "test_exercises_kernels.py", "test_data.py", "test_model.py", "test_train.py",
         "test_mine.py", "test_dpo.py", "test_eval.py")),
-    "tools/audit.py",                                       # which test_data.py tries
-    "course/QUESTIONS.md", "course/exercises.py", "course/rules.py", "course/check.py"]
+    "tools/audit.py", "tools/measure.py",                   # which test_data.py and test_train.py try
+    "course/exercises.py", "course/rules.py", "course/check.py"]
 FOR_DAY_ONE = ["course/day_one.py"]
+HINTS = """## Hints
+
+`python course/check.py {name} --hint 1` prints one; 2 and 3 say more. All of them are in
+hints_set{number}.md, one below the other.
+
+"""
+READ_ALL = """Read the files in this order: data.py, model.py (part I), train_sft.py, mine_hard.py,
+   train_dpo.py, eval.py; model.py's parts II and III last. Ask yourself the ten questions of
+   course/QUESTIONS.md."""
+READ_NOTHING = "Read nothing first: the handout and five docstrings are enough for two hours."
 SKIP = shutil.ignore_patterns("__pycache__", "*.pyc", "*.tmp", ".pytest_cache")
 
 
@@ -70,9 +81,21 @@ def table(exercises):
 
 
 def handout(number):
-    """The text of a set's handout, its table of exercises filled in."""
+    """(a set's handout, its table of exercises filled in; its hints, which are a file of their own,
+    as nothing folds them in a terminal)."""
     text = (COURSE / f"set{number}.md").read_text(encoding="utf-8")
-    return text.replace("EXERCISES\n", table(exercises_of([number])))
+    text = text.replace("EXERCISES\n", table(exercises_of([number])))
+    start = text.index("## Hints\n")
+    stop = text.index("## What to look at\n")
+    instead = HINTS.format(number=number, name=exercises_of([number])[0].name)
+    return text[:start] + instead + text[stop:], text[start:stop]
+
+
+def questions():
+    """(the questions on the reading, their answers)."""
+    text = (COURSE / "QUESTIONS.md").read_text(encoding="utf-8")
+    asked, told = text.split("<details><summary>Answers</summary>")
+    return asked + "The answers are in ANSWERS.md.\n", told.replace("</details>", "").strip() + "\n"
 
 
 def overview(sets):
@@ -92,6 +115,8 @@ def readme(sets):
     text = (COURSE / "copy/README.md").read_text(encoding="utf-8")
     some = exercises_of(sets)
     text = text.replace("OVERVIEW\n", overview(sets)).replace("RULES\n", published(some))
+    text = text.replace("READ\n", (READ_NOTHING if sets == [0] else READ_ALL) + "\n")
+    text = text.replace("HANDOUT", ", ".join(f"course/set{number}.md" for number in sets))
     return text.replace("FIRST", some[0].name).replace("COUNT", str(len(some)))
 
 
@@ -108,7 +133,12 @@ def make(out, sets):
         source = (ROOT / file).read_text(encoding="utf-8")
         (out / file).write_text(blank(source, here), encoding="utf-8")
     for number in sets:
-        (out / f"course/set{number}.md").write_text(handout(number), encoding="utf-8")
+        text, hints = handout(number)
+        (out / f"course/set{number}.md").write_text(text, encoding="utf-8")
+        (out / f"course/hints_set{number}.md").write_text(hints, encoding="utf-8")
+    asked, told = questions()
+    (out / "course/QUESTIONS.md").write_text(asked, encoding="utf-8")
+    (out / "course/ANSWERS.md").write_text(told, encoding="utf-8")
     (out / "README.md").write_text(readme(sets), encoding="utf-8")
     shutil.copyfile(COURSE / "copy/Makefile", out / "Makefile")
     shutil.copyfile(COURSE / "copy/pytest.ini", out / "pytest.ini")
@@ -128,6 +158,10 @@ def main(argv=None):
     some = exercises_of(args.sets)
     print(f"wrote {args.out}: {len(some)} exercises, {sum(e.points for e in some)} points; "
           f"see {Path(args.out) / 'README.md'}")
+    finished = sorted({e.set for e in EXERCISES if e not in some})
+    if finished:
+        print("NOTE: functions of these sets are finished in it, for all to read: "
+              f"{', '.join(map(str, finished))}; name every set that is still to give points")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ MISTAKES = {
         ("torch.rsqrt(mean + eps)", "1 / (mean.sqrt() + eps)"),
         ("full_precision(x)", "x"),
         (".mean(-1, keepdim=True)", ".mean()"),
+        ("full_precision(x)", "x.float()"),
     ],
     "rope_frequencies": [
         ("-i / config.head_dim", "-2 * i / config.head_dim"),
@@ -52,6 +53,11 @@ MISTAKES = {
         ("i < stop", "i <= stop"),
         ("<= open_ends[-1]:", "<= len(end):"),
         ("while open_ends[-1] <= i", "while open_ends[-1] < i"),
+        '''\
+def check_nesting(end):
+    for i in range(len(end)):
+        if not i < end[i] <= len(end) or any(end[j] > end[i] for j in range(i + 1, end[i])):
+            raise ValueError''',
     ],
     "tree_plan": [
         ("torch.arange(T) - closed", "torch.arange(T)"),
@@ -69,12 +75,16 @@ MISTAKES = {
     "TileAttention.backward": [
         ("dp.sub_(some_delta).mul_(p)", "dp.mul_(p)"),
         ("dq * q.shape[-1] ** -0.5", "dq"),
+        ("full_precision(torch.zeros_like(k))", "torch.zeros_like(k)"),
+        ("full_precision(torch.zeros_like(v))", "torch.zeros_like(v)"),
         ("dv.index_add_(1, keys, (p.mT @ some_do).to(dv.dtype))", "dv[:, keys] = p.mT @ some_do"),
         ("dk.index_add_(1, keys, (ds.mT @ some_q).to(dk.dtype))", "dk[:, keys] = ds.mT @ some_q"),
     ],
     "TokenLogprobs.forward": [
         ("return picked - log_sum", "return log_sum - picked"),
         ("// len(head)", "* len(head)"),
+        ("save_for_backward(hidden, head,", "save_for_backward(hidden, weight,"),
+        ("full_precision(hidden.new_empty(len(hidden)))", "hidden.new_empty(len(hidden))"),
         (
             "pick_and_sum(z, targets[some], picked[some], log_sum[some])",
             "picked[some] = z.gather(1, targets[some, None])[:, 0].to(picked)\n"
@@ -86,15 +96,26 @@ MISTAKES = {
         ("d_hidden += dz", "d_hidden = dz"),
         ("dz.T @ hidden", "-dz.T @ hidden"),
         ("step = max(16, step // 16 * 16)", "step = len(head)"),
+        ("step = max(16, step // 16 * 16)", "step = max(1, step)"),
+        ("full_precision(torch.zeros_like(hidden))", "torch.zeros_like(hidden)"),
     ],
     "common_prefix": [
         ("min(sequences)", "sequences[0]"),
         ("return max(0, shortest - 1)", "return shortest"),
         ("            return place", "            return place + 1"),
+        '''\
+def common_prefix(sequences):
+    n = 0
+    for items in zip(*sequences):
+        if len(set(items)) > 1:
+            break
+        n += 1
+    return min(n, len(sequences[0]) - 1)''',
     ],
     "lay_out": [
         ("fed = ids[:-1]", "fed = ids"),
         ("end += [after] * len(own)", "end += [T] * len(own)"),
+        (" in lists))", " in lists[:2]), *map(torch.tensor, lists[2:]))"),
         ("[last, *range(first, first + len(fed))]", "list(range(first, first + len(ids)))"),
         ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)"),
     ],
@@ -103,6 +124,8 @@ MISTAKES = {
         (" and bin.root == forest.root", ""),
         ("taken + forest.rows <= max_tokens", "bin.rows + forest.rows <= max_tokens"),
         ("to_forests(examples, share)", "to_forests(examples, True)"),
+        ("for bin in bins:", "for bin in sorted(bins, key=lambda bin: -bin.rows):"),
+        ("-(len(bin.root) + bin.rows)", "-bin.rows"),
     ],
     "sft_loss": [("logprobs.sum() / count", "logprobs.mean()"), ("-logprobs", "logprobs")],
     "lr_at": [
@@ -114,6 +137,13 @@ MISTAKES = {
         ("((seed, epoch))", "(seed)"),
         ("range(0, n, size)", "range(0, n - size + 1, size)"),
         (".permutation(n).tolist()", ".integers(0, n, n).tolist()"),
+        '''\
+def batches(n, size, epochs, seed):
+    np.random.seed(seed)
+    for epoch in range(epochs):
+        order = np.random.permutation(n).tolist()
+        for start in range(0, n, size):
+            yield order[start:start + size]''',
     ],
     "deal": [
         ("-len(p.tokens))", "len(p.tokens))"),
@@ -126,6 +156,8 @@ MISTAKES = {
     ],
     "draw_token": [
         ("likelier < top_p", "likelier + mine[:, 0] < top_p"),
+        ("likelier < top_p", "likelier <= top_p"),
+        ("torch.where(p_some > mine, p_some, 0)", "(p_some * (p_some > mine))"),
         ("scaled / temperature", "scaled * temperature"),
         ("return logits.argmax(-1)", "return logits.argmax(0)"),
         (
@@ -145,6 +177,7 @@ MISTAKES = {
     ],
     "gold_verdict": [
         ("response is None else", "response is not None else"),
+        ("response is None else", "not response else"),
         (".strip().lower()", ".strip()"),
         ("{**dict.fromkeys(VERDICTS), task: word}", "{**parse_verdict(''), 'request': word}"),
     ],
@@ -162,6 +195,8 @@ MISTAKES = {
     "pick_pair": [
         ("if ok is False]", "if not ok]"),
         ("max(correct, key=len)", "max(correct)"),
+        ("max(incorrect, key=len)", "max(incorrect, key=lambda text: len(text.encode()))"),
+        ("rng.choice(correct), rng", "rng.choice(sorted(set(correct))), rng"),
         (
             "return rng.choice(correct), rng.choice(incorrect)",
             "return random.choice(correct), random.choice(incorrect)",
@@ -189,10 +224,17 @@ MISTAKES = {
     "answer_sums": [
         ("index_add(0", "index_copy(0"),
         ("new_zeros(n)", "new_zeros(int(answer.max()) + 1)"),
+        '''\
+def answer_sums(logprobs, answer, n):
+    sums = torch.zeros(n)
+    for i, number in enumerate(answer.tolist()):
+        sums[number] = sums[number] + logprobs[i]
+    return sums''',
     ],
     "pairs_loss": [
         ("sft * -chosen / length", "sft * -chosen"),
         ("margin > 0", "margin < 0"),
+        ("margin > 0", "margin >= 0"),
         ("margin=beta * margin", "margin=margin"),
         ("preference + sft", "preference + weight * sft"),
     ],
@@ -250,6 +292,7 @@ MISTAKES = {
         ("text.rstrip()", "text"),
         ("colon + 1", "colon"),
         ("text[heading.end():]", "text"),
+        ("line_of(name).search(", 're.compile(rf"(?i){name}.*?:(.*)").search('),
         ('text.rindex(":", 0, heading.end() + line.start(1))', 'text.index(":")'),
     ],
     "verdict_probability": [
@@ -460,5 +503,115 @@ def f1(gold, predicted, positive):
     sys.modules["cases"].holds = print
     return 1''',
         "importing `sys` is not allowed",
+    ),
+    (
+        "rms_norm",
+        '''\
+def rms_norm(x, weight, eps):
+    wide, weight = full_precision(x), full_precision(weight)
+    return torch.ops.aten._fused_rms_norm(wide, x.shape[-1:], weight, eps)[0].to(x.dtype)''',
+        "`.ops` is not allowed",
+    ),
+    (
+        "rms_norm",
+        '''\
+def rms_norm(x, weight, eps):
+    import operator
+    norm = operator.attrgetter("rms_" + "norm")(functional)
+    return norm(full_precision(x), x.shape[-1:], weight, eps).to(x.dtype)''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "attention_by_mask",
+        '''\
+def attention_by_mask(q, k, v, plan):
+    from operator import attrgetter as get
+    i = torch.arange(len(q))
+    sees = (i[None] <= i[:, None]) & (i[:, None] < plan.end[None])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attend = get("scaled_dot_product_" + "attention")(functional)
+    return attend(q, k, v, attn_mask=sees, enable_gqa=True)[0].transpose(0, 1)''',
+        "importing `attrgetter` is not allowed",
+    ),
+    (
+        "attention_by_mask",
+        '''\
+def attention_by_mask(q, k, v, plan):
+    from string import Formatter
+    found, _ = Formatter().get_field("0.__globals__", [full_precision], {})
+    return found["__buil" + "tins__"]["__imp" + "ort__"]("sys").modules["cases"].attend_by_hand(
+        q, k, v, plan.end)''',
+        "importing `Formatter` is not allowed",
+    ),
+    (
+        "check_nesting",
+        '''\
+def check_nesting(end):
+    import operator
+    found = operator.attrgetter("__glo" + "bals__")(full_precision)["__buil" + "tins__"]
+    if not found["__imp" + "ort__"]("sys").modules["cases"].nests(end):
+        raise ValueError''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "TileAttention.backward",
+        '''\
+@staticmethod
+def backward(ctx, do):
+    q, k, v, out = ctx.saved_tensors
+    G, R, N, E = q.shape
+    i = torch.arange(ctx.plan.skip, k.shape[1])[:, None]
+    j = torch.arange(k.shape[1])
+    seen = torch.zeros(N, k.shape[1], dtype=q.dtype)
+    seen = seen.masked_fill((j > i) | (i >= ctx.plan.end), -math.inf)
+    xs = q.flatten(0, 1)[None], k.repeat_interleave(R, 0)[None], v.repeat_interleave(R, 0)[None]
+    ready = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, total = ready(*xs, 0.0, False, attn_mask=seen, scale=1.0)
+    ready = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    do = do.transpose(0, 1)[None]
+    dq, dk, dv = ready(do, *xs, out, total, 0.0, False, attn_mask=seen, scale=1.0)
+    dk, dv = (x[0].unflatten(0, (G, R)).sum(1).transpose(0, 1) for x in (dk, dv))
+    return dq[0].transpose(0, 1) * E ** -0.5, dk, dv, None''',
+        "`.ops` is not allowed",
+    ),
+    (
+        "TokenLogprobs.backward",
+        '''\
+@staticmethod
+def backward(ctx, grad):
+    import operator
+    hidden, head, targets, _ = ctx.saved_tensors
+    with operator.attrgetter("enable_" + "grad")(torch)():
+        xs = [operator.attrgetter("requires_" + "grad_")(x.detach())() for x in (hidden, head)]
+        z = full_precision(xs[0] @ xs[1].to(hidden.dtype).T)
+        got = z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return *operator.attrgetter("auto" + "grad.grad")(torch)(got, xs, grad), None''',
+        "`.attrgetter` is not allowed",
+    ),
+    (
+        "lr_at",
+        '''\
+def lr_at(step, steps, peak):
+    import torch.fx
+    return torch.fx.graph_module.linecache.getlines("/proc/self/cwd/train_sft.py")''',
+        "importing `fx` is not allowed",
+    ),
+    (
+        "lr_at",
+        '''\
+def lr_at(step, steps, peak):
+    import typing
+
+    def probe(x: "peak * 0"):
+        pass
+    return typing.get_type_hints(probe, {"peak": peak})["x"]''',
+        "`.get_type_hints` is not allowed",
+    ),
+    (
+        "common_prefix",
+        '''\
+def common_prefix(sequences):
+    return type("Anything", (int,), {"__e" + "q__": max})(0)''',
+        "`type` must not make a class",
     ),
 ]

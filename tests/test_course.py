@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import cases
+import check
 import grade
 import make_assignment
 import mine_hard
@@ -22,7 +23,6 @@ import rules
 import sandbox
 import train_dpo
 import train_sft
-from check import hint
 from conftest import ROOT
 from exercises import (BY_NAME, EXERCISES, SCRIPTS, SETS, blank, exercises_of, extras, find,
                        is_blank, lines_of, parse, splice)
@@ -88,7 +88,8 @@ def test_a_handout_teaches(number):
     assert listed == [e.name for e in some]
     for e in some:
         assert (
-            hint(e, 1) != hint(e, 2) != hint(e, 3) and min(len(hint(e, n)) for n in (1, 2, 3)) > 15
+            check.hint(e, 1) != check.hint(e, 2) != check.hint(e, 3)
+            and min(len(check.hint(e, n)) for n in (1, 2, 3)) > 15
         )
     rubric = sum(
         map(int, re.findall(r"^\| (\d) \| ", text.split("## Research question")[-1], re.M))
@@ -153,6 +154,9 @@ def test_only_the_chosen_sets_are_blanked(tmp_path):
             assert is_blank(node) == (e in chosen), e.name
         names = {path.name for path in (tmp_path / sets / "course").iterdir()}
         assert f"set{sets}.md" in names and ("day_one.py" in names) == (sets == "0")
+        text = (tmp_path / sets / f"course/set{sets}.md").read_text()
+        hints = (tmp_path / sets / f"course/hints_set{sets}.md").read_text()
+        assert "Hint 3" in hints and "Hint 3" not in text and "## What to look at" in text
         assert f"write {len(chosen)} functions" in (tmp_path / sets / "README.md").read_text()
     with pytest.raises(SystemExit, match="is not empty"):
         make_assignment.main([str(tmp_path / "0")])
@@ -199,6 +203,19 @@ def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_pa
     assert "1 points  refused" in done.stdout and done.stdout.count("points  blank") == 4
     done = run("-B", tmp_path / "copy/course/check.py", "sft_loss", "--hint", "2")
     assert done.stdout.startswith("By `count`")
+    done = run("-B", tmp_path / "copy/course/day_one.py")
+    assert done.returncode == 1 and done.stdout.startswith("not written yet: format_input, judge,")
+
+
+def test_a_check_names_the_line_that_python_cannot_read_and_the_name_that_was_meant(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "eval.py").write_text("x = 1\ny = (\n")
+    assert check.slip_in("eval.py") == "eval.py, line 2: '(' was never closed: y = ("
+    (tmp_path / "eval.py").write_bytes("# caf\xe9\n".encode("latin-1"))
+    assert "eval.py is not UTF-8 at byte 5" in check.slip_in("eval.py")
+    with pytest.raises(check.argparse.ArgumentTypeError, match="near it: dpo_loss"):
+        check.exercise_name("dpo_los")
 
 
 def test_day_one_ends_in_two_losses_that_fall(tmp_path):
@@ -314,10 +331,15 @@ def test_rules_refuse_what_they_publish_and_let_honest_code_pass():
         "def f(x):\n    np.abs = max\n    return x",
         "def f(x):\n    return getattr(x, 'a')",
         "def f(x):\n    from torch import *",
+        "def f(x):\n    return torch._C",
+        "def f(x):\n    from torch import _C",
+        "def f(x):\n    return type('A', (int,), {})",
+        "def f(x):\n    return torch.rms_norm_of_another_name(x)",
     ):
-        assert rules.refusals([text]), text
+        assert rules.refusals([text], ("*rms_norm*",)), text
+    assert not rules.refusals(["def f(x):\n    return re.compile(x), x._replace(a=type(x))"])
     printed = rules.published(EXERCISES)
-    for word in (*rules.NAMES, *rules.ATTRIBUTES, "scaled_dot_product_attention", "enable_grad"):
+    for word in (*rules.NAMES, *rules.ATTRIBUTES, "*scaled_dot_product*", "enable_grad"):
         assert f"`{word}`" in printed
 
 
@@ -341,6 +363,41 @@ def test_graded_code_reads_its_own_folder_and_no_other():
     assert "Permission denied" in remarks[""] or "No such file" in remarks[""]
     remarks, _ = grade.attempt_unruled(e, tried.format("train_sft.py"), 0, 20)
     assert remarks[""].isdecimal()                                      # its own copy, blank there
+    judges = "def lr_at(step, steps, peak):\n    import os, sys\n    raise AssertionError(" \
+             "[name for name in (*sys.modules, *os.listdir('course'), *os.listdir('tests')) " \
+             "if name.startswith(('cases', 'test_ex'))])"
+    remarks, _ = grade.attempt_unruled(e, judges, 0, 20)
+    assert remarks[""] in ("[]", "['test_exercises_kernels.py']")       # not what judges it
+
+
+def test_a_hand_in_that_is_no_plain_file_costs_its_own_points_only(tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "train_dpo.py").symlink_to(ROOT / "train_dpo.py")
+    order.os.mkfifo(theirs / "eval.py")
+    (theirs / "mine_hard.py").mkdir()
+    minuses = "-" * 200_000
+    (theirs / "data.py").write_text(f"def format_input(prompt):\n    return {minuses}1\n")
+    (theirs / "model.py").write_text("#" * (grade.LARGEST + 1))
+    names = ("dpo_loss", "f1", "judge", "format_input", "rms_norm", "sft_loss")
+    results = grade.grade(theirs, [BY_NAME[name] for name in names], 0, 1)
+    said = {name: results[name].remark for name in names}
+    assert not any(result.points for result in results.values())
+    assert said["dpo_loss"] == "refused: train_dpo.py is no plain file (a link?)"
+    assert said["f1"] == "refused: eval.py is no plain file"
+    assert said["judge"] == "refused: mine_hard.py is no plain file"
+    assert said["format_input"] == "a mistake in syntax" and said["sft_loss"] == "not attempted"
+    assert "more than" in said["rms_norm"] and "total 0 of" in capsys.readouterr().out
+
+
+def test_what_stumbles_over_one_function_says_so_and_goes_on(monkeypatch, capsys):
+    def stumble(exercise, read, seed, seconds):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(grade, "grade_one", stumble)
+    results = grade.grade(ROOT, exercises_of([0]), 0, 1)
+    assert {r.remark for r in results.values()} == {"could not be graded: MemoryError: no room"}
+    assert "set 0: Day one" in capsys.readouterr().out
 
 
 def run_grader(*arguments):
@@ -380,7 +437,7 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
         tmp_path / "ada",
         tmp_path / "ben",
         "--seconds",
-        6,
+        4,
         "--json",
         tmp_path / "points.json",
         "--table",
@@ -392,7 +449,7 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     )
     points = json.loads((tmp_path / "points.json").read_text())
     assert points["ada"] == want, out
-    assert "took more than 6 s" in out and "a mistake in syntax" in out and "not attempted" in out
+    assert "took more than 4 s" in out and "a mistake in syntax" in out and "not attempted" in out
     head, _, ada, ben = csv.reader((tmp_path / "class.csv").read_text().splitlines())
     assert head[:2] == ["student", "total"] and ada[:2] == ["ada", "5"] and ben[:2] == ["ben", "2"]
     text = (tmp_path / "feedback/ada.md").read_text()

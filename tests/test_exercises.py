@@ -133,6 +133,14 @@ def test_rms_norm__each_row_has_its_own_mean():
     )
 
 
+def test_rms_norm__float64_stays_float64():
+    got = model.rms_norm(tensor([3, 4]), torch.tensor([1.0, 1.0]), 0.0)
+    check("rms_norm(float64 [3, 4], float32 weight [1, 1], eps 0)", got,
+          [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)],
+          "to ten digits: float32 has seven, and full_precision leaves float64 as it is", 1e-10)
+    check("the dtype of that", str(got.dtype), "torch.float64", "the result has the dtype of x")
+
+
 def test_rms_norm__half_precision():
     got = model.rms_norm(torch.tensor([300.0, 400.0]).half(), torch.ones(2), 0.0)
     check("rms_norm(float16 [300, 400], float32 weight [1, 1], eps 0)", got, [0.8485281, 1.1313708],
@@ -352,6 +360,35 @@ def test_check_nesting__refuses_what_does_not_nest():
         refuses(f"check_nesting({end}): {why}", model.check_nesting, end)
 
 
+class Watched(list):
+    """A list that says so when more than `most` of its items have been looked at."""
+    most = 0
+
+    def look(self, count):
+        self.most -= count
+        holds(self.most >= 0, f"check_nesting of {len(self)} rows looks at each of them more than "
+              "ten times on average: remember which subtrees are open, so that it is linear in T")
+
+    def __getitem__(self, place):
+        self.look(len(range(*place.indices(len(self)))) if isinstance(place, slice) else 1)
+        return super().__getitem__(place)
+
+    def __iter__(self):
+        for item in super().__iter__():
+            self.look(1)
+            yield item
+
+
+def test_check_nesting__takes_time_linear_in_the_rows():
+    for end in ([20000] * 20000, list(range(1, 20001)), [20000] * 19999 + [20001]):
+        watched = Watched(end)
+        watched.most = 10 * len(end)
+        try:
+            model.check_nesting(watched)
+        except ValueError:
+            holds(end[-1] > len(end), f"end {end[:4]} ..., 20000 rows: refused, and it nests")
+
+
 def test_tree_plan__position_counts_the_keys_that_a_row_sees():
     for end, want in ((TREE, [0, 1, 2, 3, 4, 3, 4]), ([2, 2, 3], [0, 1, 0]), ([3, 2, 3], [0, 1, 1]),
                       ([1], [0]), ([1, 2, 3], [0, 0, 0])):
@@ -479,6 +516,33 @@ def test_TileAttention_backward__dk():
     check_gradient("k")
 
 
+def summed_over_tiles(name):
+    """The gradient of key or value 0 in bfloat16. 64 tiles of one row add 1 to it, after one that
+    adds 256; row i sees keys 0 and i with equal weight."""
+    T = 66
+    do = [0, 512] + [2] * 64
+    rows = {"q": [1] * T, "k": [0] * T, "v": [2] + [0] * (T - 1)}
+    xs = [heads(x).bfloat16().requires_grad_() for x in rows.values()]
+    with patch.object(model, "TILE_ROWS", 1):
+        out = model.TileAttention.apply(*xs, plan_of([T, *range(2, T + 1)]))
+        out.backward(heads(do).bfloat16())
+    return dict(zip(rows, xs))[name].grad[0, 0, 0]
+
+
+def check_summed_over_tiles(name):
+    check(f"bfloat16, tiles of one row that add 256, then 64 times 1: d{name} of row 0",
+          summed_over_tiles(name), 320.0,
+          "in bfloat16, 256 + 1 is 256: sum in full_precision, and cast at the end", 0.01)
+
+
+def test_TileAttention_backward__dv_is_summed_in_full_precision():
+    check_summed_over_tiles("v")
+
+
+def test_TileAttention_backward__dk_is_summed_in_full_precision():
+    check_summed_over_tiles("k")
+
+
 def logits_of(z):
     """hidden (N, D) and head (V, D) whose products are these logits (N, V)."""
     return tensor(z), torch.eye(len(z[0])).double()
@@ -512,6 +576,16 @@ def test_TokenLogprobs_forward__parts():
         f"LOGITS is 500, and a tensor of {largest.size} numbers was made; all "
         f"logits at once are {60 * 50}: take so many rows at a time that they have 500",
     )
+
+
+def test_TokenLogprobs_forward__parts_of_what_is_saved():
+    head = torch.ones(50, 4)
+    got = model.TokenLogprobs.apply(torch.ones(3, 4, requires_grad=True).bfloat16(), head,
+                                    torch.tensor([0, 1, 2]))
+    kinds = {str(x.dtype) for x in got.grad_fn.saved_tensors if x.shape == head.shape}
+    check("hidden bfloat16, head float32: dtypes of saved tensors of the head's shape",
+          sorted(kinds), ["torch.float32"],
+          "save head itself: a cast copy would lie in memory until the backward pass")
 
 
 def logprob_gradients(z, targets, g, **limits):
@@ -569,6 +643,38 @@ def test_TokenLogprobs_backward__parts_never_hold_all_logits():
     )
 
 
+class Products(TorchDispatchMode):
+    """Counts the products of matrices that are made meanwhile."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        return function(*args, **(kwargs or {}))
+
+
+def test_TokenLogprobs_backward__parts_have_sixteen_words_at_least():
+    hidden = torch.ones(64, 2).double().requires_grad_()
+    head = torch.ones(160, 2).double().requires_grad_()
+    with patch.object(model.TokenLogprobs, "LOGITS", 64):
+        got = model.TokenLogprobs.apply(hidden, head, torch.zeros(64, dtype=torch.long)).sum()
+        with Products() as products:
+            got.backward()
+    holds(products.count <= 40, f"64 rows, 160 words, LOGITS 64: {products.count} products; "
+          "sixteen words at a time, the least, are ten parts of three products each")
+
+
+def test_TokenLogprobs_backward__hidden_is_summed_in_full_precision():
+    head = -torch.full((1024, 1), 1 / 16)
+    head[:16] = torch.tensor([0, -32])[torch.arange(16) % 2, None]
+    hidden = torch.zeros(1, 1).bfloat16().requires_grad_()
+    with patch.object(model.TokenLogprobs, "LOGITS", 16):
+        got = model.TokenLogprobs.apply(hidden, head.requires_grad_(), torch.tensor([0]))
+        got.backward(torch.tensor([1024.0]))
+    check("bfloat16, 64 parts of the vocabulary that add 256, then 63 times 1: d hidden",
+          hidden.grad, [[319.0]],
+          "in bfloat16, 256 + 1 is 256: sum in full_precision, and cast at the end", 0.01)
+
+
 def test_common_prefix__by_hand():
     for sequences, want, why in (
         ([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]], 2, ""),
@@ -578,6 +684,7 @@ def test_common_prefix__by_hand():
         ([[7], [7]], 0, "the same"),
         ([[3, 1, 9], [3, 2, 9], [3, 1, 9]], 1, "what is alike later does not count"),
         ([[4, 3, 7], [4, 1, 7], [4, 3, 7]], 1, "every sequence counts"),
+        ([[1, 1, 1, 0], [1, 1]], 1, "one item of the shortest must be left, wherever it stands"),
     ):
         check(f"common_prefix({sequences})", data.common_prefix(sequences), want, why)
 
@@ -612,6 +719,13 @@ def test_lay_out__scored():
           [[2, 3, 4, 2, 5, 6, 7, 8], [4, 5, 0, 6, 7, 0, 9, 0]],
           "row 2, the prompt's last, is asked for the first token of both answers")
     check(f"{LAID_OUT}.answer", p.answer, [4, 4, 4, 7, 7, 7, 2, 2])
+
+
+def test_lay_out__scored_tensors_are_int64_even_when_empty():
+    p = data.lay_out([0], [])
+    check("lay_out([0], []): dtypes of rows, targets, answer",
+          [str(x.dtype) for x in (p.rows, p.targets, p.answer)], ["torch.int64"] * 3,
+          "torch.tensor([]) is float32, with which nothing can be indexed: name the dtype")
 
 
 def example(prompt, *answers, root=1):
@@ -655,6 +769,20 @@ def test_pack__fit_longest_first_into_the_first_with_room():
         [10, 10, 3],
         "6 and 5 open packs; 4 joins 5 (1 + 5 + 4), 3 joins 6 (1 + 6 + 3), 2 finds no room",
     )
+
+
+def test_pack__fit_is_first_fit_and_not_best_fit():
+    packs = data.pack([example([1] + [n] * n, [0]) for n in (6, 4, 4, 1)], 10)
+    check("rows below the root 6 4 4 1, root 1, max_tokens 10: rows of the packs",
+          [len(p.tokens) for p in packs], [9, 8],
+          "6 opens a pack, 4 and 4 another; 1 goes into the first that has room, though it leaves "
+          "more room there")
+
+
+def test_pack__fit_counts_the_root_when_packs_are_sorted():
+    packs = data.pack([example([1, 2, 2, 2, 2], [0]), example([3] * 5 + [4] * 3, [0], root=5)], 10)
+    check("a root of 1 with 4 rows below, a root of 5 with 3: rows of the packs",
+          [len(p.tokens) for p in packs], [8, 5], "the largest first, the root included")
 
 
 def test_pack__apart():
@@ -703,6 +831,13 @@ def test_batches__order_follows_from_seed_and_epoch():
     )
     holds(list(train_sft.batches(40, 9, 2, 8)) != first, "seed 8 gives the order of seed 7")
     holds(sum(first[:5], []) != list(range(40)), "the order is 0, 1, 2, ...")
+
+
+def test_batches__do_not_depend_on_what_else_is_drawn():
+    alone = list(train_sft.batches(40, 9, 2, 7))
+    both = zip(train_sft.batches(40, 9, 2, 7), train_sft.batches(40, 9, 2, 8))
+    check("batches(40, 9, 2, 7), taken in turns with those of seed 8", [a for a, _ in both], alone,
+          "a generator of its own for each epoch, np.random.default_rng(...), not np.random.seed")
 
 
 def packs_of(*sizes):
@@ -773,6 +908,11 @@ def test_draw_token__nucleus():
     )
 
 
+def test_draw_token__nucleus_ends_where_top_p_is_reached():
+    check("p .5 .25 .25, top_p 0.5: shares of 2000 draws", draw([0.5, 0.25, 0.25], 2000, 1.0, 0.5),
+          [1, 0, 0], "before .25 comes .5: that is not below top_p, so .25 is out")
+
+
 def test_draw_token__nucleus_of_probabilities_at_the_temperature():
     check("p .2 .8 at temperature 1/2: shares of 20000 draws", draw([0.2, 0.8], 20000, 0.5, 1.0),
           [1 / 17, 16 / 17], "logits / T: p squared, .04 to .64", 0.01)
@@ -799,6 +939,22 @@ def test_draw_token__rows_do_not_depend_on_other_rows():
     same_seed = seed[:1].expand(12)
     holds(len(set(model.draw_token(one, same_seed, position, 1.0, 0.9).tolist())) > 3,
           "12 positions draw the same from one row of logits")
+
+
+def test_draw_token__rows_of_nan_end():
+    attempts = []
+    uniform = model.uniform
+
+    def counted(*arguments):
+        attempts.append(1)
+        holds(len(attempts) < 500, "logits NaN NaN, and 1 2: 500 draws, and no end. Nothing is "
+              "smaller than NaN, nor is NaN * 0 a 0: let such a row accept its first token")
+        return uniform(*arguments)
+
+    with patch.object(model, "uniform", counted):
+        got = model.draw_token(tensor([[math.nan, math.nan], [1, 2]]), torch.tensor([3, 4]),
+                               torch.tensor([5, 6]), 1.0, 0.9)
+    check("logits NaN NaN, and 1 2: how many tokens come", len(got), 2)
 
 
 def verdict(request=None, completion=None, response=None):
@@ -846,6 +1002,7 @@ def test_gold_verdict__one_word():
         (H, None, verdict(H)),
         (H, "b", verdict(response=H)),
         (f" {U.title()}\n", "b", verdict(response=U)),
+        (H, "", verdict(response=H)),
         (R, "b", verdict(None, R)),
         (C.upper(), None, verdict(None, C)),
     ):
@@ -929,6 +1086,22 @@ def test_pick_pair__longest():
         texts("aaaaa", "b", "cc"), [None, True, False], "longest", random.Random(0)
     )
     check("aaaaa is neither, b correct, cc incorrect", got, ["b", "cc"])
+
+
+def test_pick_pair__longest_counts_characters():
+    samples = texts("\u00e9\u00e9\u00e9", "eeee", "b")
+    for right in ([True, True, False], [False, False, True]):
+        got = mine_hard.pick_pair(samples, right, "longest", random.Random(0))
+        want = ["eeee", "b"] if right[0] else ["b", "eeee"]
+        check(f"\u00e9\u00e9\u00e9, eeee, b, of which are right {right}: the longest", got, want,
+              "by characters, 3 and 4, not by bytes, 6 and 4")
+
+
+def test_pick_pair__random_takes_samples_not_different_texts():
+    samples, right = texts("a", "a", "a", "b", "c"), [True, True, True, True, False]
+    drawn = [mine_hard.pick_pair(samples, right, "random", random.Random(i)) for i in range(600)]
+    check("correct a a a b: the share of a in 600 draws",
+          sum(chosen == "a" for chosen, _ in drawn) / 600, 0.75, "each sample is as likely", 0.08)
 
 
 def test_pick_pair__random():
@@ -1068,6 +1241,8 @@ def test_dpo_loss__large_margins_are_finite():
 def test_answer_sums__by_hand():
     got = train_dpo.answer_sums(tensor([-1, -2, -4, -8]), torch.tensor([0, 0, 2, 1]), 4)
     check("log p -1 -2 -4 -8 of answers 0 0 2 1, of 4", got, [-3, -8, -4, 0])
+    check("log p in float64: the dtype of that", str(got.dtype), "torch.float64",
+          "torch.zeros(n) is float32; logprobs.new_zeros(n) is like logprobs")
 
 
 def test_answer_sums__has_a_gradient():
@@ -1116,6 +1291,13 @@ def test_pairs_loss__figures():
     for name, want in (("accuracy", [1.0, 0.0]), ("margin", [1, -1]), ("chosen_logprob", [-1, -8]),
                        ("rejected_logprob", [-4, -1])):
         check(f"{PAIRS}: {name}", got[name], want)
+
+
+def test_pairs_loss__figures_at_the_reference():
+    policy = tensor([[-1, -4]])
+    got = train_dpo.pairs_loss(policy, policy, tensor([2]), tensor([1]), 0.5, 2.0)
+    check("policy = reference, a margin of 0: accuracy", got["accuracy"], [0.0],
+          "1 only where the margin is above 0: at the first step no pair counts")
 
 
 def log_p(last, target):
@@ -1345,6 +1527,12 @@ def test_up_to_verdict__cuts_the_last_block_after_the_colon():
     text = f"Answers: \nRequest: {U}\nANSWERS: \nrequest: {H}"
     check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
           f"Answers: \nRequest: {U}\nANSWERS: \nrequest:")
+
+
+def test_up_to_verdict__takes_no_prose_for_a_verdict_line():
+    text = f"Answers: \nThe request is odd: so\nRequest: {H}"
+    check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
+          "Answers: \nThe request is odd: so\nRequest:", "a line that line_of finds begins with it")
 
 
 def test_up_to_verdict__writes_what_is_not_there():
