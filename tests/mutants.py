@@ -42,7 +42,7 @@ MUTANTS = [
      "test_model.py -k put_back"),
     ("model.py", "self.free = sorted(self.free + pages)", "self.free = self.free + pages",
      "test_model.py -k handed_out"),
-    ("model.py", "lse = s.amax(-1) - p.amax(-1).log()", "lse = -p.amax(-1).log()",
+    ("model.py", "some_lse = s.amax(-1) - probability.amax(-1).log()", "some_lse = -probability.amax(-1).log()",
      "test_model.py -k generation"),
     ("model.py", "index_put_((page, offset), ", "index_put_((page, offset - 1), ",
      "test_model.py -k generation"),
