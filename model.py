@@ -1793,8 +1793,7 @@ class Engine:
         """Give every slot pages for its next `poll` tokens. Where none are left, the youngest jobs
         make room, so that the oldest finish; they are returned, and when one starts again, it draws
         the same (see sample_seed), samples that had ended included: a job goes back whole. The
-        youngest may be the very job that asks: it has no slots then
-        and gets nothing more."""
+        youngest may be the very job that asks: it has no slots then and gets nothing more."""
         put_back = []
         for job in list(self.jobs):
             need = pages_for(job.drawn + self.capacity.poll)

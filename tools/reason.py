@@ -42,7 +42,6 @@ import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -56,6 +55,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tools")]
 import make_toy  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
+from ablation import end_with  # noqa: E402
 from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
                   parse_verdict, write_json, write_whole)
 from eval import f1_of, verdict_probability  # noqa: E402
@@ -290,15 +290,10 @@ def drop_half_line(path):
             write_whole(path, lambda part: part.write_bytes(whole + end))
 
 
-def prepare_worker():
+def prepare_worker(parent):
     """A process that runs cells: one thread, and it ends where the process that began it ended."""
     torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with(parent)
 
 
 def run_in_time(cell, deadline, *arguments):
@@ -324,7 +319,7 @@ def run_grid(args):
     deadline = args.started + 60 * args.minutes
     left = len(todo)
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, fresh, prepare_worker) as pool:
+    with ProcessPoolExecutor(args.jobs, fresh, prepare_worker, (os.getpid(),)) as pool:
         futures = [pool.submit(run_in_time, cell, deadline, args.out / "base", args.steps,
                                args.test, args.device) for cell in todo]
         try:
