@@ -16,6 +16,7 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
 """
 import argparse
 import math
+from bisect import bisect_left
 
 import torch
 from torch.nn import functional
@@ -89,11 +90,10 @@ def verdict_sums(logprobs, answer, starts):
 
 
 def block_start(tokenizer, ids):
-    """Which token of an answer is the first of its Answers block; 0 where it has none."""
-    for start in reversed(range(len(ids))):
-        if "answers:" in tokenizer.decode(ids[start:]).lower():
-            return start
-    return 0
+    """Which token of an answer is the first of its Answers block; len(ids) where it has none."""
+    has_no_block = lambda start: "answers:" not in tokenizer.decode(ids[start:]).lower()
+    beyond = bisect_left(range(len(ids)), True, key=has_no_block)
+    return beyond - 1 if beyond else len(ids)
 
 
 def reference_logprobs(model, examples, args, world):

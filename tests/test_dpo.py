@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import train_dpo
 from data import INSTRUCTION, InputError, format_answers, format_input, pack
 from model import World
-from train_dpo import answer_sums, dpo_loss, pairs_loss, reference_logprobs
+from train_dpo import (answer_sums, block_start, dpo_loss, pairs_loss, reference_logprobs,
+                       verdict_sums, watched)
 from train_sft import batches, lr_at
 
 
@@ -32,6 +33,34 @@ def test_dpo_loss_is_the_textbook_one_for_weight_one_and_falls_with_the_margin()
 
 def test_answer_sums_add_up_tokens():
     assert answer_sums(torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor([0, 0, 2, 1]), 4).tolist() == [-3, -8, -4, 0]
+
+
+def test_the_answers_block_begins_where_its_word_does(tokenizer):
+    reasoning, block = "# Task 1\nSo the answer is plain.\n\n", format_answers("harmful")
+    ids = tokenizer.answer_ids(reasoning + block)
+    start = block_start(tokenizer, ids)
+    assert tokenizer.decode(ids[start:]).startswith(block.rstrip())
+    twice = tokenizer.answer_ids(reasoning + block + "\n\n" + block)      # the last block counts
+    assert tokenizer.decode(twice[block_start(tokenizer, twice):]).startswith(block.rstrip())
+    assert len(twice) - block_start(tokenizer, twice) == len(ids) - start
+    for without in (tokenizer.answer_ids(reasoning), []):
+        assert block_start(tokenizer, without) == len(without)
+
+
+def test_verdict_sums_by_hand():
+    logprobs, answer = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0]), torch.tensor([0, 0, 0, 1, 1])
+    starts = torch.tensor([[1, 2], [0, 0]])     # answer 0 from its second token; answer 1 has no block
+    assert verdict_sums(logprobs, answer, starts).tolist() == [-6, 0, 0, 0]
+
+
+def test_pushes_are_those_of_the_formula():
+    policy = torch.tensor([[-6.0, -9.0]], dtype=torch.float64, requires_grad=True)
+    length, weight = torch.tensor([3.0]), torch.tensor([0.8])
+    loss = pairs_loss(policy, policy.detach(), length, weight, beta=0.1, sft=2.0)["loss"]
+    seen = watched(loss, policy, policy.detach(), torch.tensor([[3, 4]]))
+    preference = 0.8 * 0.1 / 2                  # at margin 0: alpha beta / 2
+    assert seen["chosen_push"].item() == pytest.approx(preference + 2 / 3)
+    assert seen["rejected_push"].item() == pytest.approx(-preference)
 
 
 ARGS = SimpleNamespace(batch_size=3, max_tokens=10 ** 6, no_share=False, beta=0.1, sft=2.0)

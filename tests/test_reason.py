@@ -12,8 +12,7 @@ import traces
 
 import make_toy
 from data import InputError, gold_verdict, read_records, split_input
-from eval import answer_fast, f1
-from model import Llama, World
+from eval import f1
 
 DIALS = range(1, 7)
 
@@ -133,15 +132,6 @@ def test_what_each_arm_sees(tokenizer, corpora):
     (steps,) = reason.arm_steps("labels_tokens", 100, records, tokenizer)
     tokens = {name: reason.answer_tokens(seen[name], tokenizer) for name in ("labels", "r_sft")}
     assert abs(steps * tokens["labels"] / (100 * tokens["r_sft"]) - 1) < 0.01
-
-
-def test_answers_at_once_are_those_of_eval_fast(tokenizer, corpora):
-    model = Llama.from_pretrained("toy/model")
-    records = corpora[3]["test"][:12]
-    prompts = [tokenizer.prompt_ids(r["instruction"], r["input"]) for r in records]
-    blocks = answer_fast(model, tokenizer, prompts, World(model.head.device))
-    want = [text.split()[2] for text, _ in blocks]
-    assert reason.answer_at_once(model, tokenizer, records) == want
 
 
 # ------------------------------------------------------------------ from end to end

@@ -80,10 +80,7 @@ def verdicts(tokenizer, chosen, rejected):
     masks = []
     for ids in (chosen, rejected):
         mask = ones(ids)
-        start = block_start(tokenizer, ids)
-        if "answers:" not in tokenizer.decode(ids[start:]).lower():
-            start = len(ids)
-        mask[:start] = 0
+        mask[:block_start(tokenizer, ids)] = 0
         masks.append(mask)
     return tuple(masks)
 

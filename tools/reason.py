@@ -58,7 +58,7 @@ import traces  # noqa: E402
 from ablation import end_with  # noqa: E402
 from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
                   parse_verdict, write_json, write_whole)
-from eval import f1_of, verdict_probability  # noqa: E402
+from eval import answer_fast, f1_of  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
 from plot import COLOURS, GREY, line, text, ticks, write_svg  # noqa: E402
@@ -165,11 +165,8 @@ def train(base, records, steps, seed, folder, device):
 def answer_at_once(model, tokenizer, records):
     """The likelier verdict on each request right after the prompt, as eval.py --fast."""
     prompts, _ = encode_prompts(tokenizer, records, 4096)
-    starts = ["Answers: \nRequest:"] * len(prompts)
-    harmful = verdict_probability(model, tokenizer, prompts, starts, "request",
-                                  World(model.head.device))
-    positive, other = VERDICTS["request"]
-    return [positive if p > 0.5 else other for p in harmful]
+    answers = answer_fast(model, tokenizer, prompts, World(model.head.device))
+    return [parse_verdict(block)["request"] for block, _ in answers]
 
 
 def answer_reasoned(model, tokenizer, records):
