@@ -1392,19 +1392,19 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
 def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
                 G: constexpr, R: constexpr, E: constexpr, P: constexpr, M: constexpr):
     # attend_pages (part III has the words and a drawing): program (page and key head n, M of its
-    # W = w R queries), where query i is that
-    # of reader i // R, head i % R. Q (B, G, R, E); READERS (pages, w) int64, which rows of Q; K and
-    # V (pages, G, P, E), BIAS (pages, P), 0 where a key is; writes LSE (pages, w, G, R), a natural
-    # log, and OUT (pages, w, G, R, E). A page without a key: LSE below -2e4, OUT any finite number
+    # W = w R queries), where query i is that of reader i // R, head i % R. Q (B, G, R, E); READERS
+    # (pages, w) int64, which rows of Q; K and V (pages, G, P, E), BIAS (pages, P), 0 where a key
+    # is; writes LSE (pages, w, G, R), a natural log, and OUT (pages, w, G, R, E). A page without a
+    # key: LSE below -2e4, OUT any finite number
     n = tl.program_id(0).to(tl.int64)
     page = n // G
     g = n % G
     i = tl.program_id(1) * M + tl.arange(0, M)
     asks = i < W
     reader = page * (W // R) + i // R
-    slot = tl.load(READERS + reader, mask=asks, other=0)
+    row = tl.load(READERS + reader, mask=asks, other=0)
     column = tl.arange(0, E)[None]
-    place = (slot * G + g) * R + i % R                  # of the query in Q
+    place = (row * G + g) * R + i % R                   # of the query in Q
     q = tl.load(Q + place[:, None] * E + column, mask=asks[:, None], other=0.0)
     j = tl.arange(0, P)
     key = n * P + j
@@ -1428,7 +1428,7 @@ def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
 
 @jit
 def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C: constexpr):
-    # join_results: program n joins the results of one query head of one slot, C at a time; as in
+    # join_results: program n joins the results of one query head of one row, C at a time; as in
     # tree_forward, top is the largest log-sum-exp so far. LSE (terms,), OUT (terms, E), float32;
     # TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
     n = tl.program_id(0).to(tl.int64)
@@ -1455,20 +1455,20 @@ def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C
 # ================================================================== part III: the sampling engine
 # The k samples of a prompt share its keys and values, and all prompts share the instruction's. So
 # the cache is a pool of pages of 64 keys, and a page belongs to the instruction, to one prompt, or
-# to one sample. A *slot* is where one sample is decoded; B slots advance together, a token a step,
-# and here they are numbered as they stand in the batch of a step.
+# to one sample. A *slot* is where one sample is decoded. The slots in use advance together, a token
+# a step: they are the *rows* of a batch, in the order of their jobs.
 #
-# Prompts A and B with two samples each, in slots 0 (A0), 1 (A1), 2 (B0), 3 (B1), a page a part:
+# Prompts A and B with two samples each, in rows 0 (A0), 1 (A1), 2 (B0), 3 (B1), a page a part:
 #
 #     page       0             1        2        3 4 5     6    7    8    9
 #     holds      instruction   A        B        free      B1   B0   A1   A0
-#     readers    0 1 2 3       0 1      2 3                3    2    1    0      slots that read it
+#     readers    0 1 2 3       0 1      2 3                3    2    1    0      rows that read it
 #     results    1 2 3 4       5 6      7 8                9    10   11   12
 #
 # In a step each page is taken once, for all its readers: a softmax over its keys gives each reader
-# one *result*, a log-sum-exp and a mean of values. A second softmax, over the results of a slot
-# (slot 0: results 1, 5 and 12), joins them to what attention over all its keys would give. Result 0
-# is the empty one, of weight 0: it fills up the lists of slots that read fewer pages.
+# one *result*, a log-sum-exp and a mean of values. A second softmax, over the results of a row
+# (row 0: results 1, 5 and 12), joins them to what attention over all its keys would give. Result 0
+# is the empty one, of weight 0: it fills up the lists of rows that read fewer pages.
 PAGE = 64                   # keys of a page
 NO_KEY = -3e4               # added to the score of a key that is not there; finite: no nan
 
@@ -1485,36 +1485,36 @@ def places_in(pages, count):
 
 
 def number_reads(groups):
-    """Number the results of a step: which slot reads which page, and where its results lie.
+    """Number the results of a step: which row of the batch reads which page, and where its results
+    lie.
 
-    groups: [(w, reads)] of the pages of instruction, prompts and samples; at most w slots read one
-    page; reads: for each slot, counted in the order of the batch, (its pages, which of their
-    readers it is).
+    groups: [(w, reads)] of the pages of instruction, prompts and samples; at most w rows read one
+    page; reads: for each row (its pages, which of their readers it is).
     -> (tables, results): for each group that has pages (first page, [for each page up to the last
-    slots that read it, slot 0 where fewer than w do]); for each slot its results.
+    rows that read it, row 0 where fewer than w do]); for each row its results.
     The drawing above:
         groups   (4, [([0], 0), ([0], 1), ([0], 2), ([0], 3)])
                  (2, [([1], 0), ([1], 1), ([2], 0), ([2], 1)])
                  (1, [([9], 0), ([8], 0), ([7], 0), ([6], 0)])
         tables   (0, [[0, 1, 2, 3]])   (1, [[0, 1], [2, 3]])   (6, [[3], [2], [1], [0]])
         results  [1, 5, 12]   [2, 6, 11]   [3, 7, 10]   [4, 8, 9]"""
-    slots = len(groups[0][1])
+    rows = len(groups[0][1])
     tables = []
-    results = [[] for _ in range(slots)]
+    results = [[] for _ in range(rows)]
     next_result = 1
     for w, reads in groups:
-        assert len(reads) == slots
+        assert len(reads) == rows
         pages = {page for own, _ in reads for page in own}
         if not pages:
             continue
         first = min(pages)
         last = max(pages)
         readers = [[0] * w for _ in range(first, last + 1)]
-        for slot, (own, reader) in enumerate(reads):
+        for row, (own, reader) in enumerate(reads):
             for page in own:
                 line = page - first
-                readers[line][reader] = slot
-                results[slot].append(next_result + line * w + reader)
+                readers[line][reader] = row
+                results[row].append(next_result + line * w + reader)
         tables.append((first, readers))
         next_result += len(readers) * w
     return tables, results
@@ -1597,9 +1597,9 @@ def launch_page_kernel(q, readers, k, v, bias, lse, out):
 
 
 def join_results(lse, out, terms, count, dtype):
-    """Join what each query head of each slot found in its pages: lse (results, G, R) and out
-    (results, G, R, E) -> (B H, E) in dtype. Row b H + h of terms (B H, S) lists the count[b]
-    results that head h of slot b joins, filled up with the empty one, which join_kernel skips."""
+    """Join what each query head of each row found in its pages: lse (results, G, R) and out
+    (results, G, R, E) -> (B H, E) in dtype. terms[b H + h], of (B H, S), lists the count[b]
+    results that head h of row b joins, filled up with the empty one, which join_kernel skips."""
     E = out.shape[-1]
     if use_triton(lse) and E in KERNEL_WIDTHS:
         return launch_join_kernel(lse, out, terms, count, dtype)
@@ -1616,7 +1616,7 @@ def join_results(lse, out, terms, count, dtype):
 
 
 def launch_join_kernel(lse, out, terms, count, dtype):
-    """join_results by join_kernel: a program for each query head of each slot, of one warp, as
+    """join_results by join_kernel: a program for each query head of each row, of one warp, as
     there are thousands."""
     rows, S = terms.shape
     E = out.shape[-1]
@@ -1662,13 +1662,13 @@ class Job:
 class PageGroup:
     """Neighbouring pages, taken together in a step for w readers each."""
     pages: slice
-    readers: torch.Tensor       # (pages, w) which slots of the batch, see number_reads
+    readers: torch.Tensor       # (pages, w) which rows of the batch, see number_reads
     results: slice              # where the pages x w results lie
 
 
 @dataclass
 class Batch:
-    """All live slots between two looks, in the order of the jobs, as tensors on the device."""
+    """All live slots between two looks, a row each, as tensors on the device."""
     slot: torch.Tensor          # (B,)
     length: torch.Tensor        # (B,) of the prompt
     drawn: torch.Tensor         # (B,) tokens drawn so far
@@ -1909,9 +1909,9 @@ class Engine:
                 (1, samples)]
 
     def make_terms(self, results):
-        """(B H, S) of each slot's results, filled up with the empty one: result r of query head h
-        of all H lies at r H + h, as memory holds (results, G, R). Of slot 0 in the drawing, which
-        has results 1, 5, 12, two heads would make two rows: 2 10 24 and 3 11 25."""
+        """(B H, S) of each row's results, filled up with the empty one: result r of query head h of
+        all H lies at r H + h, as memory holds (results, G, R). Of row 0 in the drawing, which has
+        results 1, 5, 12, two heads would make two lines: 2 10 24 and 3 11 25."""
         H = self.G * self.R
         S = max(map(len, results))
         filled = [own + [0] * (S - len(own)) for own in results]

@@ -1458,19 +1458,19 @@ def _(rng):
 
 
 def pages_and_readers(rng, gaps):
-    """Groups of pages for number_reads, with free pages and idle slots between, or without."""
-    slots, groups, page = int(rng.integers(2, 7)), [], 0
-    for w in (slots, 2, 1):
+    """Groups of pages for number_reads, with free pages and idle rows between, or without."""
+    rows, groups, page = int(rng.integers(2, 7)), [], 0
+    for w in (rows, 2, 1):
         reads, line = [], 0
-        for slot in range(slots):
-            reader = {slots: slot, 2: slot % 2, 1: 0}[w]
-            fresh = w == 1 or w == 2 and reader == 0 or w == slots and slot == 0
+        for row in range(rows):
+            reader = {rows: row, 2: row % 2, 1: 0}[w]
+            fresh = w == 1 or w == 2 and reader == 0 or w == rows and row == 0
             if fresh:
                 line = page + (int(rng.integers(0, 3)) if gaps else 0)
                 count = int(rng.integers(1, 4))
                 page = line + count
                 own = rng.permutation(range(line, line + count)).tolist()
-            skip = gaps and w == slots and rng.random() < 0.3
+            skip = gaps and w == rows and rng.random() < 0.3
             reads.append(([] if skip else own, reader))
         groups.append((w, reads))
     return groups
@@ -1479,7 +1479,7 @@ def pages_and_readers(rng, gaps):
 def check_reads(groups):
     from model import number_reads
     tables, results = number_reads(groups)
-    slots, reader, where = len(groups[0][1]), [], {}
+    rows, reader, where = len(groups[0][1]), [], {}
     for (w, reads), group in zip(groups, range(len(groups))):
         pages = [page for own, _ in reads for page in own]
         if not pages:
@@ -1488,15 +1488,15 @@ def check_reads(groups):
         holds(first == min(pages) and len(lines) == max(pages) - first + 1, f"pages of {reads}")
         for line, told in enumerate(lines):
             want = [0] * w
-            for slot, (own, place) in enumerate(reads):
+            for row, (own, place) in enumerate(reads):
                 if first + line in own:
-                    want[place] = slot
-                    where[slot, first + line, group] = len(reader) + 1 + place
+                    want[place] = row
+                    where[row, first + line, group] = len(reader) + 1 + place
             holds(list(told) == want, f"the readers of page {first + line} are {want}, not {told}")
             reader += told
     holds(not tables, "more tables than groups with pages")
-    want = [[where[slot, page, group] for group, (_, reads) in enumerate(groups)
-             for page in reads[slot][0]] for slot in range(slots)]
+    want = [[where[row, page, group] for group, (_, reads) in enumerate(groups)
+             for page in reads[row][0]] for row in range(rows)]
     holds([list(own) for own in results] == want, f"results {results}, wanted {want}, of {groups}")
 
 

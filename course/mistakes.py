@@ -348,7 +348,7 @@ def answer_sums(logprobs, answer, n):
         ("(top + tl.log2(total)) * ln_2", "top + tl.log2(total)"),
         ("out = out / total[:, None]", "out = out"),
         ("tl.program_id(1) * M", "0"),
-        ("(slot * G + g)", "(reader * G + g)"),
+        ("(row * G + g)", "(reader * G + g)"),
     ],
 }
 

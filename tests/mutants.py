@@ -32,7 +32,7 @@ MUTANTS = [
     ("model.py", "likelier < top_p", "likelier <= top_p + 0.2", "test_model.py -k nucleus"),
     ("model.py", "torch.where(p_some > mine, p_some, 0)", "torch.where(p_some >= mine, p_some, 0)",
      "test_model.py -k nucleus"),
-    ("model.py", "readers[line][reader] = slot", "readers[line][0] = slot",
+    ("model.py", "readers[line][reader] = row", "readers[line][0] = row",
      "test_model.py -k generation"),
     ("model.py", "next_result + line * w + reader", "next_result + line * w + w - 1 - reader",
      "test_model.py -k number_reads"),

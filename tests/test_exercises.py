@@ -1619,8 +1619,8 @@ def noting_stub(calls):
 
 # ================================================================== set 5, without the kernels
 def unread(tables, results):
-    """The results of no slot, after a check that every other one lies where its slot reads."""
-    reader = [slot for _, lines in tables for line in lines for slot in line]
+    """The results of no row, after a check that every other one lies where its row reads."""
+    reader = [row for _, lines in tables for line in lines for row in line]
     read = [r for own in results for r in own]
     holds(
         len(set(read)) == len(read) and 0 not in read,
@@ -1645,10 +1645,10 @@ def test_number_reads__gaps_in_readers():
     tables, results = model.number_reads([(3, [([0, 1], 0), ([], 1), ([0, 1], 2)]),
                                           (1, [([4], 0), ([3], 0), ([2], 0)])])
     check(
-        "slot 1 reads no page of the first group: tables",
+        "row 1 reads no page of the first group: tables",
         tables,
         [[0, [[0, 0, 2], [0, 0, 2]]], [2, [[2], [1], [0]]]],
-        "its column says slot 0; nobody reads the result",
+        "its column says row 0; nobody reads the result",
     )
     check("... results", results, [[1, 4, 9], [8], [3, 6, 7]])
     tables, results = model.number_reads([(2, [([], 0), ([], 1)]), (2, [([0], 0), ([0], 1)])])
@@ -1664,5 +1664,5 @@ def test_number_reads__gaps_in_pages():
     check("pages 2 and 3 are free: tables", tables,
           [[0, [[0, 1, 2]]], [1, [[0, 1], [0, 0], [0, 0], [2, 0]]], [5, [[2], [1], [0], [0], [0]]]])
     check("... results", results, [[1, 4, 16, 14], [2, 5, 13], [3, 10, 12]],
-          "in the order of each slot's pages: 9 before 7")
+          "in the order of each row's pages: 9 before 7")
     check("... of nobody", unread(tables, results), [6, 7, 8, 9, 11, 15])

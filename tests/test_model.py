@@ -324,11 +324,11 @@ def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
 
 
 def unread(tables, results):
-    """The results of no slot, after a check that every other one lies where its slot reads."""
-    reader = [slot for _, lines in tables for line in lines for slot in line]
+    """The results of no row, after a check that every other one lies where its row reads."""
+    reader = [row for _, lines in tables for line in lines for row in line]
     read = [r for own in results for r in own]
     assert len(set(read)) == len(read) and 0 not in read             # 0 is the empty result
-    assert all(reader[r - 1] == slot for slot, own in enumerate(results) for r in own)
+    assert all(reader[r - 1] == row for row, own in enumerate(results) for r in own)
     return sorted(set(range(1, len(reader) + 1)) - set(read))
 
 
@@ -342,14 +342,14 @@ def test_number_reads_of_the_worked_example():
     assert unread(tables, results) == []
 
 
-def test_number_reads_where_a_slot_reads_no_page_of_the_instruction():
-    # slot 1 leaves its column of the table empty: results 2 and 5 are computed for slot 0, unread
+def test_number_reads_where_a_row_reads_no_page_of_the_instruction():
+    # row 1 leaves its column of the table empty: results 2 and 5 are computed for row 0, unread
     tables, results = number_reads([(3, [([0, 1], 0), ([], 1), ([0, 1], 2)]),
                                     (1, [([4], 0), ([3], 0), ([2], 0)])])
     assert tables == [(0, [[0, 0, 2], [0, 0, 2]]), (2, [[2], [1], [0]])]
     assert results == [[1, 4, 9], [8], [3, 6, 7]]
     assert unread(tables, results) == [2, 5]
-    # no slot reads one: the group is left out, and the next begins with result 1
+    # no row reads one: the group is left out, and the next begins with result 1
     tables, results = number_reads([(2, [([], 0), ([], 1)]), (2, [([0], 0), ([0], 1)])])
     assert tables == [(0, [[0, 1]])] and results == [[1], [2]]
 
