@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import certificate
@@ -129,9 +130,26 @@ def test_what_each_arm_sees(tokenizer, corpora):
     by_input = dict(zip((r["input"] for r in records), records))
     assert all(gold_verdict(by_input[r["input"]]) == gold_verdict(r) for r in seen["shuffled"])
     assert len(seen["both"]) == 80
+    assert reason.arm_steps("labels", 120, records, tokenizer) == [120, 360]
+    assert reason.arm_steps("r_sft", 2, records, tokenizer) == [3]              # 40 records, 16 a step: all are read
     (steps,) = reason.arm_steps("labels_tokens", 100, records, tokenizer)
     tokens = {name: reason.answer_tokens(seen[name], tokenizer) for name in ("labels", "r_sft")}
     assert abs(steps * tokens["labels"] / (100 * tokens["r_sft"]) - 1) < 0.01
+
+
+def results_of(*rows):
+    """Results of d = 2 for records_needed and the like: (size, seed, arm, right answers of 10)."""
+    return {(2, size, seed, arm): {"facts": 2, "seed": seed, "gold": "01" * 5, "right": "1" * right + "0" * (10 - right)}
+            for size, seed, arm, right in rows}
+
+
+def test_records_needed_compares_sizes_by_the_same_seeds():
+    results = results_of((300, 1, "labels", 5), (1200, 1, "labels", 10), (1200, 2, "labels", 0), (1200, 3, "r_sft", 9))
+    assert reason.needed_by(results, 2, "labels") == (f"{300 * 4 ** 0.8:,.0f}", 1)      # seed 2 lacks 300
+    assert reason.needed_by(results, 2, "r_sft") == ("<= 1,200", 1)
+    assert reason.needed_by(results, 2, "both_fast") is None and reason.needed_by(results, 3, "labels") is None
+    table = "\n".join(reason.report({**results, (2, 1200, 1, "r_sft"): results[2, 1200, 3, "r_sft"]}))
+    assert "| labels only | 909 [1] |" in table and "| R-SFT | <= 1,200 [2] |" in table
 
 
 # ------------------------------------------------------------------ from end to end
@@ -164,6 +182,16 @@ def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     assert reason.read_results(results).keys() == first.keys()
     with pytest.raises(InputError, match="was made with"):
         reason.main([*small, "--steps", "3"])
+    for name, other, says in (("base", "0" * 32, "another base model"), ("settings", {"steps": 9}, "was made with")):
+        line = json.dumps({**json.loads(whole.splitlines()[0]), "seed": 102, name: other})
+        results.write_bytes(whole + line.encode() + b"\n")
+        with pytest.raises(InputError, match=says):
+            reason.main(["table", "--out", str(out)])
+    results.write_bytes(whole)
+    shutil.move(out / "base", tmp_path / "base")
+    with pytest.raises(InputError, match="copy it, or choose another"):
+        reason.main([*small, "--steps", "2"])
+    shutil.move(tmp_path / "base", out / "base")
     with pytest.raises(SystemExit):
         reason.main([*small, "--sizes", "7"])
     reason.main(["table", "--out", str(out)])

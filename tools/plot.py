@@ -38,6 +38,11 @@ def line(points, colour=FAINT, width=1.0):
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
 
 
+def dot(x, y, colour):
+    """A small dot, pale enough to see another through it."""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colour}" fill-opacity="0.5"/>'
+
+
 def legend(x, y, names):
     """Squares of colour and names, in one line from (x, y)."""
     parts = []

@@ -21,8 +21,8 @@ that knows nothing has 50, while its F1 is anything from 0 (it says unharmful) t
 Intervals resample the pairs of the test; they do not cover what another seed would change.
 
 r_sft and shuffled write their reasoning, greedily; an answer without an end or a verdict is wrong.
-The others begin with the verdict, so it is read at once. A training makes the same number of steps
-for every size: a larger set has more different records, and nothing else changes.
+The others begin with the verdict, so it is read at once. R-SFT makes 120 steps of 16 records, or an
+epoch where that is more, so that every record is read: 300 steps for 4,800 records.
 
 A seed is that of the corpus and of training. What is finished is a line of OUT/results.jsonl and is
 not done again; files of two machines can be joined with cat, if both began from one OUT/base. That
@@ -61,7 +61,7 @@ from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict,  # no
 from eval import answer_fast, f1_of  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
-from plot import COLOURS, GREY, line, text, ticks, write_svg  # noqa: E402
+from plot import COLOURS, GREY, dot, line, text, ticks, write_svg  # noqa: E402
 
 # what is trained -> the arms that its model answers for; in the order of their cost
 TRAININGS = {
@@ -133,7 +133,8 @@ def arm_records(training, records, seed):
 
 
 def arm_steps(training, steps, records, tokenizer):
-    """[steps] of a training, all that are tried; steps: r_sft's."""
+    """[steps] of a training, all that are tried; steps: r_sft's, which are an epoch at least."""
+    steps = max(steps, math.ceil(len(records) / BATCH))
     if training == "labels":
         return [steps, 3 * steps]
     if training == "both":
@@ -271,12 +272,16 @@ def read_results(path):
     return results
 
 
-def check_settings(path, results, settings):
-    """InputError where the lines that are there were made with other settings."""
+def check_lines(path, results, settings, base):
+    """InputError where a line was made with other settings, or from another base model (its
+    weights_hash)."""
     for row in results.values():
         if row["settings"] != settings:
             raise InputError(f"{path}: was made with {row['settings']}, not {settings}; "
                              "choose another --out")
+        if row["base"] != base:
+            raise InputError(f"{path}: has lines from another base model, which cannot be "
+                             "compared; choose another --out, or report each file by itself")
 
 
 def drop_half_line(path):
@@ -307,9 +312,13 @@ def run_grid(args):
     path = args.out / "results.jsonl"
     drop_half_line(path)
     results = read_results(path)
-    check_settings(path, results, {"steps": args.steps, "test": args.test})
+    base = args.out / "base"
+    if results and not base.exists():
+        raise InputError(f"{base}: is not there, the base model that the lines of {path} began "
+                         "from; copy it, or choose another --out")
     torch.set_num_threads(1)
-    make_base(args.out / "base", args.pretrain)
+    make_base(base, args.pretrain)
+    check_lines(path, results, {"steps": args.steps, "test": args.test}, weights_hash(base))
     todo = [cell for cell in grid(args)
             if any((cell.facts, cell.size, cell.seed, arm) not in results
                    for arm in TRAININGS[cell.training])]
@@ -317,8 +326,9 @@ def run_grid(args):
     left = len(todo)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, fresh, prepare_worker, (os.getpid(),)) as pool:
-        futures = [pool.submit(run_in_time, cell, deadline, args.out / "base", args.steps,
-                               args.test, args.device) for cell in todo]
+        futures = [pool.submit(run_in_time, cell, deadline, base, args.steps, args.test,
+                               args.device)
+                   for cell in todo]
         try:
             for future in as_completed(futures):
                 lines = future.result()
@@ -396,7 +406,8 @@ def figures(results, facts, size, arm, minus=None, figure="accuracy"):
 
 
 def records_needed(sizes, scores):
-    """How many records reach GOAL, in words; between two sizes linear in the size's logarithm."""
+    """How many records first reach GOAL, in words; between two sizes linear in the size's
+    logarithm."""
     before = None
     for size, figure in zip(sizes, scores):
         if figure >= GOAL:
@@ -410,11 +421,15 @@ def records_needed(sizes, scores):
 
 
 def needed_by(results, facts, arm):
-    """records_needed of an arm at d = facts, over the sizes that were run; None: none was."""
-    sizes = sorted({key[1] for key in results})
-    found = [(size, figures(results, facts, size, arm)) for size in sizes]
-    found = [(size, figure[0]) for size, figure in found if figure]
-    return records_needed(*zip(*found)) if found else None
+    """(records_needed of an arm at d = facts, seeds): over all sizes that it was run at, by the
+    seeds that have them all. None where no seed has."""
+    sizes = sorted({key[1] for key in results if key[0] == facts and key[3] == arm})
+    seeds = [seed for seed in sorted({key[2] for key in results})
+             if all((facts, size, seed, arm) in results for size in sizes)]
+    if not (sizes and seeds):
+        return None
+    scores = [average(results, seeds, facts, size, arm, "accuracy")[0] for size in sizes]
+    return records_needed(sizes, scores), len(seeds)
 
 
 # ------------------------------------------------------------------ report
@@ -438,9 +453,10 @@ def report(results):
     lines = [f"Seeds {', '.join(map(str, seeds))}; a figure of fewer says of how many.", ""]
 
     def words(form, found):
+        """A figure as the table has it; the last of `found`: of how many seeds it is."""
         if found is None:
             return None
-        fewer = f" [{found[3]}]" if found[3] < len(seeds) else ""
+        fewer = f" [{found[-1]}]" if found[-1] < len(seeds) else ""
         return form.format(*found) + fewer
 
     for size in sizes:
@@ -452,7 +468,7 @@ def report(results):
                        lambda title, d: words("{:+.1f} ({:+.1f} to {:+.1f})",
                                               figures(results, d, size, *pairs[title])))
     lines += table(f"records needed to pass an accuracy of {GOAL}", arm_of, dials,
-                   lambda title, d: needed_by(results, d, arm_of[title]))
+                   lambda title, d: words("{}", needed_by(results, d, arm_of[title])))
     for size in sizes:
         lines += table(f"F1, {size:,} records (nothing known: 0 to 66.7)", arm_of, dials,
                        lambda title, d: words("{:.1f}", figures(results, d, size, arm_of[title],
@@ -474,7 +490,7 @@ def picture(results, path):
 
 
 def panel(left, top, results, dials, size, is_first, width=240, height=220):
-    """One panel: accuracy over d, with intervals; arms stand a little apart, to be told."""
+    """One panel: accuracy over d, means with intervals, a dot a seed; arms stand a little apart."""
     step = width / max(len(dials), 1)
     across = {d: left + step * (n + 0.5) for n, d in enumerate(dials)}
     up = lambda percent: top + height * (1 - percent / 100)
@@ -493,6 +509,10 @@ def panel(left, top, results, dials, size, is_first, width=240, height=220):
         apart = (n - (len(ARMS) - 1) / 2) * step / 12
         found = [(across[d] + apart, figures(results, d, size, arm)) for d in dials]
         found = [(x, figure) for x, figure in found if figure]
+        for d in dials:
+            for seed in seeds_of(results, d, size, arm):
+                own = average(results, [seed], d, size, arm, "accuracy")[0]
+                parts.append(dot(across[d] + apart, up(own), colour))
         parts += [line([(x, up(low)), (x, up(high))], colour, 1) for x, (_, low, high, _) in found]
         parts.append(line([(x, up(mean)) for x, (mean, _, _, _) in found], colour, 2))
     return parts
@@ -507,8 +527,11 @@ def needed_table(left, top, results, dials):
         top += 20
         parts.append(line([(left, top - 4), (left + 22, top - 4)], colour, 3))
         parts.append(text(left + 30, top, title))
-        parts += [text(x, top, needed_by(results, d, arm) or "", "end") for d, x in columns.items()]
-    parts.append(text(left, top + 24, "grey line: 50, where nothing is known", size=11))
+        for d, x in columns.items():
+            needed, _ = needed_by(results, d, arm) or ("", 0)
+            parts.append(text(x, top, needed, "end"))
+    note = "a dot is a seed; grey line: 50, where nothing is known"
+    parts.append(text(left, top + 24, note, size=11))
     return parts, top + 36
 
 
@@ -528,7 +551,7 @@ def main(argv=None):
                    help="what to train; both_fast's is both, r_sft_fast's r_sft")
     p.add_argument("--test", type=at_least(4), default=TEST,
                    help="test records, an even number")
-    p.add_argument("--steps", type=at_least(1), default=STEPS, help="of R-SFT; other arms' follow")
+    p.add_argument("--steps", type=at_least(1), default=STEPS, help="of R-SFT, or an epoch if that is more; other arms' follow")
     p.add_argument("--pretrain", type=at_least(1), default=PRETRAIN, help="steps of the base model")
     p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
                    help="cells at a time, a thread each")
@@ -543,9 +566,8 @@ def main(argv=None):
     results = read_results(args.out / "results.jsonl")
     if not results:
         raise InputError(f"{args.out / 'results.jsonl'}: no cell is done yet")
-    if len({row["base"] for row in results.values()}) > 1:
-        raise InputError(f"{args.out / 'results.jsonl'}: its lines began from different base "
-                         "models; report each file by itself")
+    first = next(iter(results.values()))
+    check_lines(args.out / "results.jsonl", results, first["settings"], first["base"])
     print("\n".join(report(results)))
     picture(results, args.out / "reason.svg")
 
