@@ -77,6 +77,8 @@ def test_a_small_ablation_runs(tmp_path, capsys):
     assert capsys.readouterr().out.strip() in said
     with pytest.raises(SystemExit, match="s0.25_corpus101_seed1, chosen: InputError.*no prompt was hard"):
         ablation.main(["--out", str(tmp_path), *SMALL, "--variants", "chosen", "r_sft"])
+    with pytest.raises(InputError, match="was made with dev = .*choose another --out"):
+        ablation.main(["--out", str(tmp_path), *SMALL, "--variants", "shuffled", "--dev", "7"])
 
 
 def test_nothing_begins_after_the_time_limit(tmp_path):

@@ -56,6 +56,8 @@ def test_steps_and_closings_of_a_trace():
     ("## Reasoning Step 2: It is so.\n\n# Task 1: harmful\n\n# Task 2: x", "# Task 1: _"),
     ("## Reasoning Step 2\nIt is so.\n\n# Task 1 Conclusion\nRequest: harmful\n",
      "# Task 1 Conclusion\nRequest: _"),
+    ("## Reasoning Step 2\nIt is so.\n\n## Conclusion: harmful or unharmful?\nThe request is harmful.",
+     "The request is _."),                                          # the heading has no verdict
     ("## Reasoning Step 2\nThe request is harmful.", None),        # the step itself
     ("## Reasoning Step 2: It is harmful.", None),
     ("## Reasoning Step 2: Is it?\nIs it harmful or unharmful?", None),

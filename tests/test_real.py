@@ -94,6 +94,9 @@ def test_the_verdict_first_is_still_the_verdict():
     assert turned["output"].startswith(format_answers(H, R, U) + "\n\n# Task 1\n")
     assert parse_verdict(turned["output"]) == parse_verdict(TRACE)
     assert turned["output"].endswith("Nothing in it hurts.")
+    spoken = TRACE.replace("Nothing in it hurts.", "It answers: sure. Nothing in it hurts.")
+    (turned,) = verdict_first([{"input": "", "output": spoken}])
+    assert turned["output"].endswith("It answers: sure. Nothing in it hurts.")
 
 
 def test_near_prompts_by_hand():
@@ -276,3 +279,8 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     assert "$ python" not in capsys.readouterr().out
     with pytest.raises(InputError, match="epochs = 1, not 4"):
         real.main(["arm", "r_sft", *options, "--seed", "3", "--epochs", "4"])
+    with pytest.raises(InputError, match="limit = None, not 5"):                # of another arm: could not be compared
+        real.main(["arm", "labels_1x", *options, "--seed", "4", "--limit", "5"])
+    other = next(name for name in real.REASONING if name != table["parents"]["parent_seed3"]["parent"])
+    with pytest.raises(InputError, match=f"not '{other}'"):
+        real.main(["arm", "chosen", *options, "--seed", "3", "--parent", other])

@@ -75,7 +75,7 @@ import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
 from data import (VERDICTS, InputError, Tokenizer, gold_verdict, parse_records,  # noqa: E402
                   parse_verdict, read_records, split_input, write_json)
-from model import weights_hash  # noqa: E402
+from model import World, pick_device, weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
 ALONE = ["labels_1x", "labels_3x", "shuffled"]      # need no R-SFT model; the longest, so first
@@ -325,7 +325,9 @@ class Cell:
         table = []
         for record, line in zip(read_records(data), lines):
             gold = gold_verdict(record)
-            told = parse_verdict(json.loads(line)["predict"])
+            said = json.loads(line)
+            text = "" if "forced" in said else said["predict"]          # no end, no verdict
+            told = parse_verdict(text)
             row = []
             for task, words in VERDICTS.items():
                 label = -1 if gold[task] is None else int(gold[task] == words[0])
@@ -438,6 +440,8 @@ def run_all(args):
     names = names_of(args)
     first, after = tasks_of(args, names)
     ready = [*after, *first]
+    for corpus_seed, seed, skip, _ in ready:                # here, as two tasks of a cell may begin
+        Cell(args, corpus_seed, seed, skip)                 # together: each writes its records
     running = {}
     failed = []
     deadline = time.time() + 60 * args.minutes
@@ -484,8 +488,16 @@ def parse_arguments(argv):
     return p.parse_args(argv)
 
 
+def claim(args):
+    """Refuse a folder whose variants were made with other settings: they could not be compared."""
+    settings = {key: getattr(args, key) for key in ("train", "test", "dev", "mine", "epochs")}
+    settings["model"] = weights_hash(args.model)
+    mine_hard.check_settings(args.out / "settings.json", settings, World(pick_device("cpu")))
+
+
 def main(argv=None):
     args = parse_arguments(argv)
+    claim(args)
     failed = run_all(args)
     ablation_table.main([str(args.out)])
     if failed:

@@ -132,7 +132,7 @@ def closing_place(last_step, words):
     if BARE_STEP.fullmatch(above[0]):
         return None
     is_heading = re.match(r"[ \t]*[#*]", above[0])
-    if is_heading and len(lines) > 2 and not one_verdict(words, above[0]):
+    if is_heading and len(lines) > 2 and one_verdict(words, last_step[above.start():]):
         return above.start()
     return lines[-1].start()
 

@@ -156,17 +156,17 @@ def gradient_table(chosen, rejected):
     return markdown("gradient of log p", columns, rows)
 
 
-def step_lines(w, l, groups):
-    """How close a step of HS-DPO is to one of SFT on the chosen: its cosine with g_w, by beta."""
+def gradient_lines(w, l, groups):
+    """How close HS-DPO's gradient is to that of SFT on the chosen: its cosine with g_w, by beta."""
     length = sum(len(group.example.answers[0]) for group in groups) / len(groups)
     alpha = sum(group.weight for group in groups) / len(groups)
     lines = []
     for factor in (1, 10, 100):
         beta = factor * 0.01 * 257 / length
         push = alpha * beta / 2
-        step = (2 / length + push) * w - push * l
-        cosine = torch.cosine_similarity(step, w, 0)
-        lines.append(f"beta {beta:.4f}: cosine of the first step with SFT on the chosen "
+        gradient = (2 / length + push) * w - push * l
+        cosine = torch.cosine_similarity(gradient, w, 0)
+        lines.append(f"beta {beta:.4f}: cosine of the gradient with that of SFT on the chosen "
                      f"{cosine:.3f}")
     return lines
 
@@ -203,7 +203,7 @@ def main(argv=None):
             first_parts = [parts[2 * i + side] for i in numbers for side in range(2)]
             chosen, rejected = gradients(base, first, first_parts)
             show(gradient_table(chosen, rejected))
-            show(step_lines(sum(chosen), sum(rejected), groups))
+            show(gradient_lines(sum(chosen), sum(rejected), groups))
 
 
 if __name__ == "__main__":

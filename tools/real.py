@@ -334,16 +334,12 @@ def run_arm(args, name):
         evaluate(args, name, path)
 
 
-def claim(args, name):
-    """Refuse to go on with an arm that was made with other settings."""
-    names = "model seed lr epochs batch_size limit max_new_tokens dtype".split()
-    if name in AFTER:
-        names += ["dpo_lr", "mine"]
+def claim(args):
+    """Refuse a folder whose arms were made with other settings: they could not be compared."""
+    names = "model lr dpo_lr epochs batch_size mine limit max_new_tokens dtype".split()
     settings = {key: getattr(args, key) for key in names}
     settings["data"] = read_json(args.data / "data.json")["hash"]
-    if name in AFTER:
-        settings["parent"] = parent_of(args)
-    check_settings(folder_of(args, name) / "settings.json", settings, World(pick_device("cpu")))
+    check_settings(args.out / "settings.json", settings, World(pick_device("cpu")))
 
 
 def folder_of(args, name):
@@ -357,7 +353,7 @@ def test_files(args):
 
 def build(args, name):
     """The model folder of an arm, trained if it is not there yet."""
-    claim(args, name)
+    claim(args)
     arm = ARMS[name]
     if name in AFTER:
         return {"hs_dpo": hs_dpo, "continued": continued, "chosen": chosen}[name](args)
@@ -426,11 +422,12 @@ def stage(args, name, main, options):
 
 # ------------------------------------------------------------------ from the best reasoning arm on
 def parent_of(args):
-    """--parent, or the reasoning arm with the best mean F1 on dev.json; of equal ones the first."""
-    if args.parent:
-        return args.parent
+    """--parent, or the reasoning arm with the best mean F1 on dev.json; of equal ones the first.
+    All arms of a seed that have a parent have the same."""
     path = args.out / f"parent_seed{args.seed}.json"
-    if not path.exists():
+    if args.parent:
+        check_settings(path, {"parent": args.parent}, World(pick_device("cpu")))
+    elif not path.exists():
         figures = {}
         for name in REASONING:
             results = evaluate(args, name, args.data / "dev.json")

@@ -218,7 +218,7 @@ def differences_of(out, guards, task):
     for name, other in CONTRASTS:
         pairs = {}
         for seed, guard in guards.get(name, {}).items():
-            against = parent_in(out, name, seed) if other == "parent" else other
+            against = parent_in(out, seed) if other == "parent" else other
             seeds = guards.get(against, {})
             base = seeds.get(seed, seeds.get(None))
             if base is not None:
@@ -230,9 +230,9 @@ def differences_of(out, guards, task):
     return found
 
 
-def parent_in(out, name, seed):
-    """The arm that this one began from."""
-    return read_json(out / f"{name}_seed{seed}" / "settings.json")["parent"]
+def parent_in(out, seed):
+    """The arm that hs_dpo, continued and chosen began from."""
+    return read_json(out / f"parent_seed{seed}.json")["parent"]
 
 
 def by_place(rows):

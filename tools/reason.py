@@ -551,7 +551,8 @@ def main(argv=None):
                    help="what to train; both_fast's is both, r_sft_fast's r_sft")
     p.add_argument("--test", type=at_least(4), default=TEST,
                    help="test records, an even number")
-    p.add_argument("--steps", type=at_least(1), default=STEPS, help="of R-SFT, or an epoch if that is more; other arms' follow")
+    p.add_argument("--steps", type=at_least(1), default=STEPS,
+                   help="of R-SFT, or an epoch if that is more; other arms' follow")
     p.add_argument("--pretrain", type=at_least(1), default=PRETRAIN, help="steps of the base model")
     p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
                    help="cells at a time, a thread each")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, format_answers, gold_verdict,  # noqa: E402
+from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, answers_heading, format_answers, gold_verdict,  # noqa: E402
                   parse_records, parse_verdict, write_json)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import labels_of  # noqa: E402
@@ -121,9 +121,11 @@ def verdict_first(records):
     """The same records with the Answers before the reasoning, which can then only explain them."""
     turned = []
     for record in records:
-        reasoning = re.split("answers:", record["output"], flags=re.I)[0].rstrip()
+        text = record["output"]
+        heading = answers_heading(text)
+        reasoning = text[:heading.start()] if heading else text
         answers = format_answers(**gold_verdict(record))
-        turned.append({**record, "output": f"{answers}\n\n{reasoning}"})
+        turned.append({**record, "output": f"{answers}\n\n{reasoning.rstrip()}"})
     return turned
 
 
