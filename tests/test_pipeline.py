@@ -30,7 +30,7 @@ def test_the_four_stages_end_in_a_table(tmp_path):
     table = script("eval.py", "--model", tmp_path / "dpo", "--data", "toy/test.json", "--out", tmp_path / "eval",
                    "--limit", 16, "--max-new-tokens", 24, *common)
     assert "prompt harmfulness" in table and "weighted average" in table
-    said_of = (ROOT / "docs/METRICS.md").read_text()                                # every field has its line there
+    said_of = (ROOT / "docs/REFERENCE.md").read_text()                                # every field has its line there
     steps = [json.loads((tmp_path / f"{name}/metrics.jsonl").read_text().splitlines()[1]) for name in ("sft", "dpo")]
     for row in steps + json.loads((tmp_path / "eval/results.json").read_text()):
         assert not [key for key in row if f"`{key}`" not in said_of]

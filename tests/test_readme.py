@@ -1,4 +1,4 @@
-"""README.md and RESULTS.md say what is so: their commands, flags, paths, names, pictures and arithmetic.
+"""README.md and docs/*.md say what is so: their commands, flags, paths, names, pictures and arithmetic.
 
 Commands that need weights or hours are parsed by the scripts themselves; the others are run here or by the test
 that RUN_BY names. The four stages of the demo are run, in small, by test_pipeline.py, and in full by `make demo`.
@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BOTH = TEXT + (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
+BOTH = TEXT + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("RESULTS", "REFERENCE"))
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", BOTH, re.M | re.S)
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", BOTH, flags=re.M | re.S).replace("\n", " "))
 COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitlines()] + SPANS
