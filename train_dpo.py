@@ -91,9 +91,14 @@ def verdict_sums(logprobs, answer, starts):
 
 def block_start(tokenizer, ids):
     """Which token of an answer is the first of its Answers block; len(ids) where it has none."""
-    has_no_block = lambda start: "answers:" not in tokenizer.decode(ids[start:]).lower()
-    beyond = bisect_left(range(len(ids)), True, key=has_no_block)
-    return beyond - 1 if beyond else len(ids)
+    def is_beyond(start):
+        rest = tokenizer.decode(ids[start:])
+        return "answers:" not in rest.lower()
+
+    first_beyond = bisect_left(range(len(ids)), True, key=is_beyond)
+    if first_beyond == 0:
+        return len(ids)
+    return first_beyond - 1
 
 
 def reference_logprobs(model, examples, args, world):
