@@ -747,22 +747,26 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def logits_in_part(device):
         """How many logits exist at a time. A CPU is at its best with few; a GPU's products want
-        some thousand rows: 2,093 of the 128,256 logits of Llama 3."""
+        some thousand rows: 2,048 of the 128,256 logits of Llama 3."""
         return TokenLogprobs.LOGITS * (TokenLogprobs.ON_CUDA if device.type == "cuda" else 1)
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
         """hidden (N, D), head (V, D), which is cast to hidden's dtype, targets (N,) -> log p, (N,)
-        in at least float32. So many rows at a time that they have logits_in_part, or one row. Saves
-        hidden, head, targets and log sum exp(z), (N,), for backward; ctx.saved_tensors is these."""
+        in at least float32. So many rows at a time that they have at most logits_in_part, or one
+        row. Saves hidden, head, targets and log sum exp(z), (N,), for backward;
+        ctx.saved_tensors is these."""
         picked = full_precision(hidden.new_empty(len(hidden)))      # z[target]
         log_sum = torch.empty_like(picked)                          # log sum exp(z)
         weight = head.to(hidden.dtype)
         step = max(1, TokenLogprobs.logits_in_part(hidden.device) // len(head))
+        if step > 128:
+            step -= step % 128                                      # whole tiles of a GPU's product
         for start in range(0, len(hidden), step):
             some = slice(start, start + step)
             z = hidden[some] @ weight.T                             # (step, V)
             pick_and_sum(z, targets[some], picked[some], log_sum[some])
+            del z                                                   # before there is another part
         ctx.save_for_backward(hidden, head, targets, log_sum)
         return picked - log_sum
 
@@ -784,6 +788,7 @@ class TokenLogprobs(torch.autograd.Function):
             dz = logit_gradients(z, targets - start, log_sum, grad)
             d_hidden += dz @ weight
             d_head[some] = dz.T @ hidden
+            del z, dz                                               # before there is another part
         return d_hidden.to(hidden.dtype), d_head, None
 
 
@@ -1379,7 +1384,7 @@ def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
 
 
 def launch_draw_kernel(logits, seed, position, temperature, top_p):
-    """draw_token by draw_kernel: one program a row, all of which a GPU has room for at once."""
+    """draw_token by draw_kernel: one program a row."""
     N, V = logits.shape
     token = torch.empty_like(seed)
     launch(draw_kernel, (N,), 8,
@@ -1855,8 +1860,9 @@ class Engine:
     def attend(self, n, q, batch):
         """Attention in layer n of one token a slot, q (B, H, E), over all pages that it reads."""
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
-        lse = full_precision(q.new_empty(batch.results, self.G, self.R))
-        out = full_precision(q.new_empty(batch.results, *heads.shape[1:]))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(batch.results, self.G, self.R, dtype=wide)
+        out = q.new_empty(batch.results, *heads.shape[1:], dtype=wide)
         for group in batch.groups:
             k = self.pool.k[n, group.pages]                                        # (p, G, 64, E)
             v = self.pool.v[n, group.pages]

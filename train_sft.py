@@ -168,7 +168,7 @@ def load_for_training(args, world, examples):
     InputError before any weight is read if memory will not do."""
     products = pick_dtype(world.device, args.dtype)
     storage = torch.promote_types(products, torch.float32)
-    sizes = sorted(len(e.prompt) + sum(map(len, e.answers)) for e in examples)
+    sizes = sorted(tokens_of(example, args.no_share) for example in examples)
     largest_batch = sum(sizes[-args.batch_size:])
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     logits = TokenLogprobs.logits_in_part(world.device)
@@ -191,6 +191,12 @@ def load_for_training(args, world, examples):
     return model
 
 
+def tokens_of(example, no_share):
+    """Tokens of an example in a pack, whose answers share its prompt or have a copy each."""
+    prompts = len(example.answers) if no_share else 1
+    return prompts * len(example.prompt) + sum(map(len, example.answers))
+
+
 def parameters(config):
     """How many numbers the weights of such a model are."""
     with torch.device("meta"):
@@ -202,12 +208,11 @@ def default_max_tokens(N, world, need):
     a CPU busy. A GPU reads a layer's weights and launches its kernels once for a pack, so that more
     tokens are faster: 32768, or 16384 of a model of N = 2e9 weights or more, whose products are
     large enough then. What a layer keeps of each token for the backward pass must fit: half as many
-    where need(tokens) bytes are over what is free, or over 90% of a card's memory (the rest is
-    lost between blocks)."""
+    where need(tokens) bytes are over 90% of what is free (the rest is lost between blocks)."""
     most = 32768 if N < 2e9 else 16384
     while world.device.type == "cuda" and most > 8192:
-        free, whole = torch.cuda.mem_get_info(world.device)
-        if world.sum(need(most) > min(free, 0.9 * whole)) == 0:         # on no rank is it too much
+        free, _ = torch.cuda.mem_get_info(world.device)
+        if world.sum(need(most) > 0.9 * free) == 0:                     # on no rank is it too much
             return most
         most //= 2
     return 8192
@@ -216,8 +221,9 @@ def default_max_tokens(N, world, need):
 def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogprobs.LOGITS):
     """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients,
     AdamW's two moments, the head's gradient. In dtype `products`: weights cast for products, what
-    layers keep for the backward pass. 0.4 GB for Python and torch. A long run on a CPU may add
-    half: freed memory is kept."""
+    layers keep for the backward pass, and what passes: a part of the logits, or later four numbers
+    for each of an MLP's. 0.4 GB for Python and torch. A long run on a CPU may add half: freed
+    memory is kept."""
     N = parameters(c)
     D = c.hidden_size
     L = c.num_hidden_layers
@@ -226,6 +232,7 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
     k = c.num_key_value_heads * c.head_dim
     layer = 4 * D + 2 * q + 2 * k + 2 * c.intermediate_size         # numbers a token, of one layer
     kept = T * (L * D + layer) if recompute else T * L * layer
+    passing = max(logits, 4 * T * c.intermediate_size)
     if products == storage:
         cast = 0
     elif recompute or ranks > 1:
@@ -234,7 +241,7 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
         cast = N
     stored = 4 * N / ranks + head
     return (storage.itemsize * stored
-            + products.itemsize * (cast + kept + logits + head) + 4e8)
+            + products.itemsize * (cast + kept + passing + head) + 4e8)
 
 
 def shard(model, device, products):

@@ -78,6 +78,12 @@ FORESTS = {"one token": [(0, 1)], "tile less one": [(0, 31)], "a tile": [(0, 32)
            "shared root": [(0, 5), (1, 30), (1, 31), (1, 9)], "pairs": [(0, 3), (1, 20), (2, 15), (2, 7), (1, 2), (2, 33), (2, 1)],
            "nested": [(depth, 6) for depth in range(12)], "one-token segments": [(i % 5, 1) for i in range(35)],
            "hidden for long": [(0, 2), (1, 64), (1, 5)]}
+WIDTHS = [16]                   # of heads
+VOCABULARIES = [5, 4096, 9000]  # a program draws from 4096 logits at a time
+if DEVICE == "cuda":            # what real models have, which would take the interpreter hours
+    FORESTS["wide heads"] = [(0, 100), (1, 130), (2, 70), (2, 200), (1, 90)]
+    WIDTHS += [64, 128]
+    VOCABULARIES.append(128256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +92,7 @@ def check_tree_attention(name, dtype):
     end, rng = forest(*FORESTS[name]), torch.Generator().manual_seed(0)
     T = len(end)
     H, G, E = {"tile and one": (3, 1, 64), "packed": (2, 2, 32),
-               "two tiles and one": (1, 1, 16)}.get(name, (4, 2, 16))
+               "two tiles and one": (1, 1, 16), "wide heads": (8, 2, 128)}.get(name, (4, 2, 16))
     for N in {T, T - T // 3} if name == "two tiles and one" else {T}:       # only the last rows ask
         plan = tree_plan(end, T - N, DEVICE)
         q, k, v = (torch.randn(n, heads, E, generator=rng) for n, heads in ((N, H), (T, G), (T, G)))
@@ -128,18 +134,19 @@ def check_token_logprobs(V, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("E", WIDTHS)
 @pytest.mark.parametrize("w, R", [(1, 1), (3, 3), (4, 4), (17, 1), (16, 4), (13, 5)])    # tiles hold 16 queries, or 64
-def check_attend_pages(w, R, dtype):
+def check_attend_pages(w, R, E, dtype):
     rng, filled = torch.Generator().manual_seed(w * R), torch.tensor([1, 7, 63, 64, 0])
-    q, k, v = (torch.randn(*shape, 16, generator=rng).to(DEVICE, dtype)
+    q, k, v = (torch.randn(*shape, E, generator=rng).to(DEVICE, dtype)
                for shape in ((20, 2, R), (5, 2, 64), (5, 2, 64)))
     readers = torch.randint(20, (5, w), generator=rng).to(DEVICE)
-    lse, out = (torch.full((5 * w, 2, R, *rest), math.nan, device=DEVICE) for rest in ((), (16,)))
+    lse, out = (torch.full((5 * w, 2, R, *rest), math.nan, device=DEVICE) for rest in ((), (E,)))
     attend_pages(q, readers, k, v, torch.where(torch.arange(64) < filled[:, None], 0, -3e4).to(q), lse, out)
     lse, out = lse.unflatten(0, (5, w)), out.unflatten(0, (5, w))
     assert lse[4].max() < -2e4 and out[4].isfinite().all()                      # a page without keys: weight 0, times a number
     for p, n in enumerate(filled[:4].tolist()):
-        s = q[readers[p]].double() @ k[p, :, :n].double().mT / 4                                 # (w, G, R, n)
+        s = q[readers[p]].double() @ k[p, :, :n].double().mT / E ** 0.5                          # (w, G, R, n)
         assert error(lse[p], s.logsumexp(-1)) < 1e-5
         assert error(out[p], s.softmax(-1) @ v[p, :, :n].double()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -200,7 +207,7 @@ def check_join_results(H, E, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [5, 4096, 9000])                  # a program has 4096 logits at a time
+@pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 0.95), (0.7, 0.5), (1.3, 1.0)])
 def check_draw_token(V, temperature, top_p, dtype):
     rng = torch.Generator().manual_seed(V)
@@ -209,7 +216,7 @@ def check_draw_token(V, temperature, top_p, dtype):
     position = torch.arange(20, device=DEVICE) % 7
     drawn = draw_token(logits, seed, position, temperature, top_p)
     want = draw_token(logits.double(), seed, position, temperature, top_p)          # no kernel knows float64
-    assert (drawn != want).sum() <= 1                           # a draw beside an edge, which rounding moves
+    assert (drawn != want).sum() <= (1 if V < 10 ** 5 else 4)   # a draw beside an edge, which rounding moves
     alone = torch.cat([draw_token(logits[i:i + 1], seed[i:i + 1], position[i:i + 1], temperature, top_p)
                        for i in range(0, 20, 7)])
     assert torch.equal(drawn[::7], alone)

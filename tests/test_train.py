@@ -11,7 +11,7 @@ from measure import SHAPES
 from safetensors.torch import load_file
 
 import train_sft
-from data import InputError, deal, pack
+from data import Example, InputError, deal, pack
 from model import Llama, LlamaConfig, World
 from processes import tiny_folder, write_records
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
@@ -196,12 +196,17 @@ def test_memory_of_training_by_hand():
     # 1B in fp32: 16 bytes a parameter; its bf16 copy 2; the head's gradient 4 V D, the head as it is multiplied 2 V D
     c = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
                     num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
-    N, VD, logits = 1_235_814_400, 128256 * 2048, 2 ** 25
+    N, VD = 1_235_814_400, 128256 * 2048
+    passing = 4 * 8192 * 8192                                   # of the MLP; the logits of a part are fewer, 2 ** 25
     layer = 4 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192
     need = lambda *args: train_sft.training_bytes(c, 8192, torch.bfloat16, torch.float32, *args)
-    assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + logits + VD) + 4e8
-    assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + logits + VD) + 4e8
-    assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + logits + VD) + 4e8
+    assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + passing + VD) + 4e8
+    assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + passing + VD) + 4e8
+    assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + passing + VD) + 4e8
+    few = train_sft.training_bytes(c, 256, torch.bfloat16, torch.float32, 1, False)
+    assert few == 16 * N + 4 * VD + 2 * (N + 256 * 16 * layer + 2 ** 25 + VD) + 4e8
+    pair = Example([1] * 10, [[2] * 3, [2] * 4])
+    assert [train_sft.tokens_of(pair, no_share) for no_share in (False, True)] == [17, 27]
 
 
 def test_how_many_tokens_a_pack_has_by_default(monkeypatch):

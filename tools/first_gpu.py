@@ -81,7 +81,7 @@ def held(b):
 
 def start_engine(model, prompts, k, new_tokens):
     """An Engine that has read these prompts and can draw new_tokens of k answers to each."""
-    sampling = Sampling(new_tokens, temperature=0, top_p=1, stop=[], seed=0)
+    sampling = Sampling(new_tokens, temperature=1, top_p=0.95, stop=[], seed=0)
     root = prompts[0][:common_prefix(prompts)]
     jobs = [Job(number, ids, list(range(k))) for number, ids in enumerate(prompts)]
     capacity = plan_capacity(model, jobs, len(root), new_tokens, None, len(prompts) * k)

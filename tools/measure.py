@@ -22,7 +22,7 @@ from data import Example, Tokenizer, common_prefix, encode_records, pack, read_r
 from model import (Llama, LlamaConfig, World, attention, draw_token, generate, pick_device,
                    pick_dtype, token_logprobs, tree_plan)
 from train_dpo import answer_sums, pairs_loss, reference_logprobs
-from train_sft import default_max_tokens, make_optimizer, sft_loss, update
+from train_sft import default_max_tokens, make_optimizer, sft_loss, training_bytes, update
 
 LLAMA3 = partial(LlamaConfig, 128256, num_key_value_heads=8, rope_theta=500000.0)
 SHAPES = {"1b": LLAMA3(2048, 8192, 16, 32, tie_word_embeddings=True),
@@ -73,7 +73,8 @@ class Bench:
         norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
         self.parameters = self.body + norms + self.head * (1 if c.tie_word_embeddings else 2)
         if args.max_tokens is None:                     # as a trainer, if memory will do
-            args.max_tokens = default_max_tokens(self.parameters, World(self.device), lambda tokens: 0)
+            need = lambda T: training_bytes(c, T, self.products, torch.float32, 1, recompute=False)
+            args.max_tokens = default_max_tokens(self.parameters, World(self.device), need)
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.memory_cap:
