@@ -233,11 +233,11 @@ def check_lora_needs_24_gb_for_8b():
     from train_sft import training_bytes
     c = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                     num_attention_heads=32, num_key_value_heads=8)
-    N, head, logits = 8_030_261_248, 128256 * 4096, 2 ** 25
+    N, head, passing = 8_030_261_248, 128256 * 4096, 4 * 8192 * 14336
     trained = 8 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     kept = 8192 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 14336)
     need = training_bytes(c, 8192, torch.bfloat16, torch.float32, 1, True, 8)
-    assert need == 4 * 4 * trained + 2 * (N + kept + logits + head) + 4e8
+    assert need == 4 * 4 * trained + 2 * (N + kept + passing + head) + 4e8
     assert 2 * N < 16.1e9 and need < 21e9
 
 
