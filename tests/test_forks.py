@@ -238,7 +238,7 @@ def check_lora_needs_24_gb_for_8b():
     kept = 8192 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 14336)
     need = training_bytes(c, 8192, torch.bfloat16, torch.float32, 1, True, 8)
     assert need == 4 * 4 * trained + 2 * (N + kept + passing + head) + 4e8
-    assert 2 * N < 16.1e9 and need < 21e9
+    assert 2 * N < 16.1e9 and need < 22e9                                # what passes through an MLP is 0.9 of it
 
 
 def check_lora_does_not_depend_on_the_number_of_ranks(tmp_path):
