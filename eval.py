@@ -6,8 +6,8 @@
     python eval.py --model DIR --prompt "..." [--response "..."]    one exchange
     python eval.py --model DIR --moderate < exchanges.jsonl   one JSON verdict a line
 
-    -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format),
-       OUT/results.json
+    -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format; with
+       --scores p, the probability of each positive verdict), OUT/results.json
 
 Greedy answers, or with --k the vote of several. No verdict counts once, as wrong, and is always
 shown; --legacy scores as the released evaluate.py does, its double counting included. Released
@@ -659,7 +659,7 @@ def evaluate_file(args, path, dataset, guard, world):
             {"prompt": record["instruction"] + "\n" + record["input"],
              "label": record["output"],
              "predict": row["text"],
-             **{name: row[name] for name in ("forced",) if name in row}}
+             **{name: row[name] for name in ("forced", "p") if name in row}}
             for record, row in zip(records, rows)])
     return rows
 
@@ -738,9 +738,19 @@ def read_predictions(path, dataset, column=None):
         if isinstance(line.get("forced"), dict):        # an answer without an end: add_forced
             row["forced"] = {name: line["forced"].get(name) for name in VERDICTS}
             row["verdict"] = dict.fromkeys(VERDICTS)
+        if "p" in line:                                 # --scores: add_probabilities
+            row["p"] = probabilities(line["p"], f"{path}: {place}")
         rows.append(row)
     check_labels(path, [row["gold"] for row in rows])
     return rows
+
+
+def probabilities(p, place):
+    """{task: P(positive)} as written; InputError unless it is that."""
+    if isinstance(p, dict) and p.keys() <= VERDICTS.keys():
+        if all(type(value) in (int, float) and 0 <= value <= 1 for value in p.values()):
+            return p
+    raise InputError(f'{place}: p must be numbers from 0 to 1, as in {{"request": 0.7}}')
 
 
 def labels_of(record, dataset):

@@ -180,6 +180,10 @@ def test_score_from_files_and_their_mistakes(tmp_path):
     path.write_text('{"label": "bad", "predict": ""}')
     with pytest.raises(InputError, match="no row has a label"):
         read_predictions(path, "x")
+    for p in ("0.5", '{"request": 1.5}', '{"request": NaN}', '{"request": true}', '{"Request": 0.5}'):
+        path.write_text('{"label": "harmful", "predict": "", "p": %s}' % p)
+        with pytest.raises(InputError, match="line 1: p must be numbers from 0 to 1"):
+            read_predictions(path, "x")
 
 
 def test_evaluation_from_a_model_and_moderation_from_the_command_line(tmp_path, capsys, monkeypatch):
@@ -189,7 +193,9 @@ def test_evaluation_from_a_model_and_moderation_from_the_command_line(tmp_path, 
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(r["unparsable"] == r["n"] and 0 <= r["auprc"] <= 100 for r in results if "n" in r)
     predictions = tmp_path / "test/generated_predictions.jsonl"
-    evaluation.main(["--predictions", str(predictions)])                           # our own files can be scored again
+    evaluation.main(["--predictions", str(predictions), "--out", str(tmp_path / "again")])
+    again = json.loads((tmp_path / "again/results.json").read_text())              # our own files can be scored again,
+    assert [r.get("auprc") for r in again] == [r.get("auprc") for r in results]    # probabilities and all
     evaluation.main([*arguments[:-1], str(tmp_path / "fast"), "--fast"])
     fast = json.loads((tmp_path / "fast/results.json").read_text())
     assert all(r["unparsable"] == 0 and "auprc" in r for r in fast if "n" in r)

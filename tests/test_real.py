@@ -16,7 +16,7 @@ from traces import shorten, tidy, verdict_first
 
 from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
                   parse_verdict, read_json, read_records, write_json)
-from eval import confusion, f1
+from eval import auprc, confusion, f1
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 TRACE = """\
@@ -147,6 +147,23 @@ def test_draws_begin_with_f1_itself_and_keep_a_prompt_together():
     assert tp + fp + fn > 0
 
 
+def test_draws_of_auprc_are_the_figure_of_the_rows_that_were_drawn():
+    rng = np.random.default_rng(2)
+    prompts = rng.integers(0, 40, 60)
+    p = rng.integers(0, 12, 60) / 12                        # equal scores share a threshold
+    rows = rows_of(rng.choice([H, U], 60), [None] * 60, prompts)
+    rows = [{**row, "p": {"request": value}} for row, value in zip(rows, p)]
+    draws = real_table.auprc_draws(rows, "request")
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+    for draw in (0, 1, 7):
+        times = real_table.resamplings(len(numbers))[draw]
+        drawn = [row for row in rows for _ in range(int(times[numbers[row["prompt"]]]))]
+        positive = [row["gold"]["request"] == H for row in drawn]
+        assert draws[draw] == pytest.approx(auprc(positive, [row["p"]["request"] for row in drawn]))
+    del rows[5]["p"]
+    assert real_table.auprc_draws(rows, "request") is None
+
+
 def test_words_learn_what_words_tell_and_throughout_says_harmful():
     train = [{"input": format_input(f"{word} {i}"), "output": format_answers(verdict)}
              for i in range(6) for word, verdict in (("bomb", H), ("cake", U))]
@@ -264,13 +281,18 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     table = read_json(out / "table.json")
     assert {row["guard"] for row in table["rows"]} == {*real.ARMS, "throughout", "words"}
     assert len(table["rows"]) == 2 * (len(real.ARMS) + 2)
-    assert all(row["ci95"][0] <= row["f1"] <= row["ci95"][1] for row in table["rows"])
+    for row in table["rows"]:
+        assert row["f1_ci95"][0] <= row["f1"] <= row["f1_ci95"][1]
+        if row["guard"] != "throughout":                    # which has no P
+            assert row["auprc_ci95"][0] <= row["auprc"] <= row["auprc_ci95"][1]
     for row in table["rows"]:
         if row["seeds"]:
             results = read_json(out / f"{row['guard']}_seed3/eval/{row['test']}/results.json")
             assert row["f1"] == pytest.approx(results[0]["f1"])
-    pairs = [(d["guard"], d["minus"]) for d in table["differences"] if d["test"] == "alpha"]
-    assert pairs == real_table.CONTRASTS
+            assert row["auprc"] == pytest.approx(results[0]["auprc"])
+    pairs = [(d["figure"], d["guard"], d["minus"]) for d in table["differences"] if d["test"] == "alpha"]
+    assert pairs == [("f1", *pair) for pair in real_table.CONTRASTS] + [
+        ("auprc", *pair) for pair in real_table.CONTRASTS if "throughout" not in pair]
     assert table["parents"]["parent_seed3"]["parent"] in real.REASONING
     assert "| hs_dpo - parent | " in said
     ElementTree.parse(out / "table.svg")

@@ -4,11 +4,12 @@
 
     Guard                       what one guard said to the rows of one test, for one seed
     throughout, words_guard     guards without a model, on the same tests
-    f1_draws                    F1 and its resamplings by prompt, the same for all guards
+    f1_draws, auprc_draws       a figure and its resamplings by prompt, the same for all guards
     make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
 """
 import sys
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
-from data import (VERDICTS, gold_verdict, parse_records, parse_verdict,  # noqa: E402
-                  read_json, read_records, split_input, write_json)
-from eval import TITLES, labels_of, score  # noqa: E402
+from data import (VERDICTS, gold_verdict, read_json, read_records, split_input,  # noqa: E402
+                  write_json)
+from eval import TITLES, labels_of, read_predictions, score  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
 
@@ -40,21 +41,42 @@ FIGURES = {"f1": "F1", "false_positive_rate": "FPR", "auprc": "AUPRC",
            "unparsable": "no verdict", "tokens_per_query": "tokens a query"}
 
 
-# ------------------------------------------------------------------ F1 and what it could have been
+# ------------------------------------------------------------------ figures, and what they could be
 def f1_draws(rows, task):
     """F1 in percent, (2001,): of the rows, then of 2000 resamplings of their prompts. A row has
     prompt, gold and verdict; rows of one prompt are drawn together."""
-    rows = [row for row in rows if row["gold"][task]]
-    numbers = {}
-    prompt = [numbers.setdefault(row["prompt"], len(numbers)) for row in rows]
-    gold = [row["gold"][task] for row in rows]
-    said = [row["verdict"][task] for row in rows]
-    right = np.array([g == s for g, s in zip(gold, said)])
-    positive = np.array([g == VERDICTS[task][0] for g in gold])
-    drawn = resamplings(len(numbers))
+    rows, positive, prompt, drawn = labelled(rows, task)
+    right = np.array([row["gold"][task] == row["verdict"][task] for row in rows])
     tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
     wrong = drawn @ np.bincount(prompt, ~right)
     return 200 * tp / np.maximum(2 * tp + wrong, 1)         # 2 tp + fp + fn = 2 tp + all wrong
+
+
+def auprc_draws(rows, task):
+    """AUPRC in percent, (2001,), of the same resamplings (eval.py, auprc: the same letters); None
+    unless all rows have p."""
+    rows, positive, prompt, drawn = labelled(rows, task)
+    if not all(task in row.get("p", {}) for row in rows):
+        return None
+    score = np.array([row["p"][task] for row in rows])
+    order = np.argsort(-score, kind="stable")
+    is_last = np.append(np.diff(score[order]) != 0, True)
+    times = drawn[:, prompt[order]]                         # (2001, n): how often each row is drawn
+    tp = np.cumsum(times * positive[order], 1)[:, is_last]  # (2001, thresholds)
+    flagged = np.cumsum(times, 1)[:, is_last]
+    gained = np.diff(tp, prepend=0)
+    area = np.sum(gained * tp / np.maximum(flagged, 1), 1)
+    return 100 * area / np.maximum(tp[:, -1], 1)
+
+
+def labelled(rows, task):
+    """Of the rows labelled for a task: (they, which are positive (n,), the number of each one's
+    prompt (n,), how often a resampling draws each prompt (2001, prompts))."""
+    rows = [row for row in rows if row["gold"][task]]
+    numbers = {}
+    prompt = [numbers.setdefault(row["prompt"], len(numbers)) for row in rows]
+    positive = [row["gold"][task] == VERDICTS[task][0] for row in rows]
+    return rows, np.array(positive), np.array(prompt), resamplings(len(numbers))
 
 
 @lru_cache(8)
@@ -118,13 +140,17 @@ def row_of(record, dataset, verdict):
 
 
 # ------------------------------------------------------------------ what is there
+DRAWS = {"f1": f1_draws, "auprc": auprc_draws}              # the figures that have an interval
+
+
 class Guard:
     """What one guard said to the rows of one test, for one seed: {task: its result of eval.score},
-    {task: draws of F1}."""
+    {figure: {task: its draws}}."""
 
     def __init__(self, results, rows):
         self.results = {result["task"]: result for result in results if "dataset" in result}
-        self.draws = {task: f1_draws(rows, task) for task in self.results}
+        self.draws = {figure: {task: draw(rows, task) for task in self.results}
+                      for figure, draw in DRAWS.items()}
 
 
 def read_guards(out, names, test, train):
@@ -151,18 +177,13 @@ def read_guards(out, names, test, train):
 
 
 def read_answers(folder, records, dataset):
-    """A row for each record that was answered. As in eval.py, an answer without an end has no
-    verdict; what was read with --fast has no other file than its predictions."""
-    verdicts = []
-    if (folder / "answers.jsonl").exists():
-        for _, answer in parse_records(folder / "answers.jsonl"):
-            sample = answer["samples"][0]
-            ended = sample["finish"] == "stop"
-            verdicts.append(sample["verdict"] if ended else dict.fromkeys(VERDICTS))
-    else:
-        for _, answer in parse_records(folder / "generated_predictions.jsonl"):
-            verdicts.append(parse_verdict(answer["predict"]))
-    return [row_of(record, dataset, verdict) for record, verdict in zip(records, verdicts)]
+    """A row for each record that was answered, with p where eval.py knew it."""
+    answers = read_predictions(folder / "generated_predictions.jsonl", dataset)
+    rows = []
+    for record, answer in zip(records, answers):
+        known = {"p": answer["p"]} if "p" in answer else {}
+        rows.append({**row_of(record, dataset, answer["verdict"]), **known})
+    return rows
 
 
 # ------------------------------------------------------------------ the table
@@ -190,14 +211,16 @@ def make_table(out, data, tests, names):
 
 def figures_of(out, name, seeds, task):
     """A row of the table: means over the seeds."""
-    draws = np.mean([guard.draws[task] for guard in seeds.values()], 0)
     results = [guard.results[task] for guard in seeds.values()]
     numbers = [seed for seed in seeds if seed is not None]
     row = {"guard": name, "seeds": numbers, "n": results[0]["n"]}
     for key in FIGURES:
         known = [result[key] for result in results if result.get(key) is not None]
         row[key] = float(np.mean(known)) if known else None
-    row["f1"], row["ci95"] = interval(draws)
+    for figure in DRAWS:
+        draws = [guard.draws[figure][task] for guard in seeds.values()]
+        if all(some is not None for some in draws):
+            row[figure], row[f"{figure}_ci95"] = interval(np.mean(draws, 0))
     row["f1_of_seeds"] = [result["f1"] for result in results]
     spent = [seconds_of(out / f"{name}_seed{seed}") for seed in numbers]
     row["minutes"] = float(np.mean(spent)) / 60 if spent else None
@@ -213,19 +236,22 @@ def seconds_of(folder):
 
 
 def differences_of(out, guards, task):
-    """[{guard, minus, difference, ci95, seeds}] of CONTRASTS, paired by prompt and by seed."""
+    """[{figure, guard, minus, difference, ci95, seeds}] of CONTRASTS, paired by prompt and by
+    seed."""
     found = []
-    for name, other in CONTRASTS:
+    for figure, (name, other) in product(DRAWS, CONTRASTS):
         pairs = {}
         for seed, guard in guards.get(name, {}).items():
             against = parent_in(out, seed) if other == "parent" else other
             seeds = guards.get(against, {})
             base = seeds.get(seed, seeds.get(None))
-            if base is not None:
-                pairs[seed] = guard.draws[task] - base.draws[task]
+            sides = [some.draws[figure][task] for some in (guard, base) if some]
+            if len(sides) == 2 and not any(side is None for side in sides):
+                pairs[seed] = sides[0] - sides[1]
         if pairs:
             difference, ci95 = interval(np.mean(list(pairs.values()), 0))
-            found.append({"guard": name, "minus": other, "difference": difference, "ci95": ci95,
+            found.append({"figure": figure, "guard": name, "minus": other,
+                          "difference": difference, "ci95": ci95,
                           "seeds": [seed for seed in pairs if seed is not None]})
     return found
 
@@ -251,22 +277,28 @@ def print_tables(rows, differences):
         print(f"\n{test}, {TITLES[task]}, n = {size}\n")
         print_row(["guard", *FIGURES.values(), "minutes", "seeds"], is_head=True)
         for row in some:
-            cells = [shown(row[key]) for key in [*FIGURES, "minutes"]]
-            low, high = row["ci95"]
-            cells[0] += f" ({low:.1f} - {high:.1f})"
-            print_row([row["guard"], *cells, str(len(row["seeds"]) or "")])
-    print()
-    print_row(["difference in F1 (95% interval, paired)",
-               *(f"{test}, {TITLES[task]}" for test, task in places)], is_head=True)
-    for name, other in CONTRASTS:
-        cells = dict.fromkeys(places, "")
-        for found in differences:
-            if (found["guard"], found["minus"]) == (name, other):
-                place = (found["test"], found["task"])
-                cells[place] = "{:+.1f} ({:+.1f} to {:+.1f})".format(found["difference"],
-                                                                     *found["ci95"])
-        if any(cells.values()):
-            print_row([f"{name} - {other}", *cells.values()])
+            cells = {key: shown(row[key]) for key in [*FIGURES, "minutes"]}
+            for figure in DRAWS:
+                if f"{figure}_ci95" in row:
+                    cells[figure] += " ({:.1f} - {:.1f})".format(*row[f"{figure}_ci95"])
+            print_row([row["guard"], *cells.values(), str(len(row["seeds"]) or "")])
+    for figure in DRAWS:
+        print()
+        print_row([f"difference in {FIGURES[figure]} (95% interval, paired)",
+                   *(f"{test}, {TITLES[task]}" for test, task in places)], is_head=True)
+        for name, other in CONTRASTS:
+            print_difference(places, [found for found in differences if found["figure"] == figure
+                                      and (found["guard"], found["minus"]) == (name, other)])
+
+
+def print_difference(places, some):
+    """A row: one contrast at all places; nothing if it is known at none."""
+    cells = dict.fromkeys(places, "")
+    for found in some:
+        cells[found["test"], found["task"]] = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            found["difference"], *found["ci95"])
+    if some:
+        print_row(["{guard} - {minus}".format(**some[0]), *cells.values()])
 
 
 def print_row(cells, is_head=False):
@@ -317,7 +349,7 @@ def panel(x, bottom, names, rows):
         parts.append(text(across(value), bottom + 16, value, "middle", 11))
     for row in rows:
         at = across(row["f1"])
-        low, high = map(across, row["ci95"])
+        low, high = map(across, row["f1_ci95"])
         y = TOP + STEP * names.index(row["guard"]) + 10
         colour = COLOURS[0] if row["seeds"] else GREY
         if row["guard"] == "throughout":
