@@ -532,11 +532,10 @@ def fit_prompt(tokenizer, record, room):
     def shortened(most):
         """The prompt with at most so many characters of each text."""
         request, response = (text and text[:most] for text in texts)
-        if is_exchange:
-            request = format_input(request, response)
-        return tokenizer.prompt_ids(instruction, request)
+        whole = format_input(request, response) if is_exchange else request
+        return tokenizer.prompt_ids(instruction, whole)
 
-    fits = 0                                                # so many characters do, as it will be
+    fits = 0                                                # so many characters do: seen at the end
     too_many = max(len(text or "") for text in texts)       # so many do not
     while too_many - fits > 1:
         middle = (fits + too_many + 1) // 2

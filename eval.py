@@ -21,7 +21,6 @@ weights need --format raw, as they were used.
     machinery                          answering files, reading answers, tables, the paper's figures
 """
 import argparse
-import itertools
 import json
 import os
 import re
@@ -173,16 +172,16 @@ def score(rows, dataset, legacy=False, fpr=None):
             continue
         result = {"file": rows[0]["file"], "dataset": dataset,
                   "task": task, "n": len(pairs)}
-        result.update(counted(pairs, task), unparsable=predicted.count(None),
+        result.update(f1_figures(pairs, task), unparsable=predicted.count(None),
                       reasoning_disagrees=disagreements(labelled, task))
-        result.update(costs(labelled), **closed(labelled, task))
+        result.update(cost_figures(labelled), **forced_figures(labelled, task))
         if not legacy and all(task in row.get("p", {}) for row in labelled):
-            result.update(scored(labelled, task, fpr))
+            result.update(probability_figures(labelled, task, fpr))
         results.append(result)
     return results
 
 
-def counted(pairs, task):
+def f1_figures(pairs, task):
     """What a result says of [(gold, predicted)]."""
     gold, predicted = zip(*pairs)
     cells = confusion(gold, predicted, VERDICTS[task][0])
@@ -195,7 +194,7 @@ def counted(pairs, task):
             "tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
 
-def costs(rows):
+def cost_figures(rows):
     """Tokens and milliseconds a query, as far as the rows know them: mean, median, 95th
     percentile."""
     figures = {}
@@ -212,7 +211,7 @@ def costs(rows):
     return figures
 
 
-def closed(rows, task):
+def forced_figures(rows, task):
     """How many answers had no end, and F1 if the verdicts that they were closed with did count."""
     forced = sum("forced" in row for row in rows)
     if not forced:
@@ -222,7 +221,7 @@ def closed(rows, task):
     return {"forced": forced, "f1_with_forced": f1(gold, said, VERDICTS[task][0])}
 
 
-def scored(rows, task, fpr):
+def probability_figures(rows, task, fpr):
     """What a result says of probabilities."""
     name = VERDICTS[task][0]
     positive = np.array([row["gold"][task] == name for row in rows])
@@ -529,19 +528,17 @@ def judge_lines(lines, before, guard, options):
             exchanges[i] = parse_exchange(line)
         except (ValueError, RecursionError) as error:
             what = f"line {before + i + 1}: {error}"
-            results[i] = refusal(what[:300], options["on_unparsable"])
+            results[i] = unjudged(what[:300], options["on_unparsable"])
     numbers = list(exchanges)
-    shown = 0
     answered = moderate_iter(guard.model, guard.tokenizer, list(exchanges.values()), **options)
-    for number, verdict in itertools.chain([(None, None)], answered):
-        if number is not None:
+    for i in range(len(lines)):
+        while i not in results:                             # verdicts come in any order
+            number, verdict = next(answered)
             results[numbers[number]] = verdict
-        while shown in results:
-            yield results.pop(shown)
-            shown += 1
+        yield results.pop(i)
 
 
-def refusal(error, on_unparsable):
+def unjudged(error, on_unparsable):
     """The answer to a line that cannot be judged."""
     return {"request": on_unparsable, "completion": None, "response": on_unparsable,
             "parsed": False, "error": error}

@@ -108,9 +108,10 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
             right = judge_samples(samples, gold_verdict(record))
             k_correct = right.count(True)
             k_incorrect = right.count(False)
-            count[outcome(k_correct, k_incorrect)] += 1
+            what = outcome(k_correct, k_incorrect)
+            count[what] += 1
             count["answers without verdict"] += sum(not any(s["verdict"].values()) for s in samples)
-            if not (k_correct and k_incorrect) or record["input"] in hard:
+            if what != "hard" or record["input"] in hard:
                 continue
             rng = random.Random(f"{seed} {model} {number}")
             chosen, rejected = pick_pair(samples, right, pairing, rng)

@@ -322,9 +322,9 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 def recomputed(f, *inputs):
-    """f(*inputs), of which only the inputs are kept for the backward pass. It runs f again, up to
-    the last tensor that a gradient needs: of MLP.down only silu(gate) * up, not the product with
-    down_proj that ends it."""
+    """f(*inputs), of which only the inputs are kept: the backward pass calls f again, and torch
+    stops that call once it has all tensors that gradients need. Of MLP.down it makes silu(gate) *
+    up, and not the product with down_proj that ends it."""
     if not torch.is_grad_enabled():
         return f(*inputs)
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -635,9 +635,10 @@ def uniform(seed, position, attempt):
     Integer arithmetic: the same bits on every device, in any batch. The mixer is lowbias32 (Wellons
     2018) with all shifts 16: x ^= x >> 16 and a multiplication, twice, and a last x ^= x >> 16."""
     x = seed + position * 0x9E3779B9 + attempt * 0x85EBCA6B
-    for multiplier in (0x7FEB352D, 0x846CA68B, 1):          # 1: the last shift stands alone
-        x = x & 0xFFFFFFFF                                  # 32 bits of an int64
-        x = (x ^ (x >> 16)) * multiplier
+    x = x & 0xFFFFFFFF                                      # 32 bits of an int64
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x846CA68B) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     return (x.to(exact) + 0.5) / 2 ** 32
 
@@ -808,7 +809,8 @@ def pick_and_sum(z, target, picked, log_sum):
 
 def logit_gradients(z, target, log_sum, grad):
     """z <- grad (onehot(target) - exp(z - log_sum)), in place. z (N, n): logits of some of the
-    vocabulary, counted from its first; a target outside has no one. The others are (N,)."""
+    vocabulary, counted from its first; a target outside adds nothing. The others are
+    (N,)."""
     if use_triton(z):
         return launch_row_gradients(z, target, log_sum, grad)
     inside = target.clamp(0, z.shape[1] - 1)
@@ -961,7 +963,7 @@ try:
     import triton.language as tl
     from triton.language import constexpr
     # no new kernel for each value of these
-    VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "TOTAL", "GRAD")
+    VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "LOG_SUM", "GRAD")
     jit = triton.jit(do_not_specialize=VARYING)
     KERNELS = "triton"                                              # see choose_kernels
 except ImportError:                     # no wheel for this system: the twins do the work
@@ -1260,10 +1262,10 @@ class KernelRope(torch.autograd.Function):
 
 
 @jit
-def row_totals(Z, TARGET, PICKED, TOTAL, V, C: constexpr):
+def row_totals(Z, TARGET, PICKED, LOG_SUM, V, C: constexpr):
     # z[target] and log sum exp(z) of one row of logits, read once; total = sum exp(z - top) so far.
     # Program n: row n of Z (N, V), C logits at a time, the last part shorter; TARGET (N,) int64;
-    # writes PICKED and TOTAL (N,), float32
+    # writes PICKED and LOG_SUM (N,), float32
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
     top = float("-inf")
@@ -1280,21 +1282,21 @@ def row_totals(Z, TARGET, PICKED, TOTAL, V, C: constexpr):
     target = tl.load(TARGET + n)
     picked = tl.load(Z + target)
     tl.store(PICKED + n, picked.to(tl.float32))
-    tl.store(TOTAL + n, top + tl.log(total))
+    tl.store(LOG_SUM + n, top + tl.log(total))
 
 
 @jit
-def row_gradients(Z, TARGET, TOTAL, GRAD, V, C: constexpr):
+def row_gradients(Z, TARGET, LOG_SUM, GRAD, V, C: constexpr):
     # z <- g (onehot(target) - softmax(z)), in place, for C logits of one row: program (row, part),
     # part 0, 1, ... while it begins before V. Z (N, V); TARGET (N,) int64, which may lie outside of
-    # 0 .. V - 1: no one then; TOTAL (N,): log sum exp(z); GRAD (N,): g
+    # 0 .. V - 1: adds nothing then; LOG_SUM (N,): log sum exp(z); GRAD (N,): g
     n = tl.program_id(0)
     v = tl.program_id(1) * C + tl.arange(0, C)
     Z += n.to(tl.int64) * V
     z = tl.load(Z + v, mask=v < V, other=0.0)
     z = z.to(tl.float32)
-    total = tl.load(TOTAL + n)
-    p = tl.exp(z - total)
+    log_sum = tl.load(LOG_SUM + n)
+    p = tl.exp(z - log_sum)
     target = tl.load(TARGET + n)
     one = tl.where(v == target, 1.0, 0.0)
     g = tl.load(GRAD + n)
@@ -1706,12 +1708,12 @@ class Engine:
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
         self.jobs = []                                      # under way, the oldest first
-        self.cached = 0                                     # first tokens of every prompt, there
+        self.cached = 0                                     # first tokens of a prompt with keys
         self.shared = self.pool.take_lowest(pages_for(len(instruction)))
         assert self.shared == list(range(len(self.shared)))         # see PagePool.first
         if instruction:
             T = len(instruction)
-            self.read(instruction, [T] * T, places_in(self.shared, T))
+            self.feed(instruction, [T] * T, places_in(self.shared, T))
             self.cached = T
 
     def ints(self, values):
@@ -1762,10 +1764,10 @@ class Engine:
                 firsts.append((slot, seed, len(tokens) - 1, len(job.prompt)))
         slot, seed, last, length = self.ints(firsts).T
         self.seeds[slot] = seed
-        hidden = self.read(tokens, end, places)
-        self.append(slot, hidden[last], length, 0)
+        hidden = self.feed(tokens, end, places)
+        self.draw(slot, hidden[last], length, 0)
 
-    def read(self, tokens, end, places):
+    def feed(self, tokens, end, places):
         """Hidden states of a forest that follows the instruction; its keys go to `places`."""
         page, offset = self.ints(places).T
         self.pool.fill(page, offset)
@@ -1783,7 +1785,7 @@ class Engine:
 
         return self.model.hidden(self.ints(tokens), plan.position[C:], attend)
 
-    def append(self, slot, hidden, length, drawn):
+    def draw(self, slot, hidden, length, drawn):
         """Draw the next token of each slot, after a prompt of `length` and an answer of `drawn`
         tokens: hidden (B, D), slot and length (B,), drawn an int or (B,)."""
         logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
@@ -1837,7 +1839,7 @@ class Engine:
             if n == 1:                                      # step 0 ran as written, which loaded
                 step = self.record(step)                    # all kernels; from step 1 on: replayed
             hidden = step()
-            self.append(batch.slot, hidden, batch.length, batch.drawn)
+            self.draw(batch.slot, hidden, batch.length, batch.drawn)
             batch.drawn += 1                                # in place: a replay reads it again
         for job in self.jobs:
             job.drawn += self.capacity.poll
@@ -1950,17 +1952,17 @@ class Engine:
                              "are broken, or too large for this --dtype")
         live = [(slot, job.drawn) for job in self.jobs for slot in job.slots]
         slot, drawn = self.ints(live).T                     # (B,)
-        # The ids since the last look, and the one before them: at a job's first look that is the
-        # one which prefill drew; later it was looked at before, and did not end the answer
-        new = torch.arange(-self.capacity.poll - 1, 0, device=self.device)
-        column = drawn[:, None] + new                       # (B, poll + 1)
+        # The newest `poll` ids of each slot, and one more: at a job's first look nobody has looked
+        # at it yet, as prefill drew it; at later ones it is known not to end the answer
+        back = torch.arange(-self.capacity.poll - 1, 0, device=self.device)
+        column = drawn[:, None] + back                      # (B, poll + 1), places in history
         ids = self.history[slot[:, None], column]
-        is_last = torch.isin(ids, self.stop)
-        is_last |= column == self.sampling.max_new_tokens - 1
-        last = is_last.int().argmax(1, keepdim=True)        # the id that ends the answer
-        length = column.gather(1, last)[:, 0] + 1
-        length = torch.where(is_last.any(1), length, 0)     # 0: not done
-        done = {slot: n for (slot, _), n in zip(live, length.tolist()) if n}
+        ends = torch.isin(ids, self.stop)
+        ends |= column == self.sampling.max_new_tokens - 1
+        first_end = ends.int().argmax(1, keepdim=True)
+        length = column.gather(1, first_end)[:, 0] + 1
+        length = torch.where(ends.any(1), length, 0)        # 0: not done
+        done = {slot: count for (slot, _), count in zip(live, length.tolist()) if count}
         answers = self.answers(done)
         self.release(list(done))
         return answers

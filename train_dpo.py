@@ -60,7 +60,7 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return dict(loss=loss, preference=preference,
                 accuracy=(margin > 0).to(loss.dtype),
-                margin=beta * margin,
+                margin=beta * margin,           # in metrics.jsonl; in README's formula without beta
                 chosen_logprob=chosen, rejected_logprob=rejected)
 
 
@@ -82,10 +82,11 @@ def verdict_sums(logprobs, answer, starts):
     """answer_sums over the Answers blocks alone, where the verdicts are. starts (pairs, 2): which
     token of each answer is the first of its block."""
     starts = starts.flatten().to(answer.device)
-    row = torch.arange(len(answer), device=answer.device)
-    first = row.new_full((len(starts),), len(answer))       # row of each answer's first token
-    first = first.scatter_reduce(0, answer, row, "amin")
-    in_block = row - first[answer] >= starts[answer]
+    place = torch.arange(len(answer), device=answer.device)     # of each scored (row, next token)
+    first = place.new_full((len(starts),), len(answer))
+    first = first.scatter_reduce(0, answer, place, "amin")      # where each answer begins
+    nth = place - first[answer]                                 # which token of its answer
+    in_block = nth >= starts[answer]
     return answer_sums(logprobs * in_block, answer, len(starts))
 
 
@@ -177,11 +178,12 @@ def main(argv=None):
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
-    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers]
+    lengths = torch.tensor([[len(ids) for ids in e.answers] for e in examples])    # (pairs, 2)
+    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers]      # (pairs, 2)
                            for e in examples])
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
-    world.wait()                                            # all have seen that --out is free
+    world.wait()            # Log writes into --out: first all must have seen that it is free
     interrupts.after_step = True
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
@@ -192,19 +194,18 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            pairs = torch.unique(p.answer // 2)     # those in this pack; a pack splits no pair
+            in_batch = torch.unique(p.answer // 2)          # its pairs: a pack splits none;
+            in_data = torch.tensor(numbers)[in_batch]       # they, numbered as in examples
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count)
-            policy = policy.view(-1, 2)[pairs]              # (B, 2): chosen, rejected
-            lengths = [[len(ids) for ids in batch[i].answers] for i in pairs]
-            lengths = policy.new_tensor(lengths).view(-1, 2)
-            part = pairs_loss(policy, reference[numbers][pairs].to(policy), lengths[:, 0],
-                              weights[numbers][pairs].to(policy),
-                              args.beta, args.sft)
+            policy = policy.view(-1, 2)[in_batch]           # (B, 2): chosen, rejected
+            length = lengths[in_data].to(policy)            # (B, 2)
+            part = pairs_loss(policy, reference[in_data].to(policy), length[:, 0],
+                              weights[in_data].to(policy), args.beta, args.sft)
             verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            verdict = verdict.view(-1, 2)[pairs]
-            part.update(watched(part["loss"], policy, verdict, lengths))
+            verdict = verdict.view(-1, 2)[in_batch]
+            part.update(watched(part["loss"], policy, verdict, length))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()

@@ -103,7 +103,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
-    world.wait()                                            # all have seen that --out is free
+    world.wait()            # Log writes into --out: first all must have seen that it is free
     interrupts.after_step = True
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
