@@ -282,17 +282,21 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     assert {row["guard"] for row in table["rows"]} == {*real.ARMS, "throughout", "words"}
     assert len(table["rows"]) == 2 * (len(real.ARMS) + 2)
     for row in table["rows"]:
-        assert row["f1_ci95"][0] <= row["f1"] <= row["f1_ci95"][1]
+        for figure in ("f1", "false_positive_rate"):
+            assert row[f"{figure}_ci95"][0] <= row[figure] <= row[f"{figure}_ci95"][1]
         if row["guard"] != "throughout":                    # which has no P
             assert row["auprc_ci95"][0] <= row["auprc"] <= row["auprc_ci95"][1]
     for row in table["rows"]:
         if row["seeds"]:
             results = read_json(out / f"{row['guard']}_seed3/eval/{row['test']}/results.json")
             assert row["f1"] == pytest.approx(results[0]["f1"])
-            assert row["auprc"] == pytest.approx(results[0]["auprc"])
+            for figure in ("auprc", "false_positive_rate"):
+                assert row[figure] == pytest.approx(results[0][figure])
     pairs = [(d["figure"], d["guard"], d["minus"]) for d in table["differences"] if d["test"] == "alpha"]
-    assert pairs == [("f1", *pair) for pair in real_table.CONTRASTS] + [
-        ("auprc", *pair) for pair in real_table.CONTRASTS if "throughout" not in pair]
+    wanted = real_table.contrasts([*real.ARMS, "throughout", "words"])
+    assert len(wanted) == len(real_table.CONTRASTS) + 2 * len(real.ARMS) + 1 and ("words", "throughout") in wanted
+    assert pairs == [(figure, *pair) for figure in real_table.DRAWS for pair in wanted
+                     if figure != "auprc" or "throughout" not in pair]         # throughout has no P
     assert table["parents"]["parent_seed3"]["parent"] in real.REASONING
     assert "| hs_dpo - parent | " in said
     ElementTree.parse(out / "table.svg")

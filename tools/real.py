@@ -413,11 +413,12 @@ def stage(args, name, main, options):
     start = time.time()
     try:
         main(options)
-    finally:                                                # a trainer sets its own
-        for number, handler in before.items():
+    finally:
+        for number, handler in before.items():              # a trainer sets its own
             signal.signal(number, handler)
-    with open(folder_of(args, name) / "seconds.txt", "a") as file:
-        file.write(f"{time.time() - start:.1f} {main.__module__} {options[3]}\n")
+        folder_of(args, name).mkdir(parents=True, exist_ok=True)
+        with open(folder_of(args, name) / "seconds.txt", "a") as file:
+            file.write(f"{time.time() - start:.1f} {main.__module__} {options[3]}\n")
 
 
 # ------------------------------------------------------------------ from the best reasoning arm on

@@ -4,7 +4,7 @@
 
     Guard                       what one guard said to the rows of one test, for one seed
     throughout, words_guard     guards without a model, on the same tests
-    f1_draws, auprc_draws       a figure and its resamplings by prompt, the same for all guards
+    f1_draws, ...               a figure and its resamplings by prompt, the same for all guards
     make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
 """
 import sys
@@ -28,13 +28,11 @@ from train_sft import git_commit  # noqa: E402
 # what each difference is between; "parent" is the arm that the first one began from
 CONTRASTS = [
     ("r_sft", "labels_1x"), ("r_sft", "labels_3x"), ("r_sft", "shuffled"), ("r_sft", "r_sft_fast"),
-    ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
+    ("r_sft_fast", "labels_1x"), ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
     ("verdict_first", "r_sft"), ("verdict_first", "labels_1x"),
     ("both_fast", "r_sft"), ("both_fast", "labels_1x"),
     ("hs_dpo", "parent"), ("continued", "parent"), ("chosen", "parent"),
-    ("hs_dpo", "continued"), ("hs_dpo", "chosen"),
-    ("labels_1x", "words"), ("labels_3x", "words"), ("r_sft", "words"),
-    ("r_sft", "throughout"), ("words", "throughout")]
+    ("hs_dpo", "continued"), ("hs_dpo", "chosen"), ("continued", "chosen")]
 # key of a result -> head of its column
 FIGURES = {"f1": "F1", "false_positive_rate": "FPR", "auprc": "AUPRC",
            "recall_at_1": "recall at 1% FPR", "recall_at_5": "at 5%", "ece": "ECE",
@@ -50,6 +48,15 @@ def f1_draws(rows, task):
     tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
     wrong = drawn @ np.bincount(prompt, ~right)
     return 200 * tp / np.maximum(2 * tp + wrong, 1)         # 2 tp + fp + fn = 2 tp + all wrong
+
+
+def fpr_draws(rows, task):
+    """The false-positive rate in percent, (2001,), of the same resamplings: no verdict is one."""
+    rows, positive, prompt, drawn = labelled(rows, task)
+    wrong = np.array([row["gold"][task] != row["verdict"][task] for row in rows])
+    fp = drawn @ np.bincount(prompt, wrong & ~positive)
+    negatives = drawn @ np.bincount(prompt, ~positive)
+    return 100 * fp / np.maximum(negatives, 1)
 
 
 def auprc_draws(rows, task):
@@ -140,7 +147,8 @@ def row_of(record, dataset, verdict):
 
 
 # ------------------------------------------------------------------ what is there
-DRAWS = {"f1": f1_draws, "auprc": auprc_draws}              # the figures that have an interval
+# the figures that have an interval
+DRAWS = {"f1": f1_draws, "false_positive_rate": fpr_draws, "auprc": auprc_draws}
 
 
 class Guard:
@@ -228,18 +236,24 @@ def figures_of(out, name, seeds, task):
 
 
 def seconds_of(folder):
-    """What the stages of an arm took, tests and all, without those that were interrupted."""
+    """What the stages of an arm took, tests and all; of what was killed at once nothing counts."""
     path = folder / "seconds.txt"
     if not path.exists():
         return 0.0
     return sum(float(entry.split()[0]) for entry in path.read_text().splitlines())
 
 
+def contrasts(names):
+    """CONTRASTS, then each guard against those without a model."""
+    return CONTRASTS + [(name, other) for other in ("words", "throughout") for name in names
+                        if name not in (other, "throughout")]
+
+
 def differences_of(out, guards, task):
-    """[{figure, guard, minus, difference, ci95, seeds}] of CONTRASTS, paired by prompt and by
+    """[{figure, guard, minus, difference, ci95, seeds}] of `contrasts`, paired by prompt and by
     seed."""
     found = []
-    for figure, (name, other) in product(DRAWS, CONTRASTS):
+    for figure, (name, other) in product(DRAWS, contrasts(guards)):
         pairs = {}
         for seed, guard in guards.get(name, {}).items():
             against = parent_in(out, seed) if other == "parent" else other
@@ -286,19 +300,19 @@ def print_tables(rows, differences):
         print()
         print_row([f"difference in {FIGURES[figure]} (95% interval, paired)",
                    *(f"{test}, {TITLES[task]}" for test, task in places)], is_head=True)
-        for name, other in CONTRASTS:
-            print_difference(places, [found for found in differences if found["figure"] == figure
-                                      and (found["guard"], found["minus"]) == (name, other)])
+        some = [found for found in differences if found["figure"] == figure]
+        for pair in dict.fromkeys((found["guard"], found["minus"]) for found in some):
+            print_difference(places, [found for found in some
+                                      if (found["guard"], found["minus"]) == pair])
 
 
 def print_difference(places, some):
-    """A row: one contrast at all places; nothing if it is known at none."""
+    """A row: one contrast at all places where it is known."""
     cells = dict.fromkeys(places, "")
     for found in some:
         cells[found["test"], found["task"]] = "{:+.1f} ({:+.1f} to {:+.1f})".format(
             found["difference"], *found["ci95"])
-    if some:
-        print_row(["{guard} - {minus}".format(**some[0]), *cells.values()])
+    print_row(["{guard} - {minus}".format(**some[0]), *cells.values()])
 
 
 def print_row(cells, is_head=False):
