@@ -15,7 +15,7 @@ Part II has fast twins; each names the plain function that it must equal:
 Part III decodes many samples at once:
     PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
     Engine, generate_iter           admit, reserve, decode, finish
-Machinery: devices, ranks, memory, and the arguments that all scripts share.
+Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 
 Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
 G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
@@ -44,9 +44,6 @@ from data import (FORMATS, InputError, at_least, common_prefix, deal, read_objec
                   write_whole)
 
 # ================================================================== part I: the model
-
-
-STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")       # what a model is stored in
 
 
 @dataclass
@@ -83,36 +80,13 @@ class LlamaConfig:
         known = {name: raw[name] for name in names if name in raw}
         try:
             config = cls(**known)
-            fault = config.fault()
+            fault = config_fault(config)
         except (TypeError, KeyError, ValueError, ArithmeticError) as error:
             what = str(error).split("__init__() ")[-1]
             raise InputError(f"{path}: {what} (absent or of another type)") from None
         if fault:
             raise InputError(f"{path}: {fault}")
         return config
-
-    def fault(self):
-        """What is wrong with these fields, or None: can there be such a model?"""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim"):
-            size = getattr(self, name)
-            most = 1000 if name == "num_hidden_layers" else 2 ** 19
-            if type(size) is not int or not 0 < size <= most:
-                return f"{name} is {size!r}, not a whole number from 1 to {most}"
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            return "heads must be a multiple of key/value heads, and head_dim even"
-        if type(self.max_position_embeddings) is not int or self.max_position_embeddings < 1:
-            return f"max_position_embeddings is {self.max_position_embeddings!r}"
-        if type(self.tie_word_embeddings) is not bool:
-            return f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false"
-        for name in ("rms_norm_eps", "rope_theta"):
-            number = getattr(self, name)
-            if type(number) not in (int, float) or not 0 < number < math.inf:
-                return f"{name} is {number!r}, not a number above 0"
-        frequencies = rope_frequencies(self)
-        if not (frequencies > 0).all() or not frequencies.isfinite().all():
-            return f"rope_scaling {self.rope_scaling} turns by angles that are no numbers"
-        return None
 
     def to_json(self):
         """The dict to store as config.json, loadable by transformers and vLLM."""
@@ -126,47 +100,6 @@ class LlamaConfig:
         if self.rope_scaling:
             stored["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling}
         return stored
-
-
-def read_rope(path, raw):
-    """{"rope_theta", "rope_scaling"} of a config.json, whose spelling has changed over the years;
-    InputError for a kind of scaling that is not known."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope scaling {rope!r} is unknown, only 'llama3' is")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    rope = {name: value for name, value in rope.items() if name != "rope_theta"}
-    kind = rope.get("rope_type") or rope.get("type")
-    plain = kind == "default" or kind is None and not any(rope.values())
-    if kind != "llama3" and not plain:
-        raise InputError(f"{path}: rope scaling {kind or rope!r} is unknown, only 'llama3' is")
-    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
-
-
-def read_dtype(path, raw):
-    """The name of the dtype that a config.json wants weights stored in, as torch spells it."""
-    names = []
-    for field_name in ("torch_dtype", "dtype"):
-        told = str(raw.get(field_name) or "float32").removeprefix("torch.")
-        names.append(str(getattr(torch, told, told)).removeprefix("torch."))    # half is float16
-        if names[-1] not in STORED_DTYPES:
-            raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
-    return names[0] if raw.get("torch_dtype") else names[1]
-
-
-def check_llama(path, raw):
-    """InputError where config.json describes what this file does not compute."""
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")
-    if raw.get("quantization_config"):
-        raise InputError(f"{path}: has a quantization_config; quantized weights are not known")
-    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-             "rope_interleaved": False, "partial_rotary_factor": 1.0}
-    for name, value in usual.items():
-        given = raw.get(name) or value
-        if given != value:
-            raise InputError(f"{path}: {name} is {given!r}, only {value!r} is known")
 
 
 # ------------------------------------------------------------------ the plain operations
@@ -528,88 +461,6 @@ class Llama(nn.Module):
         write = partial(save_file, stored, metadata={"format": "pt"})
         write_whole(folder / "model.safetensors", write)
         write_json(folder / "config.json", self.config.to_json())
-
-
-def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
-    whole = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
-        return [whole]
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map")
-    for name in weight_map.values():
-        if not str(name).endswith(".safetensors") or Path(name).name != name:
-            raise InputError(f"{index}: {name!r} is no safetensors file of this folder")
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def name_others(folder, read):
-    """Say on stderr which weights of a folder are not read: another set, an adapter."""
-    others = set(folder.glob("*.safetensors")) - {*read, folder / "optimizer.safetensors"}
-    if others:
-        names = ", ".join(sorted(path.name for path in others)[:3])
-        print(f"{folder}: two sets of weights; {read[0].name} is read, and not {len(others)} more: "
-              f"{names}", file=sys.stderr)
-
-
-def weights_hash(folder):
-    """A fingerprint of the weights of a folder: of what is in the files, not of when they were
-    written."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in weight_files(Path(folder)):
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(2 ** 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise InputError(f"{path}: cannot read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def read_tensors(path):
-    """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or cut short ({error}); "
-                         "fetch or write it again") from None
-
-
-def check_tensor(path, name, tensor, wanted, config):
-    """InputError where a file's tensor is none of the model's, has another shape, is quantized, or
-    holds what is no number."""
-    if name == "lm_head.weight" and config.tie_word_embeddings:
-        wanted = {name: wanted[EMBEDDING]}                  # the embedding under another name
-    if name not in wanted:
-        raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
-    shape = list(tensor.shape)
-    told = list(wanted[name].shape)
-    if shape != told:
-        raise InputError(f"{path}: tensor {name} has shape {shape}, config.json says {told}")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in STORED_DTYPES:
-        raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
-    if not tensor.isfinite().all():
-        raise InputError(f"{path}: tensor {name} holds NaN or infinity; fetch or train it again")
-
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
-def join_tied(folder, found):
-    """Where embedding and head are one matrix: it may be stored under either name, or twice."""
-    head = found.pop("lm_head.weight", None)
-    if head is None:
-        return
-    if not torch.equal(found.setdefault(EMBEDDING, head), head):
-        raise InputError(f"{folder}: config.json says tie_word_embeddings, but {EMBEDDING} and "
-                         "lm_head.weight differ")
 
 
 # ------------------------------------------------------------------ sampling
@@ -2070,6 +1921,157 @@ def generate(model, prompts, k=1, **options):
 
 
 # ================================================================== machinery
+# ------------------------------------------------------------------ a folder, and its mistakes
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")       # what a model is stored in
+
+
+def read_rope(path, raw):
+    """{"rope_theta", "rope_scaling"} of a config.json, whose spelling has changed over the years;
+    InputError for a kind of scaling that is not known."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope scaling {rope!r} is unknown, only 'llama3' is")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kind = rope.get("rope_type") or rope.get("type")
+    plain = kind == "default" or kind is None and not any(rope.values())
+    if kind != "llama3" and not plain:
+        raise InputError(f"{path}: rope scaling {kind or rope!r} is unknown, only 'llama3' is")
+    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
+
+
+def read_dtype(path, raw):
+    """The name of the dtype that a config.json wants weights stored in, as torch spells it."""
+    names = []
+    for field_name in ("torch_dtype", "dtype"):
+        told = str(raw.get(field_name) or "float32").removeprefix("torch.")
+        names.append(str(getattr(torch, told, told)).removeprefix("torch."))    # half is float16
+        if names[-1] not in STORED_DTYPES:
+            raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
+    return names[0] if raw.get("torch_dtype") else names[1]
+
+
+def check_llama(path, raw):
+    """InputError where config.json describes what this file does not compute."""
+    kind = raw.get("model_type")
+    if kind != "llama":
+        raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")
+    if raw.get("quantization_config"):
+        raise InputError(f"{path}: has a quantization_config; quantized weights are not known")
+    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+             "rope_interleaved": False, "partial_rotary_factor": 1.0}
+    for name, value in usual.items():
+        given = raw.get(name) or value
+        if given != value:
+            raise InputError(f"{path}: {name} is {given!r}, only {value!r} is known")
+
+
+def config_fault(c):
+    """What is wrong with the fields of a LlamaConfig, or None: can there be such a model?"""
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "head_dim"):
+        size = getattr(c, name)
+        most = 1000 if name == "num_hidden_layers" else 2 ** 19
+        if type(size) is not int or not 0 < size <= most:
+            return f"{name} is {size!r}, not a whole number from 1 to {most}"
+    if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        return "heads must be a multiple of key/value heads, and head_dim even"
+    if type(c.max_position_embeddings) is not int or c.max_position_embeddings < 1:
+        return f"max_position_embeddings is {c.max_position_embeddings!r}"
+    if type(c.tie_word_embeddings) is not bool:
+        return f"tie_word_embeddings is {c.tie_word_embeddings!r}, neither true nor false"
+    for name in ("rms_norm_eps", "rope_theta"):
+        number = getattr(c, name)
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            return f"{name} is {number!r}, not a number above 0"
+    frequencies = rope_frequencies(c)
+    if not (frequencies > 0).all() or not frequencies.isfinite().all():
+        return f"rope_scaling {c.rope_scaling} turns by angles that are no numbers"
+    return None
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map")
+    for name in weight_map.values():
+        if not str(name).endswith(".safetensors") or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is no safetensors file of this folder")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def name_others(folder, read):
+    """Say on stderr which weights of a folder are not read: another set, an adapter."""
+    others = set(folder.glob("*.safetensors")) - {*read, folder / "optimizer.safetensors"}
+    if others:
+        names = ", ".join(sorted(path.name for path in others)[:3])
+        print(f"{folder}: two sets of weights; {read[0].name} is read, and not {len(others)} more: "
+              f"{names}", file=sys.stderr)
+
+
+def weights_hash(folder):
+    """A fingerprint of the weights of a folder: of what is in the files, not of when they were
+    written."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in weight_files(Path(folder)):
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(2 ** 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(f"{path}: cannot read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or cut short ({error}); "
+                         "fetch or write it again") from None
+
+
+def check_tensor(path, name, tensor, wanted, config):
+    """InputError where a file's tensor is none of the model's, has another shape, is quantized, or
+    holds what is no number."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        wanted = {name: wanted[EMBEDDING]}                  # the embedding under another name
+    if name not in wanted:
+        raise InputError(f"{path}: tensor {name} is not part of a LLaMA with this config.json")
+    shape = list(tensor.shape)
+    told = list(wanted[name].shape)
+    if shape != told:
+        raise InputError(f"{path}: tensor {name} has shape {shape}, config.json says {told}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in STORED_DTYPES:
+        raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: tensor {name} holds NaN or infinity; fetch or train it again")
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def join_tied(folder, found):
+    """Where embedding and head are one matrix: it may be stored under either name, or twice."""
+    head = found.pop("lm_head.weight", None)
+    if head is None:
+        return
+    if not torch.equal(found.setdefault(EMBEDDING, head), head):
+        raise InputError(f"{folder}: config.json says tie_word_embeddings, but {EMBEDDING} and "
+                         "lm_head.weight differ")
+
+
 # ------------------------------------------------------------------ devices and ranks
 def pick_device(name=None):
     """The torch.device to run on: `name` if given, else CUDA, else Apple's MPS, else the CPU."""
