@@ -122,7 +122,7 @@ def verdict_word(said, words):
     None too where the word is negated ("not harmful", "harmful: no") or joined to another one by a
     slash or "or" ("harmful/unharmful"), and where the other word follows in the same line."""
     found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])(.*)", said, re.IGNORECASE)
-    if not found or found[2].lower() not in words:          # \u017f, a long s, is in no word
+    if not found or found[2].lower() not in words:          # IGNORECASE takes \u017f for an s
         return None
     before = found[1]
     word = found[2].lower()

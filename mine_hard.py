@@ -13,8 +13,8 @@ these no model is loaded. Not the released code's rules, unless asked: see --jud
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
     answer_prompts                             machinery: k answers to all prompts in a file, which
-                                               eval.py uses too; any number of stops and ranks gives
-                                               the same file
+                                               eval.py uses too; however often it is interrupted, on
+                                               any number of ranks, the file is the same
 """
 import argparse
 import json

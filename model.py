@@ -955,8 +955,8 @@ def tree_backward_q(Q, K, V, DO, OUT, LSE, DELTA, DQ,
 def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
                      N, T, H: constexpr, G: constexpr, E: constexpr, B: constexpr, C: constexpr):
     # dv = p' do,  dk = ds' q / sqrt(E), what head h adds to them: program (head h, tile b of C
-    # keys); the roots' tiles, which all rows see, come first, so that none is left at the end.
-    # Depth first, the rows that see a key are neighbours: from the key itself to its end. Shapes as
+    # keys); the roots' tiles, which all rows see, take longest and come first. Depth first, the
+    # rows that see a key are neighbours: from the key itself to its end. Shapes as
     # in tree_forward; DELTA (H, N) is there; writes DK and DV (T, H, E), float32, for each head h
     h = tl.program_id(0)
     b = tl.program_id(1)
