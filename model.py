@@ -14,7 +14,7 @@ Part II has fast twins; each names the plain function that it must equal:
     Triton kernels                  both on CUDA; rotations, draw_token, and what part III asks
 Part III decodes many samples at once:
     PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
-    Engine, generate_iter           admit, reserve, decode, finish
+    Engine, generate_iter           admit, reserve, compact, decode, finish
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 
 Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
@@ -1404,6 +1404,16 @@ class PagePool:
         self.free = sorted(self.free + pages)
         assert len(set(self.free)) == len(self.free), "a page had two owners"
 
+    def move(self, moved):
+        """Copy pages to free ones, {page: the free one that takes its place}."""
+        old, new = torch.tensor(list(moved.items()), device=self.bias.device).T
+        for k, v in zip(self.k, self.v):                    # by layer: the copies are short
+            k[new] = k[old]
+            v[new] = v[old]
+        self.bias[new] = self.bias[old]
+        self.free = sorted(set(self.free) - set(moved.values()))
+        self.give_back(list(moved))
+
     def fill(self, page, offset):
         """From now on there are keys at these places; page, offset: (n,)."""
         zeros = self.bias.new_zeros(len(page))              # a plain 0 would come from the host
@@ -1539,7 +1549,8 @@ class Batch:
 
 class Engine:
     """Decodes many samples at once over a paged cache. Jobs are started by `admit`, get room for
-    their next tokens by `reserve`, advance by `decode` and leave by `finish`: see generate_iter."""
+    their next tokens by `reserve`, lie close by `compact`, advance by `decode` and leave by
+    `finish`: see generate_iter."""
     PREFILL = 4096              # prompt tokens in one pass
 
     def __init__(self, model, instruction, sampling, capacity):
@@ -1679,6 +1690,26 @@ class Engine:
                 pages += job.pages
         self.jobs = [job for job in self.jobs if job.slots]
         self.pool.give_back(pages)
+
+    # ---- compact
+    def compact(self):
+        """Move pages from the inner ends of both ranges into their holes. A step takes all pages of
+        a range, and those that had been read by what is finished would be taken until the end."""
+        prompts = sorted(page for job in self.jobs for page in job.pages)
+        samples = sorted(page for own in self.owned.values() for page in own)
+        free = list(self.pool.free)
+        moved = {}
+        while prompts and free and free[0] < prompts[-1]:
+            moved[prompts.pop()] = free.pop(0)
+        while samples and free and free[-1] > samples[0]:
+            moved[samples.pop(0)] = free.pop()
+        if not moved:
+            return
+        self.pool.move(moved)
+        for job in self.jobs:
+            job.pages = [moved.get(page, page) for page in job.pages]
+        self.owned = {slot: [moved.get(page, page) for page in own]
+                      for slot, own in self.owned.items()}
 
     # ---- decode
     def decode(self):
@@ -1858,6 +1889,7 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
     while waiting or engine.jobs:
         engine.admit(waiting)
         waiting += engine.reserve()
+        engine.compact()
         engine.decode()
         yield from whole_prompts(answers, finished, k)      # while a GPU is decoding
         finished = engine.finish()

@@ -313,6 +313,30 @@ def test_two_jobs_are_put_back_at_once_and_one_of_them_is_the_one_that_asks(monk
     assert max(map(len, put_back)) == 2
 
 
+def test_after_compact_no_page_is_free_within_a_range_and_answers_are_the_same(monkeypatch):
+    def noted(self):
+        before = dict(self.owned)
+        compact(self)
+        prompts = [page for job in self.jobs for page in job.pages]
+        samples = [page for own in self.owned.values() for page in own]
+        assert all(max(prompts) < free < min(samples) for free in self.pool.free)
+        assert len(set(prompts + samples)) == len(prompts + samples)        # an owner each
+        assert (self.pool.bias[prompts] == 0).any(1).all()                  # their keys moved with them
+        assert (self.pool.bias[self.pool.free] < 0).all()
+        moved.append(before != self.owned)
+
+    moved, compact = [], Engine.compact
+    monkeypatch.setattr(Engine, "compact", noted)
+    model, prompts = tiny_model(), [e.prompt for e in tiny_examples(shapes=[(n, ()) for n in (70, 150, 3, 200, 90, 66)])]
+    options = dict(k=2, max_new_tokens=140, stop=[3, 7])                    # a page and more; they end at many places
+    want = generate_plain(model, prompts, **options)
+    assert len({len(ids) for answer in want for ids in answer}) > 6
+    for kv_tokens in (None, 1600):                                          # all at once, and with some that wait
+        moved.clear()
+        assert generate(model, prompts, **options, kv_tokens=kv_tokens) == want
+        assert sum(moved) > 3
+
+
 def test_many_prompts_of_mixed_length_all_finish_under_a_small_budget():
     shapes = [(1 + (37 * i) % 150, ()) for i in range(200)]
     model = tiny_model(torch.float32)
