@@ -159,7 +159,11 @@ def test_draws_of_auprc_are_the_figure_of_the_rows_that_were_drawn():
         times = real_table.resamplings(len(numbers))[draw]
         drawn = [row for row in rows for _ in range(int(times[numbers[row["prompt"]]]))]
         positive = [row["gold"]["request"] == H for row in drawn]
-        assert draws[draw] == pytest.approx(auprc(positive, [row["p"]["request"] for row in drawn]))
+        scores = [row["p"]["request"] for row in drawn]
+        assert draws[draw] == pytest.approx(auprc(positive, scores))
+        said = [[H if score >= threshold else U for score in scores] for threshold in p]
+        best = max(f1([row["gold"]["request"] for row in drawn], some, H) for some in said)
+        assert real_table.best_f1_draws(rows, "request")[draw] == pytest.approx(best)
     del rows[5]["p"]
     assert real_table.auprc_draws(rows, "request") is None
 
@@ -296,7 +300,7 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     wanted = real_table.contrasts([*real.ARMS, "throughout", "words"])
     assert len(wanted) == len(real_table.CONTRASTS) + 2 * len(real.ARMS) + 1 and ("words", "throughout") in wanted
     assert pairs == [(figure, *pair) for figure in real_table.DRAWS for pair in wanted
-                     if figure != "auprc" or "throughout" not in pair]         # throughout has no P
+                     if figure not in ("auprc", "best_f1") or "throughout" not in pair]    # which has no P
     assert table["parents"]["parent_seed3"]["parent"] in real.REASONING
     assert "| hs_dpo - parent | " in said
     ElementTree.parse(out / "table.svg")
