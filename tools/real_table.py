@@ -63,9 +63,10 @@ def fpr_draws(rows, task):
 def auprc_draws(rows, task):
     """AUPRC in percent, (2001,), of the same resamplings (eval.py, auprc: the same letters); None
     unless all rows have p."""
-    if not all_have_p(rows, task):
+    counts = by_threshold(rows, task)
+    if counts is None:
         return None
-    tp, flagged = by_threshold(rows, task)
+    tp, flagged = counts
     gained = np.diff(tp, prepend=0)
     area = np.sum(gained * tp / np.maximum(flagged, 1), 1)
     return 100 * area / np.maximum(tp[:, -1], 1)
@@ -74,21 +75,20 @@ def auprc_draws(rows, task):
 def best_f1_draws(rows, task):
     """F1 in percent, (2001,), of the same resamplings at the threshold on p that is best for it:
     what a guard's ranking allows, as the rows themselves choose. None unless all rows have p."""
-    if not all_have_p(rows, task):
+    counts = by_threshold(rows, task)
+    if counts is None:
         return None
-    tp, flagged = by_threshold(rows, task)
+    tp, flagged = counts
     f1 = 200 * tp / np.maximum(flagged + tp[:, -1:], 1)     # 2 tp + fp + fn = flagged + positives
     return f1.max(1)
 
 
-def all_have_p(rows, task):
-    return all(task in row.get("p", {}) for row in rows if row["gold"][task])
-
-
 def by_threshold(rows, task):
     """(tp, flagged), each (2001, thresholds): how many rows, positive or all, have a p at or above
-    each threshold, from the highest on, in every resampling."""
+    each threshold, from the highest on, in every resampling. None unless all rows have p."""
     rows, positive, prompt, drawn = labelled(rows, task)
+    if not all(task in row.get("p", {}) for row in rows):
+        return None
     score = np.array([row["p"][task] for row in rows])
     order = np.argsort(-score, kind="stable")
     is_last = np.append(np.diff(score[order]) != 0, True)   # last row of each threshold
