@@ -222,8 +222,8 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
     """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients,
     AdamW's two moments, the head's gradient. In dtype `products`: weights cast for products, what
     layers keep for the backward pass, and what passes: a part of the logits, or later four numbers
-    for each of an MLP's. 0.4 GB for Python and torch. A long run on a CPU may add half: freed
-    memory is kept."""
+    for each of an MLP's. 0.4 GB for Python and torch. A long run in bfloat16 on a CPU holds up to
+    three times as much: freed memory is kept, in small pieces."""
     N = parameters(c)
     D = c.hidden_size
     L = c.num_hidden_layers

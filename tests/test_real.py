@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import real
 import real_table
+import train_dpo
 import train_sft
 from audit import near_prompts
 from conftest import ROOT
 from traces import shorten, tidy, verdict_first
 
+import eval as evaluation
+import mine_hard
 from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
                   parse_verdict, read_json, read_records, write_json)
 from eval import auprc, confusion, f1
@@ -245,8 +248,19 @@ def write_tests(folder):
     return paths
 
 
-def raise_interrupt(*args, **options):
-    raise KeyboardInterrupt
+SCRIPTS = {"train_sft.py": train_sft.main, "train_dpo.py": train_dpo.main,
+           "mine_hard.py": mine_hard.main, "eval.py": evaluation.main}
+
+
+def run_here(script, options):
+    """real.run without a process of its own, which takes seconds to begin."""
+    SCRIPTS[script](options)
+
+
+def run_until_eval(script, options):
+    if script == "eval.py":
+        raise KeyboardInterrupt
+    run_here(script, options)
 
 
 def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
@@ -271,13 +285,12 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     options = ["--model", str(write_base(tmp_path)), "--data", str(data), "--out", str(out),
                "--max-new-tokens", "100", "--batch-size", "8", "--epochs", "1", "--mine", "16",
                "--dtype", "float32", "--device", "cpu", "--lr", "1e-3"]
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(real.evaluation, "score", raise_interrupt)        # a kill, after training
+    monkeypatch.setattr(real, "run", run_until_eval)        # a kill, after training
+    with pytest.raises(KeyboardInterrupt):
         real.main(["arm", "r_sft", *options, "--seed", "3"])
-    assert signal.getsignal(signal.SIGTERM) is before       # a trainer has its own while it runs
     capsys.readouterr()
 
+    monkeypatch.setattr(real, "run", run_here)
     real.main(["all", *options, "--seed", "3"])
     said = capsys.readouterr().out
     trained = re.findall(r"^\$ python train_\w+.py .* --out \S+/(\w+)_seed3/model ", said, re.M)
@@ -314,3 +327,38 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     other = next(name for name in real.REASONING if name != table["parents"]["parent_seed3"]["parent"])
     with pytest.raises(InputError, match=f"not '{other}'"):
         real.main(["arm", "chosen", *options, "--seed", "3", "--parent", other])
+
+
+def test_a_script_runs_in_a_process_of_its_own(capfd):
+    real.run("train_sft.py", ["--help"])
+    assert capfd.readouterr().out.startswith("usage: train_sft.py")
+    with pytest.raises(SystemExit) as end:
+        real.run("eval.py", ["--model", "nowhere"])
+    assert end.value.code == 2                              # that of argparse: --data is missing
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_lets_the_script_save(tmp_path, number):
+    """The script sends the signal to us; a terminal would send Ctrl-C to both."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, pathlib, signal, sys, time
+
+def save(*args):
+    time.sleep(0.5)                                         # longer than subprocess.run would wait
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(7)
+
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.{number})
+if "{number}" == "SIGINT":
+    save()
+time.sleep(20)
+""")
+    before = signal.getsignal(signal.SIGTERM)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)     # a trainer leaves its own
+    with pytest.raises(SystemExit) as end:
+        real.run(script, [])
+    signal.signal(signal.SIGINT, ours)
+    assert end.value.code == 7 and (tmp_path / "saved").exists()
+    assert signal.getsignal(signal.SIGTERM) is before

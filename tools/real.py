@@ -53,6 +53,7 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -63,17 +64,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-import eval as evaluation  # noqa: E402
-import mine_hard  # noqa: E402
 import real_table  # noqa: E402
-import train_dpo  # noqa: E402
-import train_sft  # noqa: E402
 from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, read_json, read_records,
                   split_input, warn, write_json)
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig, World, pick_device  # noqa: E402
+from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
                     verdict_first)
 
@@ -102,7 +100,7 @@ def make_data(args):
         shutil.copyfile(path, args.out / "tests" / Path(path).name)
     write_json(args.out / "data.json", {
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "git": train_sft.git_commit(), "hash": hash_of(files), "answers": counts,
+        "git": git_commit(), "hash": hash_of(files), "answers": counts,
         "overlaps": overlaps, "classes": classes,
         "records": {name: len(records) for name, records in files.items()}})
     print(f"\nwrote {args.out}")
@@ -372,17 +370,17 @@ def sft(args, name, model, data, lr, epochs, steps=None):
     options = ["--data", data, "--lr", lr, "--epochs", epochs]
     if steps:
         options += ["--max-steps", steps]
-    return train(args, name, train_sft.main, model, options)
+    return train(args, name, "train_sft.py", model, options)
 
 
-def train(args, name, main, model, options):
+def train(args, name, script, model, options):
     """Run a trainer, unless its model is there; the model folder."""
     out = folder_of(args, name) / "model"
     if not (out / "config.json").exists():
-        stage(args, name, main, ["--model", model, *options, "--out", out, "--resume",
+        stage(args, name, script, ["--model", model, *options, "--out", out, "--resume",
                                  "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
                                  "--save-every", args.save_every, "--keep", 1])
-    for left in train_sft.checkpoints(out):                 # at 1B each takes 15 GB
+    for left in checkpoints(out):                 # at 1B each takes 15 GB
         shutil.rmtree(left)
     return out
 
@@ -397,28 +395,40 @@ def evaluate(args, name, path):
             options.append("--fast")
         if args.limit:
             options += ["--limit", args.limit]
-        stage(args, name, evaluation.main, options)
+        stage(args, name, "eval.py", options)
     return [result for result in read_json(out / "results.json") if "dataset" in result]
 
 
-def stage(args, name, main, options):
-    """Run a script in this process, as the command line that is shown would; note its seconds."""
+def stage(args, name, script, options):
+    """Run a script, as the command line that is shown would; note its seconds."""
     options = [*map(str, options), "--seed", str(args.seed)]
     for flag in ("device", "dtype"):
         if getattr(args, flag):
             options += [f"--{flag}", getattr(args, flag)]
-    print(f"\n$ python {Path(sys.modules[main.__module__].__file__).name} {shlex.join(options)}",
-          flush=True)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    print(f"\n$ python {script} {shlex.join(options)}", flush=True)
     start = time.time()
     try:
-        main(options)
+        run(script, options)
     finally:
-        for number, handler in before.items():              # a trainer sets its own
-            signal.signal(number, handler)
         folder_of(args, name).mkdir(parents=True, exist_ok=True)
         with open(folder_of(args, name) / "seconds.txt", "a") as file:
-            file.write(f"{time.time() - start:.1f} {main.__module__} {options[3]}\n")
+            file.write(f"{time.time() - start:.1f} {Path(script).stem} {options[3]}\n")
+
+
+def run(script, options):
+    """Run a script in a process of its own, which leaves no memory behind: on a CPU what training
+    gives back lies in small pieces, and whatever comes next is slow. A signal ends the script, which
+    saves, and then this process."""
+    process = subprocess.Popen([sys.executable, ROOT / script, *options])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:                               # the terminal told the script as well
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        raise SystemExit(code)
 
 
 # ------------------------------------------------------------------ from the best reasoning arm on
@@ -443,7 +453,7 @@ def mine(args):
     name = f"mined_{parent}"
     out = folder_of(args, name)
     if not (out / "hard.jsonl").exists():
-        stage(args, name, mine_hard.main,
+        stage(args, name, "mine_hard.py",
               ["--model", build(args, parent), "--data", args.data / "prompts.json", "--out", out,
                "--limit", args.mine, "--max-new-tokens", args.max_new_tokens, "--resume"])
     pairs = [pair for _, pair in parse_records(out / "hard.jsonl")]
@@ -454,7 +464,7 @@ def mine(args):
 
 def hs_dpo(args):
     path, _ = mine(args)
-    return train(args, "hs_dpo", train_dpo.main, build(args, parent_of(args)),
+    return train(args, "hs_dpo", "train_dpo.py", build(args, parent_of(args)),
                  ["--data", path, "--lr", args.dpo_lr, "--epochs", DPO_EPOCHS])
 
 
