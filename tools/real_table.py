@@ -28,7 +28,8 @@ from train_sft import git_commit  # noqa: E402
 # what each difference is between; "parent" is the arm that the first one began from
 CONTRASTS = [
     ("r_sft", "labels_1x"), ("r_sft", "labels_3x"), ("r_sft", "shuffled"), ("r_sft", "r_sft_fast"),
-    ("r_sft_fast", "labels_1x"), ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
+    ("r_sft_fast", "labels_1x"), ("shuffled", "labels_1x"), ("labels_3x", "labels_1x"),
+    ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
     ("verdict_first", "r_sft"), ("verdict_first", "labels_1x"),
     ("both_fast", "r_sft"), ("both_fast", "labels_1x"),
     ("hs_dpo", "parent"), ("continued", "parent"), ("chosen", "parent"),
