@@ -378,9 +378,9 @@ def train(args, name, script, model, options):
     out = folder_of(args, name) / "model"
     if not (out / "config.json").exists():
         stage(args, name, script, ["--model", model, *options, "--out", out, "--resume",
-                                 "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
-                                 "--save-every", args.save_every, "--keep", 1])
-    for left in checkpoints(out):                 # at 1B each takes 15 GB
+                                   "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
+                                   "--save-every", args.save_every, "--keep", 1])
+    for left in checkpoints(out):                           # at 1B each takes 15 GB
         shutil.rmtree(left)
     return out
 
@@ -417,8 +417,8 @@ def stage(args, name, script, options):
 
 def run(script, options):
     """Run a script in a process of its own, which leaves no memory behind: on a CPU what training
-    gives back lies in small pieces, and whatever comes next is slow. A signal ends the script, which
-    saves, and then this process."""
+    gives back lies in small pieces, and whatever comes next is slow. A signal ends the script,
+    which saves, and then this process."""
     process = subprocess.Popen([sys.executable, ROOT / script, *options])
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
