@@ -327,6 +327,41 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     other = next(name for name in real.REASONING if name != table["parents"]["parent_seed3"]["parent"])
     with pytest.raises(InputError, match=f"not '{other}'"):
         real.main(["arm", "chosen", *options, "--seed", "3", "--parent", other])
+    namesake = tmp_path / "later" / "alpha.json"            # another test of the same name
+    namesake.parent.mkdir()
+    namesake.write_text(json.dumps(read_records(tests[0])[:3]))
+    with pytest.raises(InputError, match="was made with hash"):
+        real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(namesake)])
+    write_json(out / "r_sft_seed3_old/eval/alpha/results.json", [])             # a folder of the user's
+    with pytest.raises(InputError, match="4 answers to a test of 3 rows"):
+        real.main(["table", "--data", str(data), "--out", str(out), "--tests", str(namesake)])
+    with pytest.raises(InputError, match="two files are called 'alpha'"):
+        real.main(["arm", "r_sft", *options, "--tests", str(namesake), str(tests[0])])
+    (data / "tests" / "gone.json").touch()                  # not a test that `data` was told of
+    write_json(data / "data.json", {**read_json(data / "data.json"), "hash": "other"})
+    with pytest.raises(InputError, match="trained on other data"):
+        real.main(["table", "--data", str(data), "--out", str(out)])
+
+
+def test_copies_of_tests_and_their_names(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[]")
+    assert real.copy_of(path, tmp_path / "tests") == "a.json"
+    assert real.copy_of(tmp_path / "tests/a.json", tmp_path / "tests") == "a.json"     # itself
+    real.check_names([path, tmp_path / "b.json"])
+    for name in ("other/a.json", "dev.json"):
+        with pytest.raises(InputError, match="two files are called"):
+            real.check_names([path, tmp_path / name])
+
+
+def test_rates_follow_from_the_width_and_from_each_other(tmp_path):
+    write_json(tmp_path / "config.json", {**read_json(ROOT / "toy/model/config.json"), "hidden_size": 2048,
+                                          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64})
+    options = ["arm", "r_sft", "--model", str(tmp_path), "--data", "d", "--out", "o"]
+    rates = lambda *more: (lambda a: (a.lr, a.dpo_lr))(real.parse_arguments([*options, *more]))
+    assert rates() == (8.4e-5, 5.6e-6)                      # 3e-4 * 576 / 2048, and a fifteenth
+    assert rates("--lr", "3e-3") == (3e-3, 2e-4) and rates("--lr", "0") == (0, 0)
+    assert rates("--dpo-lr", "1e-6") == (8.4e-5, 1e-6)
 
 
 def test_a_script_runs_in_a_process_of_its_own(capfd):

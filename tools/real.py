@@ -6,23 +6,26 @@
     python tools/real.py table --data DATA --out OUT                                so far
 
     data    DATA/traces.json and its other forms, DATA/tests, DATA/data.json (what became of what)
-    arm     OUT/NAME_seed1/model, OUT/NAME_seed1/eval/TEST/results.json
+    arm     OUT/NAME_seed1: model, eval/TEST/results.json, seconds.txt; what was mined, and the
+            parent, beside it: OUT/mined_NAME_seed1, OUT/parent_seed1.json
     table   OUT/table.json, OUT/table.svg, and Markdown on the console (real_table.py)
 
 8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
 called like its benchmark. Another base is another --model: the learning rates follow from its
 width. Everything goes on where it was killed; what is done is not done again. For a test that comes
 later: `arm NAME ... --tests FILE`, which says what of it was trained on. The benchmarks that
-were answered are training data here: no arm may be scored on them.
+were answered are trained on: their exchanges are no test, but for those of a file in --tests, which
+are then left out of training.
 
-What `data` keeps. An answer becomes a chain if every labelled verdict is right (the labels of all
-files that have the exchange) and traces.py (tidy) can bring it into the one form; an exchange has
-at most one chain of each model, that of the model named first first. Exchanges whose prompt is in a
-test, word for word or nearly (half of the runs of three words that either has are in both:
+What `data` keeps. A chain is an answer of which every labelled verdict is right (the labels of all
+files that have the exchange), in the one form into which traces.py (tidy) can bring it; an exchange
+has at most one chain of each model, that of the model named first first. Exchanges whose prompt is
+in a test, word for word or nearly (half of the runs of three words that either has are in both:
 audit.py, near_prompts), are left out. Classes are balanced by task: all exchanges of the rarer one,
 as many of the other. An exchange counts for one task, the last that is labelled of request,
-completion and response; verdicts that no label names are the teacher's, in all arms. Of each class
-a tenth is dev.json, which chooses the parent of the last three arms and is not trained on.
+completion and response; verdicts that no label names are the teacher's, in all arms. Of each task a
+tenth of the rarer class, and as many of the other, is dev.json, which chooses the parent of the
+last three arms and is not trained on.
 
     labels_1x, labels_3x    the verdicts alone, for as many epochs as R-SFT, or three times as many
     r_sft                   one chain an exchange
@@ -67,8 +70,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import real_table  # noqa: E402
 from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
-                  gold_verdict, parse_records, parse_verdict, read_json, read_records,
-                  split_input, warn, write_json)
+                  gold_verdict, parse_records, parse_verdict, read_json, read_object,
+                  read_records, split_input, warn, write_json)
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig, World, pick_device  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
@@ -79,6 +82,7 @@ from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: 
 # ------------------------------------------------------------------ data
 def make_data(args):
     """Write what all arms train on, and say what became of what."""
+    check_names(args.tests)
     pool, counts = read_pool(args.predictions)
     random.Random(args.seed).shuffle(pool)
     allowed, overlaps = leave_out(pool, [*args.tests, *args.leave_out])
@@ -90,20 +94,38 @@ def make_data(args):
     classes = report_classes({"with a chain": pool, "in no test": allowed,
                               "train": train, "dev": dev})
     if not train or not dev:
-        raise InputError("no task has both classes, in training and in dev.json")
+        raise InputError("no task has both classes, in training and in dev.json: more answers, or "
+                         "another --dev")
     files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
     report_files(files)
     for name, records in files.items():
         write_json(args.out / f"{name}.json", records)
-    (args.out / "tests").mkdir(exist_ok=True)
-    for path in args.tests:
-        shutil.copyfile(path, args.out / "tests" / Path(path).name)
+    tests = [copy_of(path, args.out / "tests") for path in args.tests]
     write_json(args.out / "data.json", {
+        "tests": tests,
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "git": git_commit(), "hash": hash_of(files), "answers": counts,
         "overlaps": overlaps, "classes": classes,
         "records": {name: len(records) for name, records in files.items()}})
     print(f"\nwrote {args.out}")
+
+
+def check_names(tests):
+    """A test is known by its file's name: refuse two of one name, and that of dev.json."""
+    names = Counter(Path(path).stem for path in tests)
+    names["dev"] += 1
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        raise InputError(f"two files are called {twice[0]!r} (dev.json is one); rename a test")
+
+
+def copy_of(path, folder):
+    """The name of a file's copy in a folder."""
+    folder.mkdir(exist_ok=True)
+    copy = folder / Path(path).name
+    if not copy.exists() or not copy.samefile(path):
+        shutil.copyfile(path, copy)
+    return copy.name
 
 
 def read_pool(folders):
@@ -151,7 +173,7 @@ def prediction_files(folder):
 
 
 def chain_of(exchange, answer, gold):
-    """(the trace, None), or (None, why it is none). gold: {task: the words that files label it}."""
+    """(the chain, None), or (None, why it is none). gold: {task: the words that files label it}."""
     if any(len(words) > 1 for words in gold.values()):
         return None, "files label the exchange differently"
     labels = {task: gold.get(task, [None])[0] for task in VERDICTS}
@@ -242,9 +264,9 @@ def forms_of(train, seed):
             "prompts": to_judge(train)}
 
 
-def hash_of(files):
-    """A fingerprint of all records."""
-    return hashlib.blake2b(json.dumps(files).encode(), digest_size=8).hexdigest()
+def hash_of(records):
+    """A fingerprint of records, or of files of them."""
+    return hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()
 
 
 def report_answers(counts):
@@ -295,7 +317,7 @@ def report_files(files):
 # ------------------------------------------------------------------ the arms
 @dataclass(frozen=True)
 class Arm:
-    """How an arm of the first kind is made."""
+    """How an arm is made that has no parent."""
     data: str = None            # the file of DATA it trains on
     times: int = 1              # --epochs times this
     steps_of: str = None        # as many steps as an arm on this file
@@ -317,12 +339,12 @@ ARMS = {
     "continued": Arm(),
     "chosen": Arm(),
 }
-REASONING = ["r_sft", "r_sft_two_chains", "short"]          # one of these is the parent of
-AFTER = ["hs_dpo", "continued", "chosen"]                   # these
+REASONING = ["r_sft", "r_sft_two_chains", "short"]          # one of them is the parent
+AFTER = ["hs_dpo", "continued", "chosen"]                   # these begin from the parent
 DPO_EPOCHS = 2                                              # paper: 2
 WIDTH = 576                 # of SmolLM2-135M, at which 3e-4 was a good rate of R-SFT
-LR = 3e-4                   # at another width: in inverse proportion; 8e-5 at 1B (paper: 5e-5)
-DPO_LR = LR / 15            # of what follows R-SFT; 5.6e-6 at 1B (paper: 5e-6)
+LR = 3e-4                   # at another width: in inverse proportion; 8.4e-5 at 1B (paper: 5e-5)
+DPO_LR = 1 / 15             # of --lr, of what follows R-SFT; 5.6e-6 at 1B (paper: 5e-6)
 
 
 def run_arm(args, name):
@@ -336,7 +358,7 @@ def claim(args):
     """Refuse a folder whose arms were made with other settings: they could not be compared."""
     names = "model lr dpo_lr epochs batch_size mine limit max_new_tokens dtype".split()
     settings = {key: getattr(args, key) for key in names}
-    settings["data"] = read_json(args.data / "data.json")["hash"]
+    settings["data"] = read_object(args.data / "data.json")["hash"]
     check_settings(args.out / "settings.json", settings, World(pick_device("cpu")))
 
 
@@ -346,7 +368,10 @@ def folder_of(args, name):
 
 def test_files(args):
     """--tests, or all that `data` was told of."""
-    return args.tests or sorted((args.data / "tests").glob("*.json*"))
+    if args.tests:
+        check_names(args.tests)
+        return args.tests
+    return [args.data / "tests" / name for name in read_object(args.data / "data.json")["tests"]]
 
 
 def build(args, name):
@@ -370,16 +395,17 @@ def sft(args, name, model, data, lr, epochs, steps=None):
     options = ["--data", data, "--lr", lr, "--epochs", epochs]
     if steps:
         options += ["--max-steps", steps]
-    return train(args, name, "train_sft.py", model, options)
+    return run_trainer(args, name, "train_sft.py", model, options)
 
 
-def train(args, name, script, model, options):
+def run_trainer(args, name, script, model, options):
     """Run a trainer, unless its model is there; the model folder."""
     out = folder_of(args, name) / "model"
     if not (out / "config.json").exists():
-        stage(args, name, script, ["--model", model, *options, "--out", out, "--resume",
-                                   "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
-                                   "--save-every", args.save_every, "--keep", 1])
+        options = ["--model", model, *options, "--out", out, "--resume",
+                   "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
+                   "--save-every", args.save_every, "--keep", 1]
+        stage(args, name, script, options)
     for left in checkpoints(out):                           # at 1B each takes 15 GB
         shutil.rmtree(left)
     return out
@@ -388,6 +414,8 @@ def train(args, name, script, model, options):
 def evaluate(args, name, path):
     """The results of an arm on one file, answered if they are not there yet."""
     out = folder_of(args, name) / "eval" / Path(path).stem
+    check_settings(out / "test.json", {"hash": hash_of(read_records(path))},
+                   World(pick_device("cpu")))
     if not (out / "results.json").exists():
         options = ["--model", build(args, name), "--data", path, "--out", out, "--scores",
                    "--max-new-tokens", args.max_new_tokens]
@@ -412,7 +440,8 @@ def stage(args, name, script, options):
     finally:
         folder_of(args, name).mkdir(parents=True, exist_ok=True)
         with open(folder_of(args, name) / "seconds.txt", "a") as file:
-            file.write(f"{time.time() - start:.1f} {Path(script).stem} {options[3]}\n")
+            data = options[options.index("--data") + 1]
+            file.write(f"{time.time() - start:.1f} {Path(script).stem} {data}\n")
 
 
 def run(script, options):
@@ -433,22 +462,26 @@ def run(script, options):
 
 # ------------------------------------------------------------------ from the best reasoning arm on
 def parent_of(args):
-    """--parent, or the reasoning arm with the best mean F1 on dev.json; of equal ones the first.
-    All arms of a seed that have a parent have the same."""
+    """--parent, or else best_on_dev: all arms of a seed that have a parent have the same."""
     path = args.out / f"parent_seed{args.seed}.json"
     if args.parent:
         check_settings(path, {"parent": args.parent}, World(pick_device("cpu")))
     elif not path.exists():
-        figures = {}
-        for name in REASONING:
-            results = evaluate(args, name, args.data / "dev.json")
-            figures[name] = float(np.mean([result["f1"] for result in results]))
-        write_json(path, {"parent": max(figures, key=figures.get), "dev_f1": figures})
+        write_json(path, best_on_dev(args))
     return read_json(path)["parent"]
 
 
+def best_on_dev(args):
+    """The reasoning arm with the best mean F1 on dev.json, of equal ones the first; and all F1."""
+    figures = {}
+    for name in REASONING:
+        results = evaluate(args, name, args.data / "dev.json")
+        figures[name] = float(np.mean([result["f1"] for result in results]))
+    return {"parent": max(figures, key=figures.get), "dev_f1": figures}
+
+
 def mine(args):
-    """(hard.jsonl of the parent's answers to training prompts, its pairs)."""
+    """The hard.jsonl of the parent's answers to training prompts."""
     parent = parent_of(args)
     name = f"mined_{parent}"
     out = folder_of(args, name)
@@ -456,32 +489,35 @@ def mine(args):
         stage(args, name, "mine_hard.py",
               ["--model", build(args, parent), "--data", args.data / "prompts.json", "--out", out,
                "--limit", args.mine, "--max-new-tokens", args.max_new_tokens, "--resume"])
-    pairs = [pair for _, pair in parse_records(out / "hard.jsonl")]
+    return out / "hard.jsonl"
+
+
+def pairs_of(args):
+    """The pairs that were mined."""
+    path = mine(args)
+    pairs = [pair for _, pair in parse_records(path)]
     if not pairs:
-        raise InputError(f"{out}: no prompt was hard; raise --mine")
-    return out / "hard.jsonl", pairs
+        raise InputError(f"{path}: no prompt was hard; raise --mine")
+    return pairs
 
 
 def hs_dpo(args):
-    path, _ = mine(args)
-    return train(args, "hs_dpo", "train_dpo.py", build(args, parent_of(args)),
-                 ["--data", path, "--lr", args.dpo_lr, "--epochs", DPO_EPOCHS])
+    return run_trainer(args, "hs_dpo", "train_dpo.py", build(args, parent_of(args)),
+                       ["--data", mine(args), "--lr", args.dpo_lr, "--epochs", DPO_EPOCHS])
 
 
 def continued(args):
-    _, pairs = mine(args)
     parent = parent_of(args)
     data = args.data / f"{ARMS[parent].data}.json"
-    sequences = DPO_EPOCHS * 2 * len(pairs)                 # a pair is two answers
+    sequences = DPO_EPOCHS * 2 * len(pairs_of(args))        # a pair is two answers
     epochs = math.ceil(sequences / len(read_json(data)))
     steps = math.ceil(sequences / args.batch_size)
     return sft(args, "continued", build(args, parent), data, args.dpo_lr, epochs, steps)
 
 
 def chosen(args):
-    _, pairs = mine(args)
     data = folder_of(args, "chosen") / "chosen.json"
-    write_json(data, [{**pair, "output": pair["chosen"]} for pair in pairs])
+    write_json(data, [{**pair, "output": pair["chosen"]} for pair in pairs_of(args)])
     return sft(args, "chosen", build(args, parent_of(args)), data, args.dpo_lr, DPO_EPOCHS)
 
 
@@ -518,8 +554,10 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     if args.command in ("arm", "all"):
         width = LlamaConfig.from_json(Path(args.model) / "config.json").hidden_size
-        args.lr = args.lr or float(f"{LR * WIDTH / width:.2g}")
-        args.dpo_lr = args.dpo_lr or float(f"{DPO_LR * WIDTH / width:.2g}")
+        if args.lr is None:
+            args.lr = float(f"{LR * WIDTH / width:.2g}")
+        if args.dpo_lr is None:
+            args.dpo_lr = float(f"{args.lr * DPO_LR:.2g}")
     return args
 
 
@@ -537,7 +575,7 @@ def arm_arguments(p):
                    help="of a pack: speed and memory only")
     p.add_argument("--save-every", type=at_least(0), default=20, metavar="N",
                    help="checkpoint every N steps; gone when the model is there")
-    p.add_argument("--limit", type=at_least(1), help="rows of each test: a trial")
+    p.add_argument("--limit", type=at_least(1), help="rows of each test and of dev.json: a trial")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of products")
 
@@ -560,7 +598,10 @@ def main(argv=None):
 
 
 def table(args):
-    real_table.make_table(args.out, args.data, test_files(args), ARMS)
+    settings = read_object(args.out / "settings.json")
+    if settings["data"] != read_object(args.data / "data.json")["hash"]:
+        raise InputError(f"{args.out}: these arms were trained on other data than {args.data}")
+    real_table.make_table(args.out, args.data, test_files(args), ARMS, settings["limit"])
 
 
 def report_overlap(args):

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
-from data import (VERDICTS, gold_verdict, read_json, read_records, split_input,  # noqa: E402
-                  write_json)
+from data import (VERDICTS, InputError, gold_verdict, read_json, read_object,  # noqa: E402
+                  read_records, split_input, write_json)
 from eval import TITLES, labels_of, read_predictions, score  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
@@ -90,9 +90,9 @@ def by_threshold(rows, task):
     rows, positive, prompt, drawn = labelled(rows, task)
     if not all(task in row.get("p", {}) for row in rows):
         return None
-    score = np.array([row["p"][task] for row in rows])
-    order = np.argsort(-score, kind="stable")
-    is_last = np.append(np.diff(score[order]) != 0, True)   # last row of each threshold
+    p = np.array([row["p"][task] for row in rows])
+    order = np.argsort(-p, kind="stable")
+    is_last = np.append(np.diff(p[order]) != 0, True)       # last row of each threshold
     times = drawn[:, prompt[order]]                         # (2001, n): how often each row is drawn
     tp = np.cumsum(times * positive[order], 1)
     flagged = np.cumsum(times, 1)
@@ -181,26 +181,25 @@ class Guard:
 
     def __init__(self, results, rows):
         self.results = {result["task"]: result for result in results if "dataset" in result}
-        self.draws = {figure: {task: draw(rows, task) for task in self.results}
-                      for figure, draw in DRAWS.items()}
+        self.draws = {figure: {task: draws_of(rows, task) for task in self.results}
+                      for figure, draws_of in DRAWS.items()}
 
 
-def read_guards(out, names, test, train):
+def read_guards(out, names, test, train, limit):
     """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
-    model, whose seed is None. train: the records that `words` learns from."""
+    model, whose seed is None. train: the records that `words` learns from; limit: how many rows of
+    the test were asked, None for all."""
     dataset = Path(test).stem
-    records = read_records(test)
+    records = read_records(test)[:limit]
     guards = {}
-    rows = records
     for name in names:
         for folder in sorted(out.glob(f"{name}_seed*")):
-            seed = int(folder.name.rpartition("seed")[2])
+            seed = folder.name.removeprefix(f"{name}_seed")
             path = folder / "eval" / dataset
-            if (path / "results.json").exists():
+            if seed.isdigit() and (path / "results.json").exists():
                 rows = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
-                guards.setdefault(name, {})[seed] = Guard(results, rows)
-    records = records[:len(rows)]                           # --limit
+                guards.setdefault(name, {})[int(seed)] = Guard(results, rows)
     said = {"throughout": throughout(records, dataset),
             "words": words_guard(records, dataset, train)}
     for name, rows in said.items():
@@ -209,8 +208,11 @@ def read_guards(out, names, test, train):
 
 
 def read_answers(folder, records, dataset):
-    """A row for each record that was answered, with p where eval.py knew it."""
+    """A row for each record, with p where eval.py knew it."""
     answers = read_predictions(folder / "generated_predictions.jsonl", dataset)
+    if len(answers) != len(records):
+        raise InputError(f"{folder}: {len(answers)} answers to a test of {len(records)} rows; "
+                         "is it another file of this name?")
     rows = []
     for record, answer in zip(records, answers):
         known = {"p": answer["p"]} if "p" in answer else {}
@@ -219,13 +221,14 @@ def read_answers(folder, records, dataset):
 
 
 # ------------------------------------------------------------------ the table
-def make_table(out, data, tests, names):
-    """Print, write and draw the figures of all that is there. names: of the arms, in order."""
+def make_table(out, data, tests, names, limit):
+    """Print, write and draw the figures of all that is there. names: of the arms, in order; limit:
+    see read_guards."""
     train = read_json(data / "labels.json")
     rows = []
     differences = []
     for test in tests:
-        guards = read_guards(out, names, test, train)
+        guards = read_guards(out, names, test, train, limit)
         tasks = {task for seeds in guards.values() for some in seeds.values()
                  for task in some.results}
         for task in [task for task in VERDICTS if task in tasks]:
@@ -237,8 +240,8 @@ def make_table(out, data, tests, names):
     parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
     write_json(out / "table.json", {
         "rows": rows, "differences": differences, "parents": parents,
-        "data": read_json(data / "data.json")["hash"], "git": git_commit()})
-    draw(rows, out / "table.svg")
+        "data": read_object(data / "data.json")["hash"], "git": git_commit()})
+    draw_picture(rows, out / "table.svg")
 
 
 def figures_of(out, name, seeds, task):
@@ -247,8 +250,8 @@ def figures_of(out, name, seeds, task):
     numbers = [seed for seed in seeds if seed is not None]
     row = {"guard": name, "seeds": numbers, "n": results[0]["n"]}
     for key in FIGURES:
-        known = [result[key] for result in results if result.get(key) is not None]
-        row[key] = float(np.mean(known)) if known else None
+        values = [result.get(key) for result in results]
+        row[key] = None if None in values else float(np.mean(values))
     for figure in DRAWS:
         draws = [guard.draws[figure][task] for guard in seeds.values()]
         if all(some is not None for some in draws):
@@ -260,7 +263,8 @@ def figures_of(out, name, seeds, task):
 
 
 def seconds_of(folder):
-    """What the stages of an arm took, tests and all; of what was killed at once nothing counts."""
+    """What seconds.txt of an arm's folder adds up to: its training and all its tests. Mining has a
+    folder of its own; what was killed at once left no time."""
     path = folder / "seconds.txt"
     if not path.exists():
         return 0.0
@@ -334,8 +338,10 @@ def print_difference(places, some):
     """A row: one contrast at all places where it is known."""
     cells = dict.fromkeys(places, "")
     for found in some:
-        cells[found["test"], found["task"]] = "{:+.1f} ({:+.1f} to {:+.1f})".format(
-            found["difference"], *found["ci95"])
+        cell = "{:+.1f} ({:+.1f} to {:+.1f})".format(found["difference"], *found["ci95"])
+        if len(found["seeds"]) > 1:
+            cell += f", {len(found['seeds'])} seeds"
+        cells[found["test"], found["task"]] = cell
     print_row(["{guard} - {minus}".format(**some[0]), *cells.values()])
 
 
@@ -357,7 +363,7 @@ GAP = 30
 STEP = 20           # from guard to guard
 
 
-def draw(rows, path):
+def draw_picture(rows, path):
     """F1 and interval of each guard, a panel for each test and task."""
     names = list(dict.fromkeys(row["guard"] for row in rows))
     bottom = TOP + STEP * len(names)

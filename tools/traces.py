@@ -1,12 +1,12 @@
 """Saved predictions become training records: the reasoning of another guard, kept where its verdict is right.
-Below that: what is made of such records for experiments (ablation.py, real.py).
+Its functions also turn such records into other forms, for experiments (ablation.py, real.py).
 
     python tools/traces.py PREDICTIONS... --out traces.json
         [--limit N] [--seed S] [--most-characters M] [--labels]
 
 PREDICTIONS are JSON lines {"prompt", "label", "predict"} as the released models' files are; a record is
-kept if every verdict that its label names is right, each prompt once, in seeded order. --labels leaves the
-reasoning out: the same records for the baseline that learns nothing but verdicts.
+kept if every verdict that its label names is right, each exchange once (the last file wins), in seeded
+order. --labels leaves the reasoning out: the same records for the baseline that learns nothing but verdicts.
 """
 import argparse
 import random
@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, answers_heading, format_answers, gold_verdict,  # noqa: E402
-                  parse_records, parse_verdict, write_json)
+from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
+                  format_answers, gold_verdict, parse_records, parse_verdict, write_json)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
@@ -58,8 +58,10 @@ def labels_only(records):
 
 
 def shuffled(by_source, seed):
-    """Every trace goes to another record of the same source and verdicts."""
-    rng, result = random.Random(seed), []
+    """Every trace goes to another record of the same source and verdicts; a record that is alone with
+    its verdicts keeps its own."""
+    rng = random.Random(seed)
+    result = []
     for records in by_source.values():
         groups = defaultdict(list)
         for record in records:
@@ -133,9 +135,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("predictions", nargs="+", metavar="FILE", help="prediction files of a teacher")
     p.add_argument("--out", required=True, help="records to write (JSON array)")
-    p.add_argument("--limit", type=int, help="keep the first N of the shuffled records")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    p.add_argument("--most-characters", type=int, default=10 ** 9, help="leave out longer exchanges and traces")
+    p.add_argument("--limit", type=at_least(1), help="keep the first N of the shuffled records")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of the shuffle")
+    p.add_argument("--most-characters", type=at_least(1), default=10 ** 9, help="leave out longer exchanges and traces")
     p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
     counts = Counter()
