@@ -16,6 +16,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -367,7 +368,7 @@ class Tokenizer:
             self.before = before
             self.after = after
             self.trim = True in trims
-            self.jinja = template["chat_template"]
+            self.jinja = spelled_out(template)
         else:
             print(f"{self.folder}: its chat template writes {rendered!r}, {ours}", file=sys.stderr)
 
@@ -437,11 +438,13 @@ class Tokenizer:
             ids += [self.special[piece]] if piece in self.special else self.encode(piece)
         return ids
 
-    def limit(self, max_length):
-        """(how many tokens a sequence may have, why): --max-length, or less in a smaller
-        context."""
-        if self.context < max_length:
-            return self.context, f"the model's context of {self.context} tokens"
+    def limit(self, max_length, answer=0):
+        """(how many tokens a sequence may have, why): --max-length, or less where the model's
+        context is smaller. Of the context an answer that follows takes what it may have, but at
+        most a quarter."""
+        room = self.context - int(min(answer, self.context / 4))
+        if room < max_length:
+            return room, f"the model's context of {self.context} tokens"
         return max_length, f"--max-length {max_length}"
 
     def answer_ids(self, text):
@@ -1020,6 +1023,14 @@ def jinja_of(start, template):
     return start + "{% for m in messages %}" + turn + "{% endfor %}" + ask
 
 
+def spelled_out(template):
+    """The text of what read_chat_template read, with the tokens set that it names: where it is
+    written, eos_token can be another one. (A newline after a tag is none.)"""
+    text = template["chat_template"]
+    names = [name for name in template if name != "chat_template" and name in text]
+    return "".join(f"{{% set {name} = {template[name]!r} %}}\n" for name in names) + text
+
+
 def read_chat_template(folder):
     """{"chat_template", and of what it may name "bos_token", "eos_token", ...} of a folder, or {}
     where it has no template."""
@@ -1213,6 +1224,19 @@ def warn(count, what):
         print(f"{count} {what}", file=sys.stderr)
 
 
+def say(text, end="\n"):
+    """Print progress. Nobody has to read it: a closed pipe or a full disk ends no run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        hush()
+
+
+def hush():
+    """Let what is printed from now on, and what Python still holds of it, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def at_least(low, kind=int, most=math.inf):
     """An argparse type: a finite number that is not below `low`, nor above `most`."""
     def number(text):
@@ -1222,6 +1246,27 @@ def at_least(low, kind=int, most=math.inf):
         bounds = f"at least {low}" if most == math.inf else f"from {low} to {most}"
         raise argparse.ArgumentTypeError(f"must be {bounds}")
     return number
+
+
+HELD = {}           # folders that this process writes to, open as long as it lives
+
+
+def hold(folder):
+    """Keep a folder to this process until it ends; InputError where another one has it. The lock
+    is the system's: a kill leaves none."""
+    folder = Path(folder).resolve()
+    if folder in HELD:
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        HELD[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is writing there; wait for it, or choose "
+                         "another --out") from None
+    except OSError:                                         # a file system without locks
+        return
 
 
 @contextlib.contextmanager

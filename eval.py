@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 
 from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
-                  common_prefix, format_input, gold_verdict, line_of, pack, parse_records,
-                  parse_verdict, read_records, warn, write_json)
+                  common_prefix, format_answers, format_input, gold_verdict, hush, line_of, pack,
+                  parse_records, parse_verdict, read_records, warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, encode_prompts, generation_arguments,
                        generation_settings, write_lines)
 from model import (Job, World, answer_logprobs, generate_iter, join_ranks, plan_capacity,
@@ -97,7 +97,7 @@ def threshold_for(positive, score, rate):
     the next float above the score of the first negative too many, which can be above 1."""
     negatives = np.asarray(score)[~np.asarray(positive, bool)]
     falling = np.sort(negatives)[::-1]
-    allowed = int(rate * len(falling))
+    allowed = int(rate * len(falling) + 1e-9)                       # 0.29 * 100 is below 29
     if allowed >= len(falling):
         return 0.0
     return float(np.nextafter(falling[allowed], 2))                 # just above the first too many
@@ -254,12 +254,12 @@ def disagreements(rows, task):
     return count
 
 
-def by_column(rows, dataset, fpr):
-    """Results of the rows of each value of the column that --by names, apart."""
-    results = []
+def score_slices(rows, dataset, legacy, fpr):
+    """score of all rows; then of the rows of each value of the column that --by names, apart."""
+    results = score(rows, dataset, legacy, fpr)
     for value in sorted({row["slice"] for row in rows if "slice" in row}):
         some = [row for row in rows if row.get("slice") == value]
-        results += [{**result, "slice": value} for result in score(some, dataset, fpr=fpr)]
+        results += [{**result, "slice": value} for result in score(some, dataset, legacy, fpr)]
     return results
 
 
@@ -351,8 +351,8 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     unseen."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
-    prompts, cuts = encode_prompts(tokenizer, records, max_length)
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
+    prompts, cuts = encode_prompts(tokenizer, records, max_length, options["max_new_tokens"])
     for number, (ids,) in generate_iter(model, prompts, **options):
         has_response = exchanges[number].get("response") is not None
         verdict = conclude(model, tokenizer, prompts[number], ids, has_response)
@@ -450,17 +450,17 @@ def main(argv=None):
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
         rows = read_predictions(path, dataset, args.by)
-        results += score(rows, dataset, args.legacy)
-        results += by_column(rows, dataset, args.fpr)
+        results += score_slices(rows, dataset, args.legacy, args.fpr)
     if args.model:
         guard = LazyModel(args, args.model, world.device)
+        if args.moderate and world.ranks > 1:
+            raise InputError("--moderate: one process reads the lines; start it without torchrun")
         if args.prompt is not None or args.moderate:
             return moderate_lines(args, guard)
         for path in args.data:
             dataset = args.dataset or Path(path).stem
             rows = evaluate_file(args, path, dataset, guard, world)
-            results += score(rows, dataset, args.legacy, args.fpr)
-            results += by_column(rows, dataset, args.fpr)
+            results += score_slices(rows, dataset, args.legacy, args.fpr)
     if world.rank == 0:
         averages = print_tables(results)
         if args.out:
@@ -503,18 +503,21 @@ def moderate_lines(args, guard):
 def check_longest(guard, args):
     """InputError unless the longest exchange and its answer find room, so that none that comes
     later ends the stream."""
-    limit, _ = guard.tokenizer.limit(args.max_length)
+    limit, _ = guard.tokenizer.limit(args.max_length, args.max_new_tokens)
     longest = Job(0, [0] * limit, [0])
-    plan_capacity(guard.model, [longest], 0, args.max_new_tokens, args.kv_tokens, None)
+    shared = limit - 1                                      # as of a single exchange: most pages
+    plan_capacity(guard.model, [longest], shared, args.max_new_tokens, args.kv_tokens, None)
 
 
 def print_line(text):
-    """Print a line at once; InputError where nobody reads it any more."""
+    """Print a line at once; InputError where it cannot be written, or nobody reads it any more."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for what Python flushes
-        raise InputError("standard output was closed: no more verdicts") from None
+    except OSError as error:
+        hush()
+        closed = isinstance(error, BrokenPipeError)
+        reason = "was closed" if closed else f"cannot be written: {error.strerror}"
+        raise InputError(f"standard output {reason}: no more verdicts") from None
 
 
 def judge_lines(lines, before, guard, options):
@@ -630,7 +633,7 @@ def evaluate_file(args, path, dataset, guard, world):
     records = read_records(path)[:args.limit]
     golds = [labels_of(record, dataset) for record in records]
     tasks = check_labels(path, golds)
-    prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length)
+    prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
     out = Path(args.out) / dataset
     resumed = not args.fast and any(out.glob("answers.jsonl*"))
     if not resumed:
@@ -676,20 +679,30 @@ def reasoned_answers(args, guard, prompts, path, world):
     """Of each prompt: text, tokens, verdict (with --k the majority's), all texts, and where they
     were timed latency_ms, by generation. An answer without an end has no verdict."""
     temperature = 1.0 if args.k > 1 else 0
-    settings = generation_settings(args, args.model, temperature)
+    settings = generation_settings(args, guard, temperature)
     seconds = {}
     answers = []
     for line in answer_prompts(guard, prompts, path, world, settings, args, seconds):
         samples = line["samples"]
-        ended = [s["verdict"] for s in samples if s["finish"] == "stop"]
-        verdict = majority(ended)
-        agrees = max(samples, key=lambda s: s["verdict"] == verdict)       # the first that does
-        answer = {**agrees, "verdict": verdict, "tokens": sum(s["tokens"] for s in samples),
+        ended = [s for s in samples if s["finish"] == "stop"]
+        verdict = majority([s["verdict"] for s in ended])
+        answer = {"text": text_of(verdict, ended or samples), "verdict": verdict,
+                  "tokens": sum(s["tokens"] for s in samples),
                   "texts": [s["text"] for s in samples], "ended": bool(ended)}
         if len(seconds) == len(prompts):
             answer["latency_ms"] = 1000 * seconds[line["prompt"]]
         answers.append(answer)
     return answers
+
+
+def text_of(verdict, samples):
+    """The text that stands for this verdict: of the first sample that gives it. Where tasks were
+    won by different samples there is none: then the first one, and the verdict after it."""
+    for sample in samples:
+        if sample["verdict"] == verdict:
+            return sample["text"]
+    text = samples[0]["text"]
+    return f"{text}\n\n{format_answers(**verdict)}" if any(verdict.values()) else text
 
 
 def add_forced(rows, guard, prompts, world):

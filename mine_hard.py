@@ -25,11 +25,11 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict,
-                  parse_records, parse_verdict, read_json, read_records, warn, write_json,
+from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
+                  parse_records, parse_verdict, read_json, read_records, say, warn, write_json,
                   write_whole)
-from model import (Llama, generate_iter, fingerprint, join_ranks, pick_dtype, read_arguments,
-                   weights_hash)
+from model import (Llama, generate_iter, fingerprint, join_ranks, name_of, pick_dtype,
+                   read_arguments, weights_hash)
 
 
 # ------------------------------------------------------------------ the method
@@ -177,8 +177,8 @@ def main(argv=None):
     for number, folder in enumerate(args.model):
         name = "samples.jsonl" if len(args.model) == 1 else f"samples-{number}.jsonl"
         guard = LazyModel(args, folder, world.device)
-        prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length)
-        settings = generation_settings(args, folder, args.temperature, top_p=args.top_p)
+        prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
+        settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
         lines = answer_prompts(guard, prompts, out / name, world, settings, args)
         answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
     if world.rank == 0:
@@ -224,10 +224,10 @@ def generation_arguments(p):
                    help="prompts answered together (default: 256; CUDA: 8192)")
 
 
-def generation_settings(args, folder, temperature, **sampling):
-    """What a file of answers depends on, beside its prompts."""
-    return dict(model=str(folder), weights_hash=weights_hash(folder), limit=args.limit,
-                max_length=args.max_length, format=args.format, dtype=args.dtype,
+def generation_settings(args, guard, temperature, **sampling):
+    """What a file of answers depends on, beside its prompts. guard: a LazyModel."""
+    return dict(model=str(guard.folder), weights_hash=weights_hash(guard.folder), limit=args.limit,
+                max_length=args.max_length, format=args.format, dtype=name_of(guard.dtype),
                 k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
                 temperature=temperature, **sampling)
 
@@ -247,12 +247,12 @@ class LazyModel:
         return Llama.from_pretrained(self.folder, self.device, self.dtype)
 
 
-def encode_prompts(tokenizer, records, max_length):
-    """([ids of each record's prompt], [was it cut?]);
-    InputError where not even an empty exchange fits."""
+def encode_prompts(tokenizer, records, max_length, max_new_tokens):
+    """([ids of each record's prompt], [was it cut?]), so that an answer of max_new_tokens follows
+    within the model's context; InputError where not even an empty exchange fits."""
     prompts = []
     cuts = []
-    limit, why = tokenizer.limit(max_length)
+    limit, why = tokenizer.limit(max_length, max_new_tokens)
     for record in records:
         ids, cut = fit_prompt(tokenizer, record, limit)
         if ids is None:
@@ -267,9 +267,15 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
 
     guard: a LazyModel, whose weights are read only if something is left to do. settings: see
-    generation_settings; InputError where the file that is there was made with others. seconds: a
-    dict that gets, for each prompt answered now, the time since its block began."""
+    generation_settings; InputError where the file that is there was made with others, or nobody
+    knows with which. seconds: a dict that gets, for each prompt answered now, the time since its
+    block began."""
     folder = Path(f"{path}.parts")
+    if Path(path).exists() and not (folder / "settings.json").exists():
+        raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
+                         "gone; choose another --out")
+    if world.rank == 0:
+        hold(folder)
     size = args.block or (8192 if world.device.type == "cuda" else 256)
     settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
     check_settings(folder / "settings.json", settings, world)
@@ -368,8 +374,8 @@ class Meter:
         seconds = time.time() - self.start
         rate = self.tokens / seconds
         minutes = seconds / self.done * left / 60
-        print(f"\r{self.label}{self.done}/{self.total} prompts  {rate:,.0f} tokens/s  "
-              f"{minutes:.1f} min left  ", end="" if left else "\n", flush=True)
+        say(f"\r{self.label}{self.done}/{self.total} prompts  {rate:,.0f} tokens/s  "
+            f"{minutes:.1f} min left  ", end="" if left else "\n")
 
 
 if __name__ == "__main__":

@@ -2118,6 +2118,11 @@ def pick_device(name=None):
         raise InputError(f"--device {name}: {reason}") from None
 
 
+def name_of(dtype):
+    """How a run's settings and arguments call a torch.dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_dtype(device, name=None):
     """The dtype of products: `name` if given, else bfloat16 where the hardware multiplies it."""
     if name is not None:

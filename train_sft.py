@@ -33,10 +33,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (InputError, Tokenizer, at_least, deal, encode_records, pack, parse_records,
-                  read_json, read_records, write_json, write_whole, writing)
-from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory,
-                   fingerprint, join_ranks, pick_dtype, read_arguments, read_tensors, weight_files)
+from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, pack,
+                  parse_records, read_json, read_records, say, write_json, write_whole, writing)
+from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, fingerprint,
+                   join_ranks, name_of, pick_dtype, read_arguments, read_tensors, weight_files)
 
 
 def sft_loss(logprobs, count):
@@ -98,7 +98,7 @@ def main(argv=None):
     steps_per_epoch = len(schedule) // args.epochs
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    checkpoint = start_run(args, examples, schedule)
+    checkpoint = start_run(args, world, examples, schedule)
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
@@ -337,7 +337,7 @@ def save_final(args, model, tokenizer, world):
         left.unlink()
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out, state=weights)
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
 
 
 def checkpoints(out):
@@ -369,20 +369,26 @@ def resume(folder, model, optimizer):
 
 
 # ------------------------------------------------------------------ a run and its log
-def start_run(args, examples, schedule, weights=()):
-    """Refuse to mix two runs in a folder; return the checkpoint to go on from, or None.
+def start_run(args, world, examples, schedule, weights=()):
+    """Refuse to mix two runs in a folder, at once or one after another; return the checkpoint to
+    go on from, or None.
 
     What belongs to a run beside its arguments is set in args: samples, how many examples there are;
-    data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates."""
+    data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates;
+    dtype, as other hardware would choose another."""
     ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.samples = len(examples)
     args.data_hash = fingerprint([*ids, weights])
     args.schedule = fingerprint([*schedule, rates])
+    args.dtype = name_of(pick_dtype(world.device, args.dtype))
+    if world.rank == 0:
+        hold(args.out)
     log = Path(args.out) / "metrics.jsonl"
     final = Path(args.out) / "config.json"
-    if log.exists() and not args.resume or final.exists() and not log.exists():
+    holds_others = (final.exists() or checkpoints(args.out)) and not log.exists()
+    if log.exists() and not args.resume or holds_others:
         raise InputError(f"{args.out}: already holds a run or a model; "
                          "add --resume, or choose another --out")
     if log.exists():
@@ -475,7 +481,7 @@ class Log:
             file.write(json.dumps(row) + "\n")
         kept = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row
         if kept or sys.stdout.isatty():
-            print(self.console_line(step, row), end="\n" if kept else "\r", flush=True)
+            say(self.console_line(step, row), end="\n" if kept else "\r")
 
     def console_line(self, step, row):
         """The figures of one step to look at while a run goes on."""

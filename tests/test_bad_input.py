@@ -144,7 +144,7 @@ FILES = [
     ("pairs.jsonl", lines({**RECORD, "weight": -0.5}), "dpo", "pairs.jsonl: a weight is -0.5"),
     ("pairs.jsonl", lines(RECORD, {**RECORD, "weight": float("nan")}), "dpo", "pairs.jsonl: a weight is nan"),
     ("pairs.jsonl", lines({**RECORD, "sample_weight": None}), "dpo", "pairs.jsonl: a weight is None"),
-    ("out", text("not a folder"), "sft", "out/metrics.jsonl: cannot write: "), ("out", text(""), "dpo", "out/.*: cannot write: "),
+    ("out", text("not a folder"), "sft", "place/out: cannot write: File exists"), ("out", text(""), "dpo", "place/out: cannot write: File exists"),
     ("out", text(""), "mine", "out/samples.jsonl.*: cannot write: "), ("out", text(""), "eval", "out/.*: cannot write: ")]
 
 

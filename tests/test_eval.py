@@ -1,8 +1,10 @@
 """F1 and all that is printed beside it, against hand numbers, golden figures and brute force."""
 import io
 import json
+import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import VERDICTS, InputError, format_input, parse_verdict
+from data import VERDICTS, InputError, format_answers, format_input, parse_verdict
 from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
                   legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score, simple,
                   threshold_for, up_to_verdict, verdict_probability, weighted_average)
@@ -101,6 +103,9 @@ def test_threshold_keeps_the_false_positive_rate():
         t = threshold_for(hit, p, rate)
         wrong = sum(x >= t for x in p[:10])
         assert wrong <= rate * 10 and (rate == 1.0 or wrong == int(rate * 10))
+    hundred = [i / 100 for i in range(100)]
+    for percent in range(101):                                                     # 0.29 * 100 is 28.999...
+        assert sum(x >= threshold_for([False] * 100, hundred, percent / 100) for x in hundred) == percent
     assert threshold_for([False, False, True], [1.0, 0.2, 1.0], 0.0) > 1           # a certain mistake cannot be had
 
 
@@ -269,6 +274,9 @@ def test_a_stream_that_pauses_and_one_that_nobody_reads(guard):
         process.stdin.write(b'{"prompt": "b"}\n')
         process.stdin.flush()
         assert first["forced"] and process.stderr.read() == b"standard output was closed: no more verdicts\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, input=b'{"prompt": "a"}\n', stdout=full, stderr=subprocess.PIPE, timeout=100)
+    assert done.returncode == 1 and done.stderr == b"standard output cannot be written: No space left on device: no more verdicts\n"
     closed = subprocess.run([*command, "--device", "cpu"], preexec_fn=lambda: os.close(0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
     assert closed.stderr == b"standard input or output is closed\n" and closed.returncode == 1
 
@@ -278,8 +286,24 @@ def test_room_for_the_longest_exchange_is_found_before_the_first_is_read(guard, 
     with pytest.raises(InputError, match="input or output is closed"):
         evaluation.main(["--model", guard, "--moderate", "--device", "cpu"])
     monkeypatch.setattr("sys.stdin", io.StringIO("nothing"))
-    with pytest.raises(InputError, match="--kv-tokens 600: a prompt of 2048 tokens .* may need"):
+    with pytest.raises(InputError, match="--kv-tokens 600: a prompt of 1536 tokens .* may need"):
         evaluation.main(["--model", guard, "--moderate", "--kv-tokens", "600", "--device", "cpu"])
+
+
+def test_a_stream_does_not_end_where_the_longest_exchange_was_found_to_fit(guard, monkeypatch, capsys):
+    flags = ["--max-new-tokens", "6", "--max-length", "512"]                       # 512: whole pages, and one more where it is alone
+    with pytest.raises(InputError) as end:
+        judged(guard, monkeypatch, capsys, [b"{}"], *flags, "--kv-tokens", "64")
+    need = re.search(r"may need (\d+);", str(end.value))[1]
+    verdict, = judged(guard, monkeypatch, capsys, [json.dumps({"prompt": "gate " * 3000}).encode()], *flags, "--kv-tokens", need)
+    assert verdict["cut"] and "error" not in verdict
+
+
+def test_an_answer_has_room_in_the_models_context(tokenizer):
+    assert (tokenizer.context, tokenizer.limit(4096, 224)[0], tokenizer.limit(1500, 224)[0]) == (2048, 1824, 1500)
+    assert tokenizer.limit(4096, 2048) == (1536, "the model's context of 2048 tokens") and tokenizer.limit(4096)[0] == 2048
+    tokenizer.context = math.inf
+    assert tokenizer.limit(4096, 2048)[0] == 4096
 
 
 @pytest.mark.skipif(not os.environ.get("GUARD_PREDICTIONS"), reason="GUARD_PREDICTIONS: folder of the released predictions (1B/, 8B/)")
@@ -319,6 +343,25 @@ def test_k_answers_vote(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "results.json").read_text())[0]
     assert (result["tp"], result["fn"], result["tokens_per_query"]) == (1, 0, 15)
     assert json.loads((tmp_path / "d/generated_predictions.jsonl").read_text())["predict"] == f"Request: {H}"
+
+
+def test_what_is_written_of_k_answers_says_what_was_scored():
+    sample = lambda *words: {"text": format_answers(*words), "verdict": dict(zip(VERDICTS, words))}
+    split = [sample(H, R, U), sample(H, C, H), sample(U, R, H)]                    # each task is won by two, no answer has all
+    verdict = evaluation.majority([s["verdict"] for s in split])
+    text = evaluation.text_of(verdict, split)
+    assert text.startswith(split[0]["text"]) and parse_verdict(text) == verdict == dict(zip(VERDICTS, (H, R, H)))
+    assert evaluation.text_of(verdict, [*split, sample(H, R, H)]) == format_answers(H, R, H)
+    assert evaluation.text_of(dict.fromkeys(VERDICTS), split[:1]) == split[0]["text"]           # no answer ended: nothing is added
+
+
+def test_slices_are_scored_by_the_rule_of_the_whole(tmp_path, capsys):
+    none = dict.fromkeys(VERDICTS)
+    rows = [{"file": "f", "text": f"Request: {v}", "gold": {**none, "request": U}, "verdict": {**none, "request": v}, "p": {"request": 0.5}, "slice": "a=1"}
+            for v in (U, None)]
+    for legacy in (False, True):
+        whole, part = evaluation.score_slices(rows, "x", legacy, 0.5)
+        assert {**part, "slice": None} == {**whole, "slice": None} and part["slice"] == "a=1"
 
 
 def test_a_one_word_label_is_about_the_response_that_the_prompt_holds(tmp_path):

@@ -199,6 +199,22 @@ def test_a_template_is_found_wherever_it_may_stand(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", [{}, {"eos_token": "<|startoftext|>"}])
+def test_what_is_written_makes_the_same_prompt_whatever_its_template_names(tmp_path, capsys, config):
+    """Tokens named in another file, and an eos_token that is not the end mark: what we write has one of ours."""
+    folder = write_folder(tmp_path / "a", "\n{{ bos_token }}" + turns(close="' + eos_token + '" if "eos_token" in config else "<|im_end|>"),
+                          special=CHATML, config=config)
+    (folder / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|startoftext|>"}}')
+    before = Tokenizer.from_pretrained(folder)
+    before.save_pretrained(tmp_path / "b")
+    after = Tokenizer.from_pretrained(tmp_path / "b")
+    assert not capsys.readouterr().err and before.before.startswith("\n<|startoftext|>")
+    assert (after.before, after.after, after.trim) == (before.before, before.after, before.trim)
+    assert ("<|startoftext|><|im_start|>assistant" in after.after.replace("\n", "")) == ("eos_token" in config)
+    after.save_pretrained(tmp_path / "c")                                          # and of what is made of that
+    assert Tokenizer.from_pretrained(tmp_path / "c").before == before.before
+
+
 OTHERS = [
     ("{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}" + turns(), "writes '<.im_start.>system"), (turns(role="'human'"), "writes .*human"),
     (turns(content="m['content'] + m['content']"), "writes .*REQUESTREQUEST"), ("{# <|im_start|> #}", "writes ''"), ("{{ messages[1].content }}" + turns(), "messages.1"),

@@ -134,6 +134,9 @@ def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
             mine(tmp_path / "a", "--resume", flag, value)
     with pytest.raises(InputError, match="already holds samples"):
         mine(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/samples.jsonl.parts")              # it looks like something left over
+    with pytest.raises(InputError, match="which says what it was made with, is gone"):
+        mine(tmp_path / "a", "--resume", "--k", 3)
 
 
 def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_path):

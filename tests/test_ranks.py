@@ -122,6 +122,7 @@ def test_evaluation_gives_the_same_files_for_any_number_of_ranks(folder, guard):
 def test_moderation_under_torchrun_says_the_same_on_each_rank(folder, guard):
     ask = ["--model", guard, "--prompt", "Please lock the chest.", "--max-new-tokens", 24, "--device", "cpu"]
     said = [json.loads(run("eval", ask, folder / "log", ranks)) for ranks in (1, 2)]
+    assert "one process reads the lines" in run("eval", ["--model", guard, "--moderate", "--device", "cpu"], folder / "log", 2, code=1)
     assert said[0]["p_harmful"] == said[1]["p_harmful"] and 0.02 < said[0]["p_harmful"]["request"] < 0.98
 
 

@@ -1,12 +1,15 @@
 """The training loop: losses that do not depend on how work is cut up, schedules, resuming."""
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIG, tiny_model, tiny_examples
+from conftest import CONFIG, ROOT, tiny_model, tiny_examples
 from measure import SHAPES
 from safetensors.torch import load_file
 
@@ -167,6 +170,52 @@ def test_an_old_run_is_not_overwritten(tmp_path):
     run(tmp_path / "a", "--max-steps", 1)
     with pytest.raises(InputError, match="already holds a run"):
         run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_checkpoints_of_an_unknown_run_are_not_mixed_with_another(tmp_path, more):
+    run(tmp_path / "a", "--max-steps", 4, "--save-every", 2)
+    for name in ("metrics.jsonl", "config.json"):                                  # tidied up by hand
+        (tmp_path / "a" / name).unlink()
+    with pytest.raises(InputError, match="already holds a run"):
+        run(tmp_path / "a", *more)
+    assert train_sft.checkpoints(tmp_path / "a")
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    code = "import sys, time; from data import hold; hold(sys.argv[1]); hold(sys.argv[1]); print(flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is writing there"):
+            run(tmp_path / "a", "--max-steps", 1)
+        assert not list((tmp_path / "a").iterdir())
+        other.kill()                                                               # which frees it
+    run(tmp_path / "a", "--max-steps", 1)
+    assert (tmp_path / "a/config.json").exists()
+
+
+@pytest.mark.parametrize("ends", ["pipe", "/dev/full"])
+def test_a_run_whose_console_is_gone_goes_on(tmp_path, ends):
+    command = [sys.executable, "train_sft.py", "--model", "toy/model", "--data", "toy/dev.json", "--limit", "4", "--max-steps", "2",
+               "--batch-size", "2", "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "a"]
+    if ends == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(ends, os.O_WRONLY)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=200)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "a/config.json").exists()
+
+
+def test_the_dtype_that_was_chosen_belongs_to_a_run(tmp_path, monkeypatch):
+    # on the next machine the default is another one
+    run(tmp_path / "a", "--max-steps", 1)
+    header = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[0])
+    monkeypatch.setattr(train_sft, "pick_dtype", lambda device, name=None: torch.bfloat16)
+    (tmp_path / "a/config.json").unlink()
+    with pytest.raises(InputError, match=f"dtype = {header['dtype']!r}, not 'bfloat16'"):
+        run(tmp_path / "a", "--max-steps", 1, "--resume")
 
 
 def test_an_unfinished_checkpoint_is_not_taken_for_a_whole_one(tmp_path):
