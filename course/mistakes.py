@@ -266,7 +266,7 @@ def answer_sums(logprobs, answer, n):
     "threshold_for": [
         ("falling[allowed], 2", "falling[max(allowed - 1, 0)], 2"),
         ("np.nextafter(falling[allowed], 2)", "falling[allowed]"),
-        ("int(rate * len(falling))", "int(np.ceil(rate * len(falling)))"),
+        ("int(rate * len(falling) + 1e-9)", "int(np.ceil(rate * len(falling)))"),
         ("if allowed >= len(falling)", "if not len(falling)"),
     ],
     "weighted_average": [

@@ -195,7 +195,7 @@ def test_a_signal_before_the_first_step_ends_in_one_line(tmp_path, monkeypatch, 
     with monkeypatch.context() as patched, pytest.raises(InputError, match="interrupted before the first step: nothing is lost"):
         patched.setattr(train_dpo, name, lambda *args: (signal.raise_signal(signal.SIGTERM), whole(*args))[1])
         run(tmp_path / "a", pairs)
-    assert not (tmp_path / "a").exists() and run(tmp_path / "a", pairs, "--max-steps", 1)
+    assert not list((tmp_path / "a").iterdir()) and run(tmp_path / "a", pairs, "--max-steps", 1)
 
 
 def test_each_pair_keeps_its_weight_where_another_is_left_out(tmp_path):
