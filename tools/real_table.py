@@ -30,7 +30,7 @@ CONTRASTS = [
     ("r_sft", "labels_1x"), ("r_sft", "labels_3x"), ("r_sft", "shuffled"), ("r_sft", "r_sft_fast"),
     ("r_sft_fast", "labels_1x"), ("shuffled", "labels_1x"), ("labels_3x", "labels_1x"),
     ("r_sft_two_chains", "r_sft"), ("short", "r_sft"),
-    ("verdict_first", "r_sft"), ("verdict_first", "labels_1x"),
+    ("verdict_first", "r_sft"), ("verdict_first", "labels_1x"), ("verdict_first", "labels_3x"),
     ("both_fast", "r_sft"), ("both_fast", "labels_1x"),
     ("hs_dpo", "parent"), ("continued", "parent"), ("chosen", "parent"),
     ("hs_dpo", "continued"), ("hs_dpo", "chosen"), ("continued", "chosen")]
