@@ -165,14 +165,14 @@ def train(base, records, steps, seed, folder, device):
 
 def answer_at_once(model, tokenizer, records):
     """The likelier verdict on each request right after the prompt, as eval.py --fast."""
-    prompts, _ = encode_prompts(tokenizer, records, 4096)
+    prompts, _ = encode_prompts(tokenizer, records, 4096, 0)
     answers = answer_fast(model, tokenizer, prompts, World(model.head.device))
     return [parse_verdict(block)["request"] for block, _ in answers]
 
 
 def answer_reasoned(model, tokenizer, records):
     """The verdict on each request after greedy reasoning; None where the answer has no end."""
-    prompts, _ = encode_prompts(tokenizer, records, 4096)
+    prompts, _ = encode_prompts(tokenizer, records, 4096, 192)
     answers = generate(model, prompts, max_new_tokens=192, temperature=0, stop=tokenizer.stop)
     said = []
     for (ids,) in answers:
