@@ -1259,14 +1259,16 @@ def hold(folder):
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        HELD[folder] = os.open(folder, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(opened)
         raise InputError(f"{folder}: another process is writing there; wait for it, or choose "
                          "another --out") from None
     except OSError:                                         # a file system without locks
-        return
+        pass
+    HELD[folder] = opened
 
 
 @contextlib.contextmanager

@@ -278,7 +278,7 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
         hold(folder)
     size = args.block or (8192 if world.device.type == "cuda" else 256)
     settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
-    check_settings(folder / "settings.json", settings, world)
+    check_settings(folder / "settings.json", settings, world.rank)
     parts = {first: folder / f"{first:08d}.jsonl"
              for first in range(0, len(prompts), size)}
     if not Path(path).exists():
@@ -325,10 +325,10 @@ def describe(tokenizer, ids):
     return {"text": text, "finish": finish, "tokens": len(ids), "verdict": parse_verdict(text)}
 
 
-def check_settings(path, settings, world):
+def check_settings(path, settings, rank=0):
     """Remember what a file is made with; refuse to continue it with something else."""
     if not path.exists():
-        if world.rank == 0:
+        if rank == 0:
             write_json(path, settings)
         return
     before = read_json(path)

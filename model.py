@@ -1977,7 +1977,7 @@ def read_dtype(path, raw):
     names = []
     for field_name in ("torch_dtype", "dtype"):
         told = str(raw.get(field_name) or "float32").removeprefix("torch.")
-        names.append(str(getattr(torch, told, told)).removeprefix("torch."))    # half is float16
+        names.append(name_of(getattr(torch, told, told)))   # half is float16
         if names[-1] not in STORED_DTYPES:
             raise InputError(f"{path}: dtype {told!r} is unknown, only {STORED_DTYPES} are")
     return names[0] if raw.get("torch_dtype") else names[1]
@@ -2084,7 +2084,7 @@ def check_tensor(path, name, tensor, wanted, config):
     told = list(wanted[name].shape)
     if shape != told:
         raise InputError(f"{path}: tensor {name} has shape {shape}, config.json says {told}")
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = name_of(tensor.dtype)
     if dtype not in STORED_DTYPES:
         raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
     if not tensor.isfinite().all():

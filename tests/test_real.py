@@ -4,6 +4,7 @@ import random
 import re
 import signal
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +342,16 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     write_json(data / "data.json", {**read_json(data / "data.json"), "hash": "other"})
     with pytest.raises(InputError, match="trained on other data"):
         real.main(["table", "--data", str(data), "--out", str(out)])
+
+
+def test_where_no_prompt_was_hard_it_is_said(tmp_path):
+    args = SimpleNamespace(out=tmp_path, seed=1, parent=None)
+    write_json(tmp_path / "parent_seed1.json", {"parent": "r_sft"})
+    (tmp_path / "mined_r_sft_seed1").mkdir()
+    (tmp_path / "mined_r_sft_seed1/hard.jsonl").touch()
+    for arm in (real.mine, real.pairs_of):
+        with pytest.raises(InputError, match="no prompt was hard; raise --mine"):
+            arm(args)
 
 
 def test_copies_of_tests_and_their_names(tmp_path):

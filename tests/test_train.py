@@ -188,6 +188,8 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
         other.stdout.readline()
         with pytest.raises(InputError, match="another process is writing there"):
             run(tmp_path / "a", "--max-steps", 1)
+        with pytest.raises(InputError, match="another process is writing there"):
+            run(tmp_path / "a", "--max-steps", 1)                                  # having asked is not having it
         assert not list((tmp_path / "a").iterdir())
         other.kill()                                                               # which frees it
     run(tmp_path / "a", "--max-steps", 1)

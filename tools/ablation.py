@@ -75,7 +75,7 @@ import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
 from data import (VERDICTS, InputError, Tokenizer, gold_verdict, parse_records,  # noqa: E402
                   parse_verdict, read_records, split_input, write_json)
-from model import World, pick_device, weights_hash  # noqa: E402
+from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
 ALONE = ["labels_1x", "labels_3x", "shuffled"]      # need no R-SFT model; the longest, so first
@@ -492,7 +492,7 @@ def claim(args):
     """Refuse a folder whose variants were made with other settings: they could not be compared."""
     settings = {key: getattr(args, key) for key in ("train", "test", "dev", "mine", "epochs")}
     settings["model"] = weights_hash(args.model)
-    mine_hard.check_settings(args.out / "settings.json", settings, World(pick_device("cpu")))
+    mine_hard.check_settings(args.out / "settings.json", settings)
 
 
 def main(argv=None):

@@ -277,7 +277,7 @@ def run_address(args, path, dataset):
     it has said nothing, which counts as wrong)."""
     records, file = read_records(path)[:args.limit], Path(args.out) / dataset / "answers.jsonl"
     settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
-    check_settings(file.with_name("settings.json"), settings, World(pick_device("cpu")))
+    check_settings(file.with_name("settings.json"), settings)
 
     def answer(row):
         messages = [{"role": "system", "content": INSTRUCTION + "\n" + REPLY},

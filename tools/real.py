@@ -73,7 +73,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  
                   gold_verdict, parse_records, parse_verdict, read_json, read_object,
                   read_records, split_input, warn, write_json)
 from mine_hard import check_settings, judge  # noqa: E402
-from model import LlamaConfig, World, pick_device  # noqa: E402
+from model import LlamaConfig  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
                     verdict_first)
@@ -359,7 +359,7 @@ def claim(args):
     names = "model lr dpo_lr epochs batch_size mine limit max_new_tokens dtype".split()
     settings = {key: getattr(args, key) for key in names}
     settings["data"] = read_object(args.data / "data.json")["hash"]
-    check_settings(args.out / "settings.json", settings, World(pick_device("cpu")))
+    check_settings(args.out / "settings.json", settings)
 
 
 def folder_of(args, name):
@@ -414,8 +414,7 @@ def run_trainer(args, name, script, model, options):
 def evaluate(args, name, path):
     """The results of an arm on one file, answered if they are not there yet."""
     out = folder_of(args, name) / "eval" / Path(path).stem
-    check_settings(out / "test.json", {"hash": hash_of(read_records(path))},
-                   World(pick_device("cpu")))
+    check_settings(out / "test.json", {"hash": hash_of(read_records(path))})
     if not (out / "results.json").exists():
         options = ["--model", build(args, name), "--data", path, "--out", out, "--scores",
                    "--max-new-tokens", args.max_new_tokens]
@@ -465,7 +464,7 @@ def parent_of(args):
     """--parent, or else best_on_dev: all arms of a seed that have a parent have the same."""
     path = args.out / f"parent_seed{args.seed}.json"
     if args.parent:
-        check_settings(path, {"parent": args.parent}, World(pick_device("cpu")))
+        check_settings(path, {"parent": args.parent})
     elif not path.exists():
         write_json(path, best_on_dev(args))
     return read_json(path)["parent"]
@@ -489,16 +488,15 @@ def mine(args):
         stage(args, name, "mine_hard.py",
               ["--model", build(args, parent), "--data", args.data / "prompts.json", "--out", out,
                "--limit", args.mine, "--max-new-tokens", args.max_new_tokens, "--resume"])
-    return out / "hard.jsonl"
+    path = out / "hard.jsonl"
+    if not path.stat().st_size:
+        raise InputError(f"{path}: no prompt was hard; raise --mine")
+    return path
 
 
 def pairs_of(args):
     """The pairs that were mined."""
-    path = mine(args)
-    pairs = [pair for _, pair in parse_records(path)]
-    if not pairs:
-        raise InputError(f"{path}: no prompt was hard; raise --mine")
-    return pairs
+    return [pair for _, pair in parse_records(mine(args))]
 
 
 def hs_dpo(args):

@@ -25,7 +25,6 @@ from baselines import answer_rows, ask  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
 from mine_hard import check_settings  # noqa: E402
-from model import World, pick_device  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
 # paper, Table 1: source -> samples, reasoning steps; and of all: mean characters of a step
@@ -240,7 +239,7 @@ def main(argv=None):
         settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
                     "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
         folder = Path(args.out) / name
-        check_settings(folder / "settings.json", settings, World(pick_device("cpu")))
+        check_settings(folder / "settings.json", settings)
         lines = synthesize(args, exchanges, folder / "answers.jsonl")
         inputs = [format_input(prompt, response) for prompt, response, _ in exchanges]
         records = [{"instruction": INSTRUCTION, "input": inputs[row], "output": line["output"]}
