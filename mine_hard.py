@@ -126,7 +126,8 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
 
 def outcome(k_correct, k_incorrect):
-    """What a prompt is, by its answers."""
+    """What a prompt is, by its answers that count; with none of these (judge_by_field drops some)
+    all are wrong."""
     if not k_correct:
         return "all wrong"
     return "hard" if k_incorrect else "all right"
@@ -202,7 +203,7 @@ def check_labels(paths, records):
 
 
 def report(count, n, k):
-    """Print how many of n prompts were hard, and how many of their k answers had no verdict."""
+    """Print how many of n prompts were hard, and how many of all n k answers had no verdict."""
     for what in ("all right", "hard", "all wrong"):
         share = 100 * count[what] / n
         print(f"{count[what]:7} of {n} prompts {what} ({share:.1f}%)")
@@ -248,8 +249,8 @@ class LazyModel:
 
 
 def encode_prompts(tokenizer, records, max_length, max_new_tokens):
-    """([ids of each record's prompt], [was it cut?]), so that an answer of max_new_tokens follows
-    within the model's context; InputError where not even an empty exchange fits."""
+    """([ids of each record's prompt], [was it cut?]), cut so that the model's context
+    has room for the answer (Tokenizer.limit); InputError where not even an empty exchange fits."""
     prompts = []
     cuts = []
     limit, why = tokenizer.limit(max_length, max_new_tokens)
@@ -361,19 +362,19 @@ class Meter:
         self.seconds = {} if seconds is None else seconds   # of a prompt: since its block began
 
     def begin_block(self):
-        self.block_start = time.time()
+        self.block_began = time.time()
 
     def add(self, number, tokens):
         """The prompt of this number is answered, with so many tokens."""
-        self.seconds[number] = time.time() - self.block_start
+        self.seconds[number] = time.time() - self.block_began
         self.done += 1
         self.tokens += tokens
         left = self.total - self.done
         if self.world.rank > 0 or (left and not sys.stdout.isatty()):
             return
-        seconds = time.time() - self.start
-        rate = self.tokens / seconds
-        minutes = seconds / self.done * left / 60
+        elapsed = time.time() - self.start
+        rate = self.tokens / elapsed
+        minutes = elapsed / self.done * left / 60
         say(f"\r{self.label}{self.done}/{self.total} prompts  {rate:,.0f} tokens/s  "
             f"{minutes:.1f} min left  ", end="" if left else "\n")
 

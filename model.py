@@ -1,7 +1,7 @@
 """LLaMA in one file: the plain model, then the same mathematics faster, then a sampling engine.
 
-Part I has all of the mathematics and can be read alone. Its rope, attention and token_logprobs hand
-over to twins in part II: take each for the plain function beside it.
+Part I has all of the mathematics and can be read alone. Its rope, attention and token_logprobs, and
+on CUDA RMSNorm and draw_token, hand over to twins: take each for the plain function beside it.
     LlamaConfig                     config.json of a Hugging Face folder
     rms_norm, apply_rope            the operations, one equation each
     tree_plan, attention_by_mask    the one mask rule of a stream (see data.py, the tree packer)
@@ -120,7 +120,7 @@ def rms_norm(x, weight, eps):
 
 def rope_frequencies(config, device="cpu"):
     """Angles per position, (E/2,) in float64: f_i = theta^(-2i/E), i = 0 .. E/2 - 1, with E and
-    theta of config.head_dim and config.rope_theta. Where config.rope_scaling is no None, they are
+    theta of config.head_dim and config.rope_theta. Where config.rope_scaling is not None, they are
     stretched as Llama 3.1 and 3.2 do, by its fields factor, low_freq_factor, high_freq_factor and
     original_max_position_embeddings.
 
@@ -224,6 +224,14 @@ def attention_by_mask(q, k, v, plan):
     return out.transpose(0, 1)
 
 
+def token_logprobs_at_once(hidden, head, targets):
+    """log p(target) = z[target] - log sum exp(z),  z = head @ h, with all logits: for tests."""
+    z = hidden @ head.to(hidden.dtype).T                    # (N, V)
+    log_p = full_precision(z).log_softmax(-1)               # (N, V)
+    return log_p.gather(-1, targets[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------ where part I hands over
 def rope(x, cos, sin):
     """What apply_rope computes, on CUDA by its twin of part II: x (T, H, E), cos and sin
     (T, 1, E/2) -> (T, H, E)."""
@@ -238,13 +246,6 @@ def attention(q, k, v, plan):
     if use_triton(q) and q.shape[-1] in KERNEL_WIDTHS:
         return TreeAttention.apply(q, k, v, plan)
     return TileAttention.apply(q, k, v, plan)
-
-
-def token_logprobs_at_once(hidden, head, targets):
-    """log p(target) = z[target] - log sum exp(z),  z = head @ h, with all logits: for tests."""
-    z = hidden @ head.to(hidden.dtype).T                    # (N, V)
-    log_p = full_precision(z).log_softmax(-1)               # (N, V)
-    return log_p.gather(-1, targets[:, None])[:, 0]
 
 
 def token_logprobs(hidden, head, targets):
@@ -271,8 +272,8 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """rms_norm with its weight: x (T, D) -> (T, D). On CUDA by torch's own kernel, which keeps one
-    number a row for the backward pass; it wants the weight in x's dtype."""
+    """rms_norm with its weight: x (T, D) -> (T, D). On CUDA (unless --kernels torch) by torch's own
+    kernel, which keeps one number a row for the backward pass and wants the weight in x's dtype."""
 
     def forward(self, x):
         if use_triton(x):
@@ -378,7 +379,7 @@ class Llama(nn.Module):
         """Final hidden states (T, D) of tokens (T,) at position (T,). attend(n, q, k, v) is what
         Attention calls in layer n."""
         x = self.model["embed_tokens"](tokens)
-        x = x.to(self.compute_dtype or x.dtype)             # (T, D)
+        x = x.to(self.product_dtype)                        # (T, D)
         cos, sin = rope_tables(self.config, position, x.dtype)
         for n, layer in enumerate(self.model["layers"]):
             attend_here = partial(attend, n)
@@ -463,6 +464,23 @@ class Llama(nn.Module):
         write_json(folder / "config.json", self.config.to_json())
 
 
+@torch.no_grad()
+def answer_logprobs(model, packs, count, world):
+    """log p of each of `count` answers, summed over its tokens: (count,) in float64 on the CPU; 0
+    where an answer is in no pack. The ranks share the packs."""
+    total = torch.zeros(count, dtype=torch.float64)
+    for p in deal(packs, world.rank, world.ranks):
+        answer = p.answer
+        p = p.to(world.device)
+        logprobs = model(p.tokens, p.end, p.rows, p.targets)
+        total.index_add_(0, answer, logprobs.cpu().double())
+    total = world.sum(total)
+    if not total.isfinite().all():
+        raise InputError("the model's log-probabilities are not numbers (NaN or infinity): its "
+                         "weights are broken, or too large for this --dtype")
+    return total
+
+
 # ------------------------------------------------------------------ sampling
 def hash32(*numbers):
     """A number of 32 bits that depends on every one of these numbers and on their order."""
@@ -472,7 +490,7 @@ def hash32(*numbers):
 
 
 def fingerprint(sequences):
-    """A number of 32 bits that depends on every id of these sequences."""
+    """A number of 32 bits that depends on every item of these sequences."""
     return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
 
 
@@ -494,7 +512,7 @@ def uniform(seed, position, attempt):
     return (x.to(exact) + 0.5) / 2 ** 32
 
 
-NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves the likeliest token alone
+NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
 BUCKET = 256        # tokens whose probabilities are added up first: a draw is found in two looks
 
 
@@ -659,9 +677,9 @@ def pick_and_sum(z, target, picked, log_sum):
 
 
 def logit_gradients(z, target, log_sum, grad):
-    """z <- grad (onehot(target) - exp(z - log_sum)), in place. z (N, n): logits of some of the
-    vocabulary, counted from its first; a target outside adds nothing. The others are
-    (N,)."""
+    """z <- grad (onehot(target) - exp(z - log_sum)), in place. z (N, n): logits of n neighbouring
+    tokens of the vocabulary; target (N,), counted from the first of them, adds nothing where it is
+    outside. log_sum and grad are (N,)."""
     if use_triton(z):
         return launch_row_gradients(z, target, log_sum, grad)
     inside = target.clamp(0, z.shape[1] - 1)
@@ -686,8 +704,8 @@ def row_tiles(plan):
 
     rows: a slice of n of them, counted from plan.skip on; the slices follow each other to the end,
     each as long as tile_stop says. keys (m,): all that any of them sees, beginning with the m - h
-    that all see. masked (n, h), bool: the last h that a row does not see. Both on the device of
-    plan.position. The example of tree_plan in one tile, n = m = 7 and h = 6 (#: True):
+    that all see. masked (n, h), bool: which of the last h keys a row does not see. Both on the
+    device of plan.position. The example of tree_plan in one tile, n = m = 7 and h = 6 (#: True):
 
         keys         I   p q a b x y
         masked   I       # # # # # #
@@ -719,7 +737,7 @@ def row_tiles(plan):
 def tile_stop(start, end):
     """The row after the tile that begins at `start`. It ends with a subtree where it can: then no
     row of the next tile has to hide that subtree's keys. But products of few rows are slow, so only
-    where the tile is at least a quarter full. Else it is full, or the stream is over."""
+    where the tile is more than a quarter full. Else it is full, or the stream is over."""
     size = end - start                                      # of a tile that stops at this end
     fits = (size > TILE_ROWS // 4) & (size <= TILE_ROWS)
     within = end[fits]
@@ -1348,8 +1366,9 @@ def number_reads(groups):
 
     groups: [(w, reads)] of the pages of instruction, prompts and samples; at most w rows read one
     page; reads: for each row (its pages, which of their readers it is).
-    -> (tables, results): for each group that has pages (first page, [for each page up to the last
-    rows that read it, row 0 where fewer than w do]); for each row its results.
+    -> (tables, results): for each group that has pages (its first page, [for each page from there
+    to its last one, w rows: those that read it, and row 0 in the place of each that is missing]);
+    for each row its results.
     The drawing above:
         groups   (4, [([0], 0), ([0], 1), ([0], 2), ([0], 3)])
                  (2, [([1], 0), ([1], 1), ([2], 0), ([2], 1)])
@@ -1565,18 +1584,19 @@ class Engine:
         self.stop = self.ints(sampling.stop)
         self.seeds = self.ints([0] * capacity.slots)        # see sample_seed
         longest = sampling.max_new_tokens + capacity.poll
-        self.history = self.seeds[:, None].repeat(1, longest)       # ids drawn in each slot
+        self.history = torch.zeros(capacity.slots, longest, dtype=torch.long,
+                                   device=self.device)      # ids drawn in each slot
         self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # was a logit NaN?
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
         self.jobs = []                                      # under way, the oldest first
-        self.cached = 0                                     # first tokens of a prompt with keys
+        self.cached = 0                 # how many first tokens of every prompt have keys: none yet
         self.shared = self.pool.take_lowest(pages_for(len(instruction)))
         assert self.shared == list(range(len(self.shared)))         # see PagePool.first
         if instruction:
             T = len(instruction)
             self.feed(instruction, [T] * T, places_in(self.shared, T))
-            self.cached = T
+            self.cached = T                                 # from now on the instruction's
 
     def ints(self, values):
         """Python's ints as int64 on the device."""
@@ -1744,9 +1764,9 @@ class Engine:
     def attend(self, n, q, batch):
         """Attention in layer n of one token a slot, q (B, H, E), over all pages that it reads."""
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_empty(batch.results, self.G, self.R, dtype=wide)
-        out = q.new_empty(batch.results, *heads.shape[1:], dtype=wide)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(batch.results, self.G, self.R, dtype=dtype)
+        out = q.new_empty(batch.results, *heads.shape[1:], dtype=dtype)
         for group in batch.groups:
             k = self.pool.k[n, group.pages]                                        # (p, G, 64, E)
             v = self.pool.v[n, group.pages]
@@ -1771,7 +1791,7 @@ class Engine:
             assert len(own) >= pages_for(job.drawn + self.capacity.poll), "see reserve"
             assert len(read) == len(self.shared) + len(job.pages) + len(own), "another order"
         groups = []
-        next_result = 1
+        next_result = 1                                     # as number_reads numbered them
         for first, readers in tables:
             pages = slice(first, first + len(readers))
             stop = next_result + len(readers) * len(readers[0])
@@ -1781,7 +1801,7 @@ class Engine:
         return Batch(
             slot=slot,
             length=length,
-            drawn=drawn.clone(),
+            drawn=drawn,
             own=self.ints(filled),
             groups=groups,
             results=next_result,
@@ -1901,14 +1921,15 @@ def whole_prompts(answers, finished, k):
     (prompt number, k lists of ids)."""
     for number, sample, ids in finished:
         own = answers[number]
-        own[sample] = ids
-        if len(own) == k:
-            yield number, [own[sample] for sample in range(k)]
+        if sample not in own:           # a job that was put back draws its ended samples again
+            own[sample] = ids
+            if len(own) == k:
+                yield number, [own[sample] for sample in range(k)]
 
 
-def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):
-    """The Capacity for these jobs, whose prompts share `shared` tokens; InputError where kv_tokens
-    cannot hold the largest of them alone."""
+def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
+    """The Capacity for these jobs, whose prompts begin with `cached` tokens that have keys;
+    InputError where kv_tokens cannot hold the largest of them alone."""
     if model.head.is_cuda:
         poll = 32
         slots = 1024
@@ -1920,16 +1941,16 @@ def plan_capacity(model, jobs, shared, max_new_tokens, kv_tokens, max_slots):
     slots = max(width, max_slots or slots)
     slots = min(slots, len(jobs) * width)
     answer = pages_for(max_new_tokens + poll)                                      # at most
-    prompts = [pages_for(len(job.prompt) - shared) for job in jobs]
+    prompts = [pages_for(len(job.prompt) - cached) for job in jobs]
     kv_tokens = kv_tokens or default_kv_tokens(model)
     held = kv_tokens // PAGE
-    need = pages_for(shared) + max(prompts) + width * answer
+    need = pages_for(cached) + max(prompts) + width * answer
     if held < need:
         longest = max(len(job.prompt) for job in jobs)
         raise InputError(f"--kv-tokens {kv_tokens}: a prompt of {longest} tokens and its samples "
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
     largest = sorted(prompts)[-slots:]                      # no more are under way at a time
-    held = min(held, pages_for(shared) + sum(largest) + slots * answer)
+    held = min(held, pages_for(cached) + sum(largest) + slots * answer)
     return Capacity(held, slots, width, poll)
 
 
@@ -2193,23 +2214,6 @@ def check_memory(need, device, advice):
     if need > there:
         raise InputError(f"needs {need / GIB:.1f} GiB, "
                          f"{there / GIB:.1f} are there: {advice}")
-
-
-@torch.no_grad()
-def answer_logprobs(model, packs, count, world):
-    """log p of each of `count` answers, summed over its tokens: (count,) in float64 on the CPU; 0
-    where an answer is in no pack. The ranks share the packs."""
-    total = torch.zeros(count, dtype=torch.float64)
-    for p in deal(packs, world.rank, world.ranks):
-        answer = p.answer
-        p = p.to(world.device)
-        logprobs = model(p.tokens, p.end, p.rows, p.targets)
-        total.index_add_(0, answer, logprobs.cpu().double())
-    total = world.sum(total)
-    if not total.isfinite().all():
-        raise InputError("the model's log-probabilities are not numbers (NaN or infinity): its "
-                         "weights are broken, or too large for this --dtype")
-    return total
 
 
 # ------------------------------------------------------------------ arguments

@@ -21,8 +21,8 @@ from bisect import bisect_left
 import torch
 from torch.nn import functional
 
-from data import (InputError, Tokenizer, at_least, deal, encode_records, pack, read_records,
-                  warn)
+from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
+                  read_records, warn)
 from model import answer_logprobs, join_ranks, read_arguments, weights_hash
 from train_sft import (Interrupts, Log, batches, checkpoint_folder, end_early, is_due,
                        load_for_training, lr_at, make_optimizer, resume, save,
@@ -60,7 +60,7 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return dict(loss=loss, preference=preference,
                 accuracy=(margin > 0).to(loss.dtype),
-                margin=beta * margin,           # in metrics.jsonl; in README's formula without beta
+                margin=beta * margin,           # in metrics.jsonl; above and in README without beta
                 chosen_logprob=chosen, rejected_logprob=rejected)
 
 
@@ -79,8 +79,8 @@ def watched(loss, policy, verdict, lengths):
 
 
 def verdict_sums(logprobs, answer, starts):
-    """answer_sums over the Answers blocks alone, where the verdicts are. starts (pairs, 2): which
-    token of each answer is the first of its block."""
+    """answer_sums over the Answers blocks alone, where the verdicts are; the tokens of an answer
+    stand together, in order. starts (pairs, 2): which of them is the first of its block."""
     starts = starts.flatten().to(answer.device)
     place = torch.arange(len(answer), device=answer.device)     # of each scored (row, next token)
     first = place.new_full((len(starts),), len(answer))
@@ -92,13 +92,17 @@ def verdict_sums(logprobs, answer, starts):
 
 def block_start(tokenizer, ids):
     """Which token of an answer is the first of its Answers block; len(ids) where it has none."""
+    text = tokenizer.decode(ids)
+    heading = answers_heading(text)
+    if heading is None:
+        return len(ids)
+    block = text[heading.start():]
+
     def is_beyond(start):
         rest = tokenizer.decode(ids[start:])
-        return "answers:" not in rest.lower()
+        return len(rest) < len(block)
 
     first_beyond = bisect_left(range(len(ids)), True, key=is_beyond)
-    if first_beyond == 0:
-        return len(ids)
     return first_beyond - 1
 
 
@@ -173,7 +177,7 @@ def main(argv=None):
     schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    args.weights_hash = weights_hash(args.model)            # --resume refuses another reference
+    args.weights_hash = weights_hash(args.model)    # the reference's: --resume refuses another
     checkpoint = start_run(args, world, examples, schedule, weights.tolist())
     model = load_for_training(args, world, examples)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
@@ -194,18 +198,19 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            in_batch = torch.unique(p.answer // 2)          # its pairs: a pack splits none;
-            in_data = torch.tensor(numbers)[in_batch]       # they, numbered as in examples
+            # a pack has whole pairs: their numbers in the batch, and in `examples`
+            in_batch = torch.unique(p.answer // 2)
+            in_data = torch.tensor(numbers)[in_batch]
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count)
             policy = policy.view(-1, 2)[in_batch]           # (B, 2): chosen, rejected
-            length = lengths[in_data].to(policy)            # (B, 2)
-            part = pairs_loss(policy, reference[in_data].to(policy), length[:, 0],
+            some_lengths = lengths[in_data].to(policy)      # (B, 2), on its device, in its dtype
+            part = pairs_loss(policy, reference[in_data].to(policy), some_lengths[:, 0],
                               weights[in_data].to(policy), args.beta, args.sft)
             verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
             verdict = verdict.view(-1, 2)[in_batch]
-            part.update(watched(part["loss"], policy, verdict, length))
+            part.update(watched(part["loss"], policy, verdict, some_lengths))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()

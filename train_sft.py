@@ -137,7 +137,7 @@ def main(argv=None):
 
 def held_out_loss(model, examples, args, world):
     """sft_loss of all these examples."""
-    packs = pack(examples, args.max_tokens)
+    packs = pack(examples, args.max_tokens, not args.no_share)
     logprobs = answer_logprobs(model, packs, len(examples), world)
     count = sum(len(e.answers[0]) for e in examples)
     return sft_loss(logprobs, count).item()
@@ -203,13 +203,13 @@ def parameters(config):
         return sum(weight.numel() for weight in Llama(config).parameters())
 
 
-def default_max_tokens(N, world, need):
+def default_max_tokens(weights, world, need):
     """Tokens of a pack where --max-tokens says nothing, the same on all ranks: 8192, enough to keep
     a CPU busy. A GPU reads a layer's weights and launches its kernels once for a pack, so that more
-    tokens are faster: 32768, or 16384 of a model of N = 2e9 weights or more, whose products are
+    tokens are faster: 32768, or 16384 of a model of 2e9 weights or more, whose products are
     large enough then. What a layer keeps of each token for the backward pass must fit: half as many
     where need(tokens) bytes are over 90% of what is free (the rest is lost between blocks)."""
-    most = 32768 if N < 2e9 else 16384
+    most = 32768 if weights < 2e9 else 16384
     while world.device.type == "cuda" and most > 8192:
         free, _ = torch.cuda.mem_get_info(world.device)
         if world.sum(need(most) > 0.9 * free) == 0:                     # on no rank is it too much
@@ -230,7 +230,8 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
     head = c.vocab_size * D
     q = c.num_attention_heads * c.head_dim
     k = c.num_key_value_heads * c.head_dim
-    layer = 4 * D + 2 * q + 2 * k + 2 * c.intermediate_size         # numbers a token, of one layer
+    # numbers a token, of one layer: both norms' inputs and outputs; q, out; k, v; gate, up
+    layer = 4 * D + 2 * q + 2 * k + 2 * c.intermediate_size
     kept = T * (L * D + layer) if recompute else T * L * layer
     passing = max(logits, 4 * T * c.intermediate_size)
     if products == storage:
@@ -389,8 +390,9 @@ def start_run(args, world, examples, schedule, weights=()):
     final = Path(args.out) / "config.json"
     holds_others = (final.exists() or checkpoints(args.out)) and not log.exists()
     if log.exists() and not args.resume or holds_others:
+        advice = "" if holds_others else "add --resume, or "
         raise InputError(f"{args.out}: already holds a run or a model; "
-                         "add --resume, or choose another --out")
+                         f"{advice}choose another --out")
     if log.exists():
         _, before = next(parse_records(log))
         check_same_run(args, before)

@@ -43,6 +43,9 @@ def test_the_answers_block_begins_where_its_word_does(tokenizer):
     twice = tokenizer.answer_ids(reasoning + block + "\n\n" + block)      # the last block counts
     assert tokenizer.decode(twice[block_start(tokenizer, twice):]).startswith(block.rstrip())
     assert len(twice) - block_start(tokenizer, twice) == len(ids) - start
+    for spelled in ("**Answers**:", "ANSWERS :"):                           # as parse_verdict takes them
+        other = tokenizer.answer_ids(reasoning + block.replace("Answers:", spelled) + "\nMy answers: above")
+        assert tokenizer.decode(other[block_start(tokenizer, other):]).startswith(spelled)
     for without in (tokenizer.answer_ids(reasoning), []):
         assert block_start(tokenizer, without) == len(without)
 
