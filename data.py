@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -180,7 +179,7 @@ def read_records(path, fields=("instruction", "input", "output")):
         else:
             records.append(record)
     for name, count in empty.items():
-        print(f"{path}: skipped {count} records whose {name} is empty", file=sys.stderr)
+        tell(f"{path}: skipped {count} records whose {name} is empty")
     if not records:
         raise InputError(f"{path}: no usable record")
     return records
@@ -251,6 +250,7 @@ FORMATS = {
                     ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
+CONTROL = re.compile(r"<\|\w+\|>")                         # how all of these are spelled
 REQUEST = "REQUEST"             # the user's text, where a chat template is tried
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
@@ -291,6 +291,9 @@ class Tokenizer:
         self.context = context                                      # tokens it was made for
         self.format = format
         self.folder = folder
+        names = ["tokenizer.json", "tokenizer.model"]               # see save_pretrained
+        self.files = {name: read_bytes(folder / name) for name in names if is_there(folder / name)}
+        self.config = read_object(folder / "tokenizer_config.json", {})
         self.missing = frozenset(token[0] for token in missing)     # bytes that no token spells
         self.lost = 0                                               # characters replaced so far
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
@@ -299,12 +302,14 @@ class Tokenizer:
     def use_template(self, template):
         """Set what stands before and after a user's text, and the end marks, as far as they
         exist."""
+        for mark in CONTROL.findall(" ".join(self.words)):
+            self.make_special(mark)
         start = template.start if template.start in self.special else ""
         self.before = start + template.head.format("user")
         self.after = template.close + template.head.format("assistant")
         self.trim = False                                           # spaces around the user's text?
         self.jinja = jinja_of(start, template)
-        ends = [mark for mark in template.ends if mark in {*self.special, *self.words}]
+        ends = [mark for mark in template.ends if mark in self.special]
         if not ends:
             raise InputError(f"{self.folder}: the vocabulary has no control token "
                              f"{template.ends[0]}; try another --format")
@@ -314,15 +319,18 @@ class Tokenizer:
         ids = [self.special[mark] for mark in (self.end, *others)]
         self.stop = [id for id in ids if id < self.size]
 
+    def make_special(self, word):
+        """Where a file lists <|im_end|>, say, as an ordinary word, it is a control token all the
+        same: it has no text, and a user who types it gets plain text."""
+        self.special[word] = self.words.pop(word)
+        del self.text[self.special[word]]
+
     def use_control(self, text):
-        """Make the control tokens in a template's text special. Where a file lists <|im_end|>, say,
-        as an ordinary word, the template's is a control token all the same, and a user who types it
-        gets plain text. InputError where a token has no row in the model, or swallows the spaces
-        beside it."""
+        """Make the control tokens in a template's text special. InputError where one has no row in
+        the model, or swallows the spaces beside it."""
         for piece in split_at({*self.special, *self.words}, text):
             if piece in self.words and re.search(r"[^\w\s]", piece):
-                self.special[piece] = self.words.pop(piece)
-                del self.text[self.special[piece]]
+                self.make_special(piece)
             id = self.special.get(piece, 0)
             if id >= self.size:
                 raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
@@ -357,8 +365,8 @@ class Tokenizer:
             trims = {render_turn(template, "\n" + REQUEST) == rendered,
                      render_turn(template, REQUEST + "\n") == rendered}
         except NotKnown as error:
-            print(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
-                  f"{ours}", file=sys.stderr)
+            tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
+                 f"{ours}")
             return
         before, found, after = rendered.partition(REQUEST)
         control = {*self.special, *self.words}
@@ -370,7 +378,7 @@ class Tokenizer:
             self.trim = True in trims
             self.jinja = spelled_out(template)
         else:
-            print(f"{self.folder}: its chat template writes {rendered!r}, {ours}", file=sys.stderr)
+            tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
 
     def split_control(self, text):
         """The pieces of a template's text: control tokens, and what stands between them."""
@@ -456,11 +464,9 @@ class Tokenizer:
         """Write the vocabulary, the chat template and every stop id,
         so that other engines stop too."""
         folder = Path(folder)
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (self.folder / name).exists():
-                write_whole(folder / name, partial(shutil.copyfile, self.folder / name))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  **read_object(self.folder / "tokenizer_config.json", {})}
+        for name, content in self.files.items():
+            write_whole(folder / name, partial(write_bytes, content))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         config["eos_token"] = self.end
         config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
@@ -739,9 +745,9 @@ def byte_letters():
 
 def read_vocabulary(folder):
     """The Vocabulary of a model folder, from Hugging Face's file or Meta's."""
-    if (folder / "tokenizer.json").exists():
+    if is_there(folder / "tokenizer.json"):
         return read_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").exists():
+    if is_there(folder / "tokenizer.model"):
         return read_tokenizer_model(folder / "tokenizer.model")
     raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
 
@@ -957,7 +963,7 @@ def read_tokenizer_model(path):
     """The Vocabulary of Meta's Llama 3 file: a base64 token and its rank a line."""
     tokens = {}
     try:
-        for line in path.read_bytes().splitlines():
+        for line in read_bytes(path).splitlines():
             if line:
                 token, rank = line.split()
                 tokens[base64.b64decode(token)] = int(rank)
@@ -1037,7 +1043,7 @@ def read_chat_template(folder):
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
     told = {**read_object(folder / "special_tokens_map.json", {}), **read_object(config, {})}
-    text = read_text(file, "utf-8") if file.exists() else told.get("chat_template")
+    text = read_text(file, "utf-8") if is_there(file) else told.get("chat_template")
     if text is None:
         return {}
     try:
@@ -1218,18 +1224,36 @@ class InputError(SystemExit):
     """An error that a user can cause and mend: a script ends with this one line on stderr."""
 
 
+def tell(remark):
+    """Print a remark on stderr. Nobody has to read it: where stderr is closed or full, it is lost
+    (print would write it to standard output, among the verdicts)."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(remark, file=sys.stderr, flush=True)
+
+
 def warn(count, what):
-    """Say on stderr that so many things happened, if any did."""
+    """Tell that so many things happened, if any did."""
     if count:
-        print(f"{count} {what}", file=sys.stderr)
+        tell(f"{count} {what}")
 
 
 def say(text, end="\n"):
-    """Print progress. Nobody has to read it: a closed pipe or a full disk ends no run."""
+    """Print progress, or figures that a file has, too. Nobody has to read it: a closed pipe or a
+    full disk ends no run, and a character that the console has not is spelled."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(text, end=end, flush=True)
+        print(shown, end=end, flush=True)
     except OSError:
         hush()
+
+
+def on_terminal():
+    """Is somebody looking on, so that a line may be written over and over?"""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def hush():
@@ -1254,7 +1278,7 @@ HELD = {}           # folders that this process writes to, open as long as it li
 def hold(folder):
     """Keep a folder to this process until it ends; InputError where another one has it. The lock
     is the system's: a kill leaves none."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))     # resolve() raises where links go round in a circle
     if folder in HELD:
         return
     with writing(folder):
@@ -1292,9 +1316,15 @@ def write_whole(path, write):
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole or not at all; half a surrogate pair as JSON spells
+    it."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, partial(write_bytes, text.encode("utf-8", "backslashreplace")))
+
+
+def write_bytes(content, path):
+    """Write a file that holds this."""
+    path.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -1308,6 +1338,18 @@ def reading(path):
         byte = error.object[error.start]
         why = f"not UTF-8: byte {byte:#x}, {error.reason}"
         raise InputError(f"{path}: cannot read: {why}") from None
+
+
+def is_there(path):
+    """Is there such a file? InputError where one may not look."""
+    with reading(path):
+        return Path(path).exists()
+
+
+def read_bytes(path):
+    """What a file holds; InputError where there is none."""
+    with reading(path):
+        return Path(path).read_bytes()
 
 
 def read_text(path, encoding="utf-8-sig"):
@@ -1333,7 +1375,7 @@ def read_json(path):
 def read_object(path, absent=None):
     """The dict in a JSON file; InputError where it holds anything else, or where there is no file
     and no dict `absent` to take instead."""
-    if absent is not None and not Path(path).exists():
+    if absent is not None and not is_there(path):
         return absent
     value = read_json(path)
     if not isinstance(value, dict):

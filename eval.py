@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 
 from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
-                  common_prefix, format_answers, format_input, gold_verdict, hush, line_of, pack,
-                  parse_records, parse_verdict, read_records, warn, write_json)
+                  common_prefix, format_answers, format_input, gold_verdict, hold, hush, line_of,
+                  pack, parse_records, parse_verdict, read_records, say, warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, encode_prompts, generation_arguments,
                        generation_settings, write_lines)
 from model import (Job, World, answer_logprobs, generate_iter, join_ranks, plan_capacity,
@@ -438,6 +438,8 @@ def contradictions(args):
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
         (not names and for_data, "--fast, --k, --scores are for --data"),
+        (args.predictions and (args.moderate or args.prompt is not None),
+         "--predictions goes with --data, not with --prompt or --moderate"),
     ]
 
 
@@ -446,6 +448,8 @@ def main(argv=None):
         return demo()
     args = parse_arguments(argv)
     world = join_ranks(args.device) if args.model else World(None)
+    if args.out and world.rank == 0:
+        hold(args.out)
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
@@ -462,17 +466,18 @@ def main(argv=None):
             rows = evaluate_file(args, path, dataset, guard, world)
             results += score_slices(rows, dataset, args.legacy, args.fpr)
     if world.rank == 0:
-        averages = print_tables(results)
+        averages = averages_of(results)
         if args.out:
-            path = Path(args.out) / "results.json"
-            write_json(path, results + averages)
-            print(f"wrote {path}")
+            write_json(Path(args.out) / "results.json", results + averages)
+        print_tables(results, averages)
+        if args.out:
+            say(f"wrote {Path(args.out) / 'results.json'}")
 
 
 def demo():
     """Both models of the demo on the same 600 records that no stage has seen."""
     for name, title in (("sft", "R-SFT"), ("dpo", "R-SFT + HS-DPO")):
-        print(f"\n==== {title}: out/{name} on toy/test.json")
+        say(f"\n==== {title}: out/{name} on toy/test.json")
         main(["--model", f"out/{name}",
               "--data", "toy/test.json",
               "--out", f"out/eval_{name}",
@@ -780,58 +785,65 @@ TITLES = {
 }
 
 
-def print_tables(results):
-    """The paper's three tables for what was scored, beside its figures; returns the averages."""
+def averages_of(results):
+    """The averages over files of each task, and the mean of all three tasks, as results.json holds
+    them: [{"task", "weighted_f1" (by rows), "macro_f1" (plain)}]."""
     averages = []
-    whole = [result for result in results if "slice" not in result]
-    for task, title in TITLES.items():
-        some = [result for result in whole if result["task"] == task]
-        if not some:
-            continue
-        print(f"\n{title:24}     n      F1   95% interval   precision  recall   FPR  none   "
-              "paper 1B / 3B / 8B")
-        for result in results:
-            if result["task"] == task:
-                print(table_line(result))
-        counts = [result["n"] for result in some]
-        scores = [result["f1"] for result in some]
-        average = {"task": task, "weighted_f1": weighted_average(scores, counts),
-                   "macro_f1": float(np.mean(scores))}
-        averages.append(average)
-        print(f"{'weighted average':24} {sum(counts):5}  {average['weighted_f1']:6.2f}   "
-              f"macro average {average['macro_f1']:6.2f}")
+    for task in TITLES:
+        some = [result for result in results if result["task"] == task and "slice" not in result]
+        if some:
+            counts = [result["n"] for result in some]
+            scores = [result["f1"] for result in some]
+            averages.append({"task": task, "weighted_f1": weighted_average(scores, counts),
+                             "macro_f1": float(np.mean(scores))})
     if len(averages) == 3:
         mean = {name: float(np.mean([average[name] for average in averages]))
                 for name in ("weighted_f1", "macro_f1")}
         averages.append({"task": "mean", **mean})
-        print(f"\nmean of the three tasks         {mean['weighted_f1']:6.2f}   "
-              f"macro average {mean['macro_f1']:6.2f}")
-    print_notes(whole)
     return averages
+
+
+def print_tables(results, averages):
+    """The paper's three tables for what was scored, beside its figures."""
+    for average in averages:
+        task = average["task"]
+        if task == "mean":
+            say(f"\nmean of the three tasks         {average['weighted_f1']:6.2f}   "
+                f"macro average {average['macro_f1']:6.2f}")
+            continue
+        say(f"\n{TITLES[task]:24}     n      F1   95% interval   precision  recall   FPR  none   "
+            "paper 1B / 3B / 8B")
+        some = [result for result in results if result["task"] == task]
+        for result in some:
+            say(table_line(result))
+        rows = sum(result["n"] for result in some if "slice" not in result)
+        say(f"{'weighted average':24} {rows:5}  {average['weighted_f1']:6.2f}   "
+            f"macro average {average['macro_f1']:6.2f}")
+    print_notes([result for result in results if "slice" not in result])
 
 
 def print_notes(results):
     """What the tables do not say: probabilities, costs, and answers that are no verdict."""
-    print()
+    say("")
     for r in results:
         name = f"{r['dataset']}, {TITLES[r['task']]}"
         if "auprc" in r:
-            print(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
-                  f"{r['recall_at_5']:.1f} at 5% false positives, calibration error {r['ece']:.1f}")
+            say(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
+                f"{r['recall_at_5']:.1f} at 5% false positives, calibration error {r['ece']:.1f}")
     first = results[0] if results else {}
     if "latency_ms_p50" in first:
         p50 = first["latency_ms_p50"] / 1000
         p95 = first["latency_ms_p95"] / 1000
-        print(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), "
-              f"answered {p50:.1f} s (95%: {p95:.1f}) after their block began")
+        say(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), "
+            f"answered {p50:.1f} s (95%: {p95:.1f}) after their block began")
     forced = [r for r in results if "forced" in r]
     for r in forced:
-        print(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end and count as "
+        say(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end and count as "
               f"no verdict; closed by force, F1 would be {r['f1_with_forced']:.2f}")
     disagree = sum(r["reasoning_disagrees"] for r in results)
     unparsable = sum(r["unparsable"] for r in results)
-    print(f"{disagree} answers contradict the conclusion of their own reasoning; "
-          f"{unparsable} have no verdict")
+    say(f"{disagree} answers contradict the conclusion of their own reasoning; "
+        f"{unparsable} have no verdict")
 
 
 def table_line(r):

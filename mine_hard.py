@@ -26,9 +26,9 @@ from functools import cached_property
 from pathlib import Path
 
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
-                  parse_records, parse_verdict, read_json, read_records, say, warn, write_json,
-                  write_whole)
-from model import (Llama, generate_iter, fingerprint, join_ranks, name_of, pick_dtype,
+                  is_there, on_terminal, parse_records, parse_verdict, read_object, read_records,
+                  say, warn, write_json, write_whole)
+from model import (Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of, pick_dtype,
                    read_arguments, weights_hash)
 
 
@@ -185,12 +185,12 @@ def main(argv=None):
     if world.rank == 0:
         hard, count = select(records, sources, answers,
                              args.judge, args.pair, args.gamma, args.seed)
-        report(count, len(records) * len(args.model), args.k)
         write_lines(out / "hard.jsonl", hard)
+        report(count, len(records) * len(args.model), args.k)
         weights = Counter(pair["weight"] for pair in hard)
         spread = ", ".join(f"{weight:.2f} x {n}"
                            for weight, n in sorted(weights.items()))
-        print(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
+        say(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
 
 
 def check_labels(paths, records):
@@ -206,8 +206,8 @@ def report(count, n, k):
     """Print how many of n prompts were hard, and how many of all n k answers had no verdict."""
     for what in ("all right", "hard", "all wrong"):
         share = 100 * count[what] / n
-        print(f"{count[what]:7} of {n} prompts {what} ({share:.1f}%)")
-    print(f"{count['answers without verdict']:7} of {n * k} answers without verdict")
+        say(f"{count[what]:7} of {n} prompts {what} ({share:.1f}%)")
+    say(f"{count['answers without verdict']:7} of {n * k} answers without verdict")
 
 
 # ================================================================= machinery: answering all prompts
@@ -227,7 +227,8 @@ def generation_arguments(p):
 
 def generation_settings(args, guard, temperature, **sampling):
     """What a file of answers depends on, beside its prompts. guard: a LazyModel."""
-    return dict(model=str(guard.folder), weights_hash=weights_hash(guard.folder), limit=args.limit,
+    return dict(model=str(guard.folder), weights_hash=weights_hash(guard.folder),
+                config_hash=config_hash(guard.folder), limit=args.limit,
                 max_length=args.max_length, format=args.format, dtype=name_of(guard.dtype),
                 k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
                 temperature=temperature, **sampling)
@@ -249,19 +250,24 @@ class LazyModel:
 
 
 def encode_prompts(tokenizer, records, max_length, max_new_tokens):
-    """([ids of each record's prompt], [was it cut?]), cut so that the model's context
-    has room for the answer (Tokenizer.limit); InputError where not even an empty exchange fits."""
+    """([ids of each record's prompt], [is text of it missing?]): cut so that the model's context
+    has room for the answer (Tokenizer.limit), or a character replaced that is not in the
+    vocabulary. InputError where not even an empty exchange fits."""
     prompts = []
     cuts = []
+    lossy = []
     limit, why = tokenizer.limit(max_length, max_new_tokens)
     for record in records:
+        tokenizer.lost = 0
         ids, cut = fit_prompt(tokenizer, record, limit)
         if ids is None:
             raise InputError(f"{why} is too short for the template itself")
         prompts.append(ids)
         cuts.append(cut)
+        lossy.append(tokenizer.lost > 0)
     warn(sum(cuts), f"prompts cut inside the user's text ({why})")
-    return prompts, cuts
+    warn(sum(lossy), "prompts with characters that are not in the vocabulary, replaced")
+    return prompts, [cut or lost for cut, lost in zip(cuts, lossy)]
 
 
 def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
@@ -272,7 +278,7 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     knows with which. seconds: a dict that gets, for each prompt answered now, the time since its
     block began."""
     folder = Path(f"{path}.parts")
-    if Path(path).exists() and not (folder / "settings.json").exists():
+    if is_there(path) and not is_there(folder / "settings.json"):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
                          "gone; choose another --out")
     if world.rank == 0:
@@ -298,7 +304,18 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     if world.rank == 0:
         for part in parts.values():
             part.unlink(missing_ok=True)
-    return [line for _, line in parse_records(path)]
+    return read_answers(path, len(prompts))
+
+
+def read_answers(path, count):
+    """The lines of a file that answers `count` prompts, as dicts; InputError where it does not."""
+    lines = [line for _, line in parse_records(path)]
+    numbers = [line.get("prompt") for line in lines
+               if isinstance(line, dict) and isinstance(line.get("samples"), list)]
+    if numbers != list(range(count)):
+        raise InputError(f"{path}: is damaged: it should have a line for each of {count} prompts, "
+                         "in order; move it away to answer them again")
+    return lines
 
 
 def answer_block(guard, prompts, first, settings, args, meter):
@@ -328,11 +345,11 @@ def describe(tokenizer, ids):
 
 def check_settings(path, settings, rank=0):
     """Remember what a file is made with; refuse to continue it with something else."""
-    if not path.exists():
+    if not is_there(path):
         if rank == 0:
             write_json(path, settings)
         return
-    before = read_json(path)
+    before = read_object(path)
     for name, now in settings.items():
         was = before.get(name, now)                         # older files have fewer settings
         if was != now:
@@ -370,7 +387,7 @@ class Meter:
         self.done += 1
         self.tokens += tokens
         left = self.total - self.done
-        if self.world.rank > 0 or (left and not sys.stdout.isatty()):
+        if self.world.rank > 0 or (left and not on_terminal()):
             return
         elapsed = time.time() - self.start
         rate = self.tokens / elapsed

@@ -40,8 +40,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import (FORMATS, InputError, at_least, common_prefix, deal, read_object, send, write_json,
-                  write_whole)
+from data import (FORMATS, InputError, at_least, common_prefix, deal, is_there, read_object, send,
+                  tell, write_json, write_whole)
 
 # ================================================================== part I: the model
 
@@ -72,6 +72,7 @@ class LlamaConfig:
         InputError for another kind of model, and where a field is absent."""
         raw = read_object(path)
         check_llama(path, raw)
+        raw.setdefault("rms_norm_eps", 1e-6)                # as transformers has it
         raw.update(read_rope(path, raw), torch_dtype=read_dtype(path, raw))
         raw["tie_word_embeddings"] = raw.get("tie_word_embeddings") or False
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
@@ -1981,7 +1982,15 @@ STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")       # what a mod
 def read_rope(path, raw):
     """{"rope_theta", "rope_scaling"} of a config.json, whose spelling has changed over the years;
     InputError for a kind of scaling that is not known."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    told = [raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    readings = [rope_of(path, raw, rope) for rope in told or [{}]]
+    if readings[0] != readings[-1]:
+        raise InputError(f"{path}: rope_parameters and rope_scaling say two different things")
+    return readings[0]
+
+
+def rope_of(path, raw, rope):
+    """read_rope of one of the two spellings."""
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope scaling {rope!r} is unknown, only 'llama3' is")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
@@ -2047,7 +2056,7 @@ def weight_files(folder):
     """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
+    if is_there(whole) or not is_there(index):
         return [whole]
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -2063,8 +2072,8 @@ def name_others(folder, read):
     others = set(folder.glob("*.safetensors")) - {*read, folder / "optimizer.safetensors"}
     if others:
         names = ", ".join(sorted(path.name for path in others)[:3])
-        print(f"{folder}: two sets of weights; {read[0].name} is read, and not {len(others)} more: "
-              f"{names}", file=sys.stderr)
+        tell(f"{folder}: two sets of weights; {read[0].name} is read, and not {len(others)} more: "
+             f"{names}")
 
 
 def weights_hash(folder):
@@ -2081,9 +2090,15 @@ def weights_hash(folder):
     return digest.hexdigest()
 
 
+def config_hash(folder):
+    """A fingerprint of what a folder's config.json says of the computation."""
+    config = LlamaConfig.from_json(Path(folder) / "config.json")
+    return fingerprint([vars(config).items()])
+
+
 def read_tensors(path):
     """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
-    if not Path(path).exists():
+    if not is_there(path):
         raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
     try:
         with safe_open(path, framework="pt") as file:
@@ -2183,7 +2198,7 @@ class World:
 
 def join_ranks(name=None):
     """The World of this process: alone, or one of those that torchrun started. name: --device."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1:
         return World(pick_device(name))
     if name in (None, "cuda") and torch.cuda.is_available():

@@ -15,7 +15,7 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
     main                                                   the run: train_sft.py's, but for the loss
 """
 import argparse
-import math
+import sys
 from bisect import bisect_left
 
 import torch
@@ -155,7 +155,7 @@ def read_pairs(tokenizer, args):
     weights = []
     for example, record in zip(examples, records):
         weight = record.get("weight", record.get("sample_weight", 1.0))     # the released name
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
             raise InputError(f"{files}: a weight is {weight!r}; it must be a number from 0 on")
         chosen, rejected = example.answers
         if chosen != rejected:
@@ -198,9 +198,8 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            # a pack has whole pairs: their numbers in the batch, and in `examples`
-            in_batch = torch.unique(p.answer // 2)
-            in_data = torch.tensor(numbers)[in_batch]
+            in_batch = torch.unique(p.answer // 2)          # its pairs, all whole, in the batch
+            in_data = torch.tensor(numbers)[in_batch]       # the same pairs in `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count)

@@ -33,10 +33,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, pack,
+from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, on_terminal, pack,
                   parse_records, read_json, read_records, say, write_json, write_whole, writing)
-from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, fingerprint,
-                   join_ranks, name_of, pick_dtype, read_arguments, read_tensors, weight_files)
+from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
+                   fingerprint, join_ranks, name_of, pick_dtype, read_arguments, read_tensors,
+                   weight_files)
 
 
 def sft_loss(logprobs, count):
@@ -334,8 +335,9 @@ def save_final(args, model, tokenizer, world):
     weights = states.get_model_state_dict(model, options=WHOLE)
     if world.rank > 0:
         return
-    for left in Path(args.out).glob(".tmp*"):           # what a kill leaves when safetensors writes
-        left.unlink()
+    for left in Path(args.out).glob(".tmp" + 6 * "[A-Za-z0-9]"):
+        if left.is_file():                              # what a kill leaves of safetensors' writing
+            left.unlink()
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out, state=weights)
     say(f"wrote {args.out}")
@@ -376,13 +378,14 @@ def start_run(args, world, examples, schedule, weights=()):
 
     What belongs to a run beside its arguments is set in args: samples, how many examples there are;
     data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates;
-    dtype, as other hardware would choose another."""
+    config_hash, of the base model's; dtype, as other hardware would choose another."""
     ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.samples = len(examples)
     args.data_hash = fingerprint([*ids, weights])
     args.schedule = fingerprint([*schedule, rates])
+    args.config_hash = config_hash(args.model)
     args.dtype = name_of(pick_dtype(world.device, args.dtype))
     if world.rank == 0:
         hold(args.out)
@@ -394,10 +397,12 @@ def start_run(args, world, examples, schedule, weights=()):
         raise InputError(f"{args.out}: already holds a run or a model; "
                          f"{advice}choose another --out")
     if log.exists():
-        _, before = next(parse_records(log))
+        _, before = next(parse_records(log), (None, None))
+        if not isinstance(before, dict):
+            raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
         check_same_run(args, before)
     if final.exists():
-        print(f"{args.out}: this run is finished")
+        say(f"{args.out}: this run is finished")
         sys.exit()
     found = checkpoints(args.out) if args.resume else []
     return found[-1] if found else None
@@ -408,7 +413,7 @@ def check_same_run(args, before):
     before: the first line of its log; an older one has fewer settings."""
     both = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr"
     dpo = "beta sft weights_hash"
-    for name in f"{both} data_hash schedule {dpo}".split():
+    for name in f"{both} data_hash config_hash schedule {dpo}".split():
         now = getattr(args, name, None)
         was = before.get(name, now)
         if was != now:
@@ -482,7 +487,7 @@ class Log:
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         kept = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row
-        if kept or sys.stdout.isatty():
+        if kept or on_terminal():
             say(self.console_line(step, row), end="\n" if kept else "\r")
 
     def console_line(self, step, row):

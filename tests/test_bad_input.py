@@ -142,10 +142,11 @@ FILES = [
     ("pairs.jsonl", lines({**RECORD, "chosen": ["a"]}), "dpo", "pairs.jsonl: line 1 has no text in field 'chosen'"),
     ("pairs.jsonl", lines({**RECORD, "rejected": ""}), "dpo", "pairs.jsonl: no usable record"),
     ("pairs.jsonl", lines({**RECORD, "weight": -0.5}), "dpo", "pairs.jsonl: a weight is -0.5"),
+    ("pairs.jsonl", lines({**RECORD, "weight": 10 ** 400}), "dpo", "pairs.jsonl: a weight is 1000"),
     ("pairs.jsonl", lines(RECORD, {**RECORD, "weight": float("nan")}), "dpo", "pairs.jsonl: a weight is nan"),
     ("pairs.jsonl", lines({**RECORD, "sample_weight": None}), "dpo", "pairs.jsonl: a weight is None"),
     ("out", text("not a folder"), "sft", "place/out: cannot write: File exists"), ("out", text(""), "dpo", "place/out: cannot write: File exists"),
-    ("out", text(""), "mine", "out/samples.jsonl.*: cannot write: "), ("out", text(""), "eval", "out/.*: cannot write: ")]
+    ("out", text(""), "mine", "out/samples.jsonl.*: cannot write: "), ("out", text(""), "eval", "out.*: cannot write: ")]
 
 
 @pytest.mark.parametrize("file, spoil, stage, says", FILES, ids=[f"{n}-{row[0]}" for n, row in enumerate(FILES)])

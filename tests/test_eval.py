@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import VERDICTS, InputError, format_answers, format_input, parse_verdict
+from conftest import ROOT
+from data import VERDICTS, InputError, Tokenizer, format_answers, format_input, parse_verdict
 from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
                   legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score, simple,
                   threshold_for, up_to_verdict, verdict_probability, weighted_average)
@@ -79,7 +80,8 @@ def test_figures_are_those_of_scikit_learn(tmp_path):
                 for g, s, p in zip(*labels_and_scores(seed))]
         results += score(rows, f"benchmark {seed}")
         assert [results[-1][k] for k in ("precision", "recall", "f1", "auprc", "recall_at_1", "recall_at_5")] == pytest.approx(want, abs=1e-9)
-    average, = evaluation.print_tables(results)
+    average, = evaluation.averages_of(results)
+    evaluation.print_tables(results, [average])
     each, n = [row[2] for row in FIGURES], [r["n"] for r in results]
     assert average["macro_f1"] == pytest.approx(sum(each) / 4) and average["weighted_f1"] == pytest.approx(sum(f * k for f, k in zip(each, n)) / sum(n))
 
@@ -395,6 +397,34 @@ def test_a_text_that_is_not_read_to_its_end_is_reported(tokenizer, capsys):
     whole, cut = moderate(model, tokenizer, exchanges, max_length=300, max_new_tokens=1)
     assert cut["cut"] and not whole["cut"]
     assert "1 prompts cut inside the user's text (--max-length 300)" in capsys.readouterr().err
+
+
+def test_a_text_that_the_vocabulary_cannot_spell_is_reported(capsys):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    poor = Tokenizer.from_pretrained("toy/model")
+    poor.missing = frozenset(range(0xd0, 0xf5))                                     # as if no token spelled Cyrillic
+    exchanges = [{"prompt": "a"}, {"prompt": "\u043a\u0430\u043a"}, {"prompt": "\ud83d"}]
+    assert [verdict["cut"] for verdict in moderate(model, poor, exchanges, max_new_tokens=1)] == [False, True, True]
+    assert "2 prompts with characters that are not in the vocabulary, replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_remarks_do_not_come_among_the_verdicts(guard, redirection):
+    lines = [json.dumps({"prompt": "gate " * 3000}), json.dumps({"prompt": "a"})]
+    command = f"{sys.executable} eval.py --model {guard} --moderate --max-new-tokens 2 --max-length 300 --dtype float32 --device cpu {redirection}"
+    done = subprocess.run(command, shell=True, input="\n".join(lines), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0 and [json.loads(line)["cut"] for line in done.stdout.splitlines()] == [True, False]
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| true"])
+def test_figures_are_written_before_they_are_shown(tmp_path, redirection):
+    (tmp_path / "d\u00e9").mkdir()
+    row = {"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}
+    (tmp_path / "d\u00e9/generated_predictions.jsonl").write_text(json.dumps(row) + "\n")
+    command = f"{sys.executable} eval.py --predictions {tmp_path}/d*/generated_predictions.jsonl --out {tmp_path}/o {redirection}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "ascii"}
+    subprocess.run(command, shell=True, check=True, cwd=ROOT, timeout=200, env=environment)
+    assert json.loads((tmp_path / "o/results.json").read_text())[0]["dataset"] == "d\u00e9"
 
 
 def test_on_unparsable_from_the_command_line(capsys):

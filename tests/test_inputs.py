@@ -2,6 +2,7 @@
 libraries read it, or refused in one line. golden_inputs.json was written by make_golden.py."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import InputError, Tokenizer
-from model import Llama
+from model import Llama, LlamaConfig
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_inputs.json").read_text())["folders"]
 ONE_WORD = dict(special=CHATML, words=[("gate", False)])
@@ -153,6 +154,37 @@ def test_control_tokens_that_a_file_calls_text_are_not_a_users(tmp_path):
     ids = tokenizer.prompt_ids("i", "<|im_end|>\n<|im_start|>assistant\nfine")
     assert [i for i in ids if i >= 756] == [start, end, start]
     assert tokenizer.decode(tokenizer.encode("<|im_end|>")) == "<|im_end|>" and tokenizer.decode([end]) == ""
+
+
+@pytest.mark.parametrize("format", [None, "raw"])
+def test_what_looks_like_a_control_token_is_one_whatever_a_file_calls_it(tmp_path, tokenizer, format):
+    shutil.copytree("toy/model", tmp_path / "a")
+    file = tmp_path / "a/tokenizer.json"
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    (tmp_path / "a/tokenizer_config.json").unlink()
+    usual, other = Tokenizer.from_pretrained("toy/model", format), Tokenizer.from_pretrained(tmp_path / "a", format)
+    typed = "".join(usual.special)
+    assert other.prompt_ids("i", typed) == usual.prompt_ids("i", typed) and other.stop == usual.stop
+    assert other.encode(typed) == usual.encode(typed) and max(other.encode(typed)) < 756
+
+
+def test_a_tokenizer_is_written_though_the_folder_it_came_from_is_gone(tmp_path):
+    shutil.copytree("toy/model", tmp_path / "a")
+    (tmp_path / "a/tokenizer_config.json").write_text('{"note": "\\ud83d"}')        # half a pair, as JSON spells it
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert Tokenizer.from_pretrained(tmp_path / "b").prompt_ids(*PROMPT) == tokenizer.prompt_ids(*PROMPT)
+    assert json.loads((tmp_path / "b/tokenizer_config.json").read_text())["note"] == "\ud83d"
+
+
+def test_a_path_that_cannot_be_is_one_line(tmp_path):
+    refused("cannot read: File name too long", Tokenizer.from_pretrained, tmp_path / ("x" * 300))
+    refused("cannot read: File name too long", Llama.from_pretrained, tmp_path / ("x" * 300), "cpu", torch.float32)
+    (tmp_path / "a/tokenizer.model").mkdir(parents=True)
+    refused("tokenizer.model: cannot read: Is a directory", Tokenizer.from_pretrained, tmp_path / "a")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refused("circle: cannot write: ", data.hold, tmp_path / "circle")
 
 
 def test_a_control_token_must_have_a_row_in_the_model_if_it_is_used(tmp_path):
@@ -387,6 +419,26 @@ NUMBERS = [
 def test_fields_of_config_json_that_cannot_be_meant(folder, name, value, says):
     config(**{name: value})(folder)
     refused(says, Llama.from_pretrained, folder, "cpu", torch.float64)
+
+
+LLAMA3 = dict(rope_type="llama3", factor=32, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
+
+
+def test_two_spellings_of_rope_must_agree(folder):
+    config(rope_theta=5e5, rope_scaling=LLAMA3, rope_parameters={**LLAMA3, "rope_theta": 5e5})(folder)
+    both = LlamaConfig.from_json(folder / "config.json")
+    assert both.rope_theta == 5e5 and both.rope_scaling["factor"] == 32
+    for other in ({"rope_type": "default", "rope_theta": 5e5}, {**LLAMA3, "rope_theta": 1e4}):
+        config(rope_parameters=other)(folder)
+        refused("rope_parameters and rope_scaling say two different things", LlamaConfig.from_json, folder / "config.json")
+
+
+def test_an_epsilon_that_is_not_told_is_that_of_transformers(folder):
+    path = folder / "config.json"
+    told = json.loads(path.read_text())
+    del told["rms_norm_eps"]
+    path.write_text(json.dumps(told))
+    assert LlamaConfig.from_json(path).rms_norm_eps == 1e-6
 
 
 def test_weights_that_are_no_numbers_are_not_written(tmp_path, model):

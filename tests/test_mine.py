@@ -151,9 +151,31 @@ def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_p
         mine(tmp_path / "a", *arguments, "--resume")
     weights.write_bytes(before)                                            # copied: another time, the same weights
     mine(tmp_path / "a", *arguments, "--resume")
+    config = tmp_path / "model/config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), "rope_theta": 500.0}))
+    with pytest.raises(InputError, match="was made with config_hash = "):
+        mine(tmp_path / "a", *arguments, "--resume")
+    config.write_text(before)
     data.write_text(json.dumps(json.loads(data.read_text())[::-1]))                # as many records, but others
     with pytest.raises(InputError, match="was made with prompts = "):
         mine(tmp_path / "a", *arguments, "--resume")
+
+
+def test_a_file_of_answers_that_lost_some_is_refused(tmp_path):
+    mine(tmp_path / "a")
+    path = tmp_path / "a/samples.jsonl"
+    lines = path.read_text().splitlines(True)
+    for left in ([], lines[:-1], lines[1:], lines[::-1], [*lines[:-1], '{"a": 1}\n'], [*lines[:-1], "[1]\n"]):
+        path.write_text("".join(left))
+        with pytest.raises(InputError, match=f"samples.jsonl: is damaged: it should have a line for each of {len(lines)} prompts"):
+            mine(tmp_path / "a", "--resume")
+    path.unlink()
+    mine(tmp_path / "a", "--resume")
+    assert path.read_text() == "".join(lines)
+    (tmp_path / "a/samples.jsonl.parts/settings.json").write_text("[]")
+    with pytest.raises(InputError, match="settings.json: is not a JSON object"):
+        mine(tmp_path / "a", "--resume")
 
 
 def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
@@ -162,7 +184,7 @@ def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
 
     def answer(guard, prompts, first, settings, args, meter):
         sizes.append(len(prompts))
-        return [{"prompt": first + i} for i in range(len(prompts))]
+        return [{"prompt": first + i, "samples": []} for i in range(len(prompts))]
 
     monkeypatch.setattr(mine_hard, "answer_block", answer)
     for device in ("cpu", "cuda"):

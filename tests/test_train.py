@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,10 +197,42 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
     assert (tmp_path / "a/config.json").exists()
 
 
-@pytest.mark.parametrize("ends", ["pipe", "/dev/full"])
+def test_what_else_lies_in_the_folder_does_not_cost_the_run(tmp_path):
+    (tmp_path / "a/.tmp.driveupload").mkdir(parents=True)                          # of a program that copies it elsewhere
+    (tmp_path / "a/.tmpAbC123").mkdir()
+    (tmp_path / "a/.tmp_notes").write_text("mine")
+    (tmp_path / "a/.tmpXyZ789").write_text("of a kill")
+    run(tmp_path / "a", "--max-steps", 1)
+    assert (tmp_path / "a/config.json").exists() and not (tmp_path / "a/.tmpXyZ789").exists()
+    assert (tmp_path / "a/.tmp_notes").exists() and (tmp_path / "a/.tmpAbC123").exists()
+
+
+@pytest.mark.parametrize("log", ["", "[1]\n"])
+def test_a_log_without_settings_is_no_run_to_go_on_with(tmp_path, log):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").write_text(log)
+    with pytest.raises(InputError, match="metrics.jsonl: does not begin with a run's settings"):
+        run(tmp_path / "a", "--resume")
+
+
+def test_a_run_does_not_go_on_with_another_config(tmp_path):
+    shutil.copytree("toy/model", tmp_path / "model")
+    run(tmp_path / "a", "--model", tmp_path / "model", "--max-steps", 1)
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 500.0}))
+    (tmp_path / "a/config.json").unlink()
+    with pytest.raises(InputError, match="its run has config_hash = "):
+        run(tmp_path / "a", "--model", tmp_path / "model", "--max-steps", 1, "--resume")
+
+
+@pytest.mark.parametrize("ends", ["pipe", "/dev/full", "closed"])
 def test_a_run_whose_console_is_gone_goes_on(tmp_path, ends):
     command = [sys.executable, "train_sft.py", "--model", "toy/model", "--data", "toy/dev.json", "--limit", "4", "--max-steps", "2",
                "--batch-size", "2", "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "a"]
+    if ends == "closed":
+        done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=ROOT, timeout=200)
+        assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "a/config.json").exists()
+        return
     if ends == "pipe":
         reader, writer = os.pipe()
         os.close(reader)
