@@ -313,9 +313,14 @@ def main(argv=None):
     some = exercises_of(args.sets)
     if args.only:
         some = [e for e in EXERCISES if e.name in args.only]
+    students = []
     for student in args.students:
-        if not any(os.path.lexists(Path(student) / file) for file in SCRIPTS):
-            p.error(f"{student}: holds none of the six scripts")
+        if any(os.path.lexists(Path(student) / file) for file in SCRIPTS):
+            students.append(student)
+        else:
+            print(f"{student}: holds none of the six scripts, and is not graded", file=sys.stderr)
+    if args.students and not students:
+        p.error("there is nobody to grade")
     if not (args.students or args.self_check):
         p.error("STUDENT... is missing")
     check_reach()
@@ -323,9 +328,9 @@ def main(argv=None):
     if args.self_check:
         return self_check(some, args.seed, args.seconds) > 0
     graded = {}
-    for student in args.students:
+    for student in students:
         name = Path(student).resolve().name
-        if len(args.students) > 1:
+        if len(students) > 1:
             print(f"\n==== {name}")
         graded[name] = grade(student, some, args.seed, args.seconds, len(args.only or []) == 1)
         if args.feedback:

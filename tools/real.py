@@ -43,6 +43,10 @@ and from the reasoning arm (r_sft, r_sft_two_chains, short) with the best mean F
     continued               the parent on its own records, for as many sequences as HS-DPO sees
     chosen                  the parent on the chosen answers alone
 
+An arm of your own: a row of ARMS, whose records are a file of DATA that you write yourself
+(DATA/NAME.json, in the same format), and a row of CONTRASTS in real_table.py. `data` need not run
+again; what it wrote is known by its hash, and an OUT has arms of one hash.
+
 Beside them "throughout", which always says harmful, and "words", logistic regression on the words
 of prompt and response, trained on the same exchanges and verdicts. Intervals resample the prompts
 of a test, all rows of a prompt together, the same for both sides of a difference; with more seeds
