@@ -145,6 +145,15 @@ def test_a_blanked_copy_can_be_imported_and_scores_nothing(blanked, capsys):
     assert "total 0 of" in capsys.readouterr().out
 
 
+def test_a_folder_without_scripts_costs_nobody_else(blanked, tmp_path, capsys):
+    (tmp_path / "nested").mkdir()
+    assert grade.main([str(tmp_path / "nested"), str(blanked), "--only", "f1", "--seconds", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "nested: holds none of the six scripts, and is not graded" in shown.err and "total 0 of" in shown.out
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path / "nested")])
+
+
 def test_only_the_chosen_sets_are_blanked(tmp_path):
     for sets in ("0", "3"):
         make_assignment.main([str(tmp_path / sets), "--sets", sets])
