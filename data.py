@@ -7,7 +7,8 @@
     the tokenizer                   text -> ids, and control tokens apart from text
     examples                        records -> a prompt and its answers, as ids
     the tree packer                 examples -> packs, in which what is shared stands once
-    machinery                       vocabulary files; errors and files of all scripts; the drawing
+    machinery                       vocabulary files, chat templates; errors and files of all
+                                    scripts; the drawing
 
 This file is read first and imports nothing of ours. Simpler than elsewhere: one user turn and one
 answer; no system prompt; byte-level BPE only.
@@ -121,6 +122,7 @@ def verdict_word(said, words):
 
     None too where the word is negated ("not harmful", "harmful: no") or joined to another one by a
     slash or "or" ("harmful/unharmful"), and where the other word follows in the same line."""
+    # signs, the word, no letter or digit next (underscores aside), the rest of the line
     found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])(.*)", said, re.IGNORECASE)
     if not found or found[2].lower() not in words:          # IGNORECASE takes \u017f for an s
         return None
@@ -129,7 +131,9 @@ def verdict_word(said, words):
     rest = found[3].lower()
     other = words[1] if word == words[0] else words[0]
     negated = re.search(r"[!~\u00ac\u2010-\u2015\u2212\u2260-]", before)   # -harmful, and the like
+    # harmful-ish, harmful's, harmful/unharmful, harmful|x; but not the slash of a tag, harmful</b>
     joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
+    # "harmful or ...", "harmful: no"
     doubted = re.match(r"[^\w/|\\<]*(or|no|not|false|none|0)\b", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
     return None if negated or joined or doubted or contradicted else word
@@ -208,8 +212,8 @@ def output_of_columns(place, record):
 
 
 def parse_records(path):
-    """Yield ("record 3" or "line 3", value) of a JSON array or JSON-lines file; of lines one at a
-    time is held."""
+    """Yield ("record 3" or "line 3", value) of a JSON array or JSON-lines file; of the latter one
+    line is held at a time."""
     with reading(path), open(path, encoding="utf-8-sig") as file:
         begin = []                                          # up to the first line with text
         for line in file:
@@ -217,7 +221,8 @@ def parse_records(path):
             if line.strip():
                 break
         lines = itertools.chain(begin, file)
-        if not "".join(begin[-1:]).lstrip().startswith("["):
+        first_line = begin[-1] if begin else ""
+        if not first_line.lstrip().startswith("["):
             yield from parse_lines(path, lines)
             return
         text = "".join(lines)
@@ -250,7 +255,7 @@ FORMATS = {
                     ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
-CONTROL = re.compile(r"<\|\w+\|>")                         # how all of these are spelled
+CONTROL = re.compile(r"<\|\w+\|>")     # how all of these are spelled; what is, is never text
 REQUEST = "REQUEST"             # the user's text, where a chat template is tried
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
@@ -302,8 +307,6 @@ class Tokenizer:
     def use_template(self, template):
         """Set what stands before and after a user's text, and the end marks, as far as they
         exist."""
-        for mark in CONTROL.findall(" ".join(self.words)):
-            self.make_special(mark)
         start = template.start if template.start in self.special else ""
         self.before = start + template.head.format("user")
         self.after = template.close + template.head.format("assistant")
@@ -319,18 +322,15 @@ class Tokenizer:
         ids = [self.special[mark] for mark in (self.end, *others)]
         self.stop = [id for id in ids if id < self.size]
 
-    def make_special(self, word):
-        """Where a file lists <|im_end|>, say, as an ordinary word, it is a control token all the
-        same: it has no text, and a user who types it gets plain text."""
-        self.special[word] = self.words.pop(word)
-        del self.text[self.special[word]]
-
     def use_control(self, text):
-        """Make the control tokens in a template's text special. InputError where one has no row in
-        the model, or swallows the spaces beside it."""
+        """Make the control tokens in a template's text special. Where a file lists [INST], say, as
+        an ordinary word, the template's is a control token all the same, and a user who types it
+        gets plain text. InputError where a token has no row in the model, or swallows the spaces
+        beside it."""
         for piece in split_at({*self.special, *self.words}, text):
-            if piece in self.words and re.search(r"[^\w\s]", piece):
-                self.make_special(piece)
+            if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
+                self.special[piece] = self.words.pop(piece)
+                del self.text[self.special[piece]]
             id = self.special.get(piece, 0)
             if id >= self.size:
                 raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
@@ -362,8 +362,8 @@ class Tokenizer:
         ours = f"our prompts are {self.before + REQUEST + self.after!r}"
         try:
             rendered = render_turn(template, REQUEST)
-            trims = {render_turn(template, "\n" + REQUEST) == rendered,
-                     render_turn(template, REQUEST + "\n") == rendered}
+            trims_start = render_turn(template, "\n" + REQUEST) == rendered
+            trims_end = render_turn(template, REQUEST + "\n") == rendered
         except NotKnown as error:
             tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
                  f"{ours}")
@@ -371,11 +371,12 @@ class Tokenizer:
         before, found, after = rendered.partition(REQUEST)
         control = {*self.special, *self.words}
         words = [piece for piece in split_at(control, before + after) if piece not in control]
-        if found and len(trims) == 1 and set(" ".join(words).split()) <= {"user", "assistant"}:
+        known = set(" ".join(words).split()) <= {"user", "assistant"}
+        if found and known and trims_start == trims_end:
             self.use_control(before + after)
             self.before = before
             self.after = after
-            self.trim = True in trims
+            self.trim = trims_start
             self.jinja = spelled_out(template)
         else:
             tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
@@ -433,11 +434,12 @@ class Tokenizer:
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline,
         input."""
-        *first, before = self.split_control(self.before)            # the template alone is split
-        after, *last = self.split_control(self.after)
+        # the template's plain text beside the user's is encoded with it: a token may span the two
+        *front, text_before = self.split_control(self.before)
+        text_after, *back = self.split_control(self.after)
         text = instruction + "\n" + input
-        text = before + (text.strip() if self.trim else text) + after
-        return self.template_ids(first) + self.encode(text) + self.template_ids(last)
+        text = text_before + (text.strip() if self.trim else text) + text_after
+        return self.template_ids(front) + self.encode(text) + self.template_ids(back)
 
     def template_ids(self, pieces):
         """Ids of pieces of a template, as split_control makes them."""
@@ -448,8 +450,8 @@ class Tokenizer:
 
     def limit(self, max_length, answer=0):
         """(how many tokens a sequence may have, why): --max-length, or less where the model's
-        context is smaller. Of the context an answer that follows takes what it may have, but at
-        most a quarter."""
+        context is smaller: an answer that is to follow is left its tokens of it, but at most a
+        quarter."""
         room = self.context - int(min(answer, self.context / 4))
         if room < max_length:
             return room, f"the model's context of {self.context} tokens"
@@ -488,7 +490,7 @@ class Example:
     """A prompt and its answers as ids, each answer ending in the end mark."""
     prompt: list
     answers: list
-    root: int = 0           # so many first tokens are shared by all prompts with this instruction
+    root: int = 0           # how many first tokens all prompts with this instruction share
 
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
@@ -500,9 +502,11 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     examples = []
     kept = []
     cuts = 0
+    lossy = 0
     same_instruction = defaultdict(list)
     limit, why = tokenizer.limit(max_length)
     for record in records:
+        tokenizer.lost = 0
         answer_ids = [tokenizer.answer_ids(record[name]) for name in answers]
         room = limit - max(map(len, answer_ids))
         prompt, cut = fit_prompt(tokenizer, record, room)
@@ -512,14 +516,14 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
         kept.append(record)
         same_instruction[record["instruction"]].append(examples[-1])
         cuts += cut
+        lossy += tokenizer.lost > 0
     for group in same_instruction.values():
         root = common_prefix([example.prompt for example in group])
         for example in group:
             example.root = root
     warn(cuts, f"prompts cut inside the user's text ({why})")
     warn(len(records) - len(kept), f"records left out ({why})")
-    warn(tokenizer.lost, "characters not in the vocabulary, replaced")
-    tokenizer.lost = 0
+    warn(lossy, "records with characters that are not in the vocabulary, replaced")
     if records and not examples:
         raise InputError(f"{why} is too short: no record fits")
     return examples, kept
@@ -544,10 +548,11 @@ def fit_prompt(tokenizer, record, room):
         whole = format_input(request, response) if is_exchange else request
         return tokenizer.prompt_ids(instruction, whole)
 
-    fits = 0                                                # so many characters do: seen at the end
+    fits = 0                                                # so many characters do; that 0 do is
+                                                            # seen at the end
     too_many = max(len(text or "") for text in texts)       # so many do not
     while too_many - fits > 1:
-        middle = (fits + too_many + 1) // 2
+        middle = (fits + too_many) // 2
         if len(shortened(middle)) <= room:
             fits = middle
         else:
@@ -557,8 +562,9 @@ def fit_prompt(tokenizer, record, room):
 
 
 def common_prefix(sequences):
-    """How many first items all sequences share, leaving at least one item of each. sequences: one
-    or more lists of numbers, none of them empty; of one alone all but its last item count."""
+    """How many items at the start all sequences share, leaving at least one item of each.
+    sequences: one or more lists of numbers, none of them empty; of one alone all but its last item
+    count."""
     first = min(sequences)
     last = max(sequences)         # in dictionary order: of all sequences these two differ earliest
     shortest = min(len(first), len(last))
@@ -573,9 +579,9 @@ def common_prefix(sequences):
 # alike therefore share their beginning, computed once. Words used from here on, in all files:
 #
 #   stream   tokens of several sequences in one line, T long
-#   row      a position of the stream, and what is computed there
+#   row      a position of the stream, and what is computed there (in eval.py a record)
 #   segment  neighbouring rows that belong together: the instruction, a prompt's own part, an answer
-#   forest   how segments share: each is followed by those that continue it (written depth first)
+#   forest   how segments share, one tree or several: each is followed by what continues it
 #   end      (T,) for each token the first row after all that continues it
 #   to see   row i sees the key of row j  iff  j <= i < end[j]; this one rule is the whole mask
 #   pack     a stream with its `end`, and which of its rows are scored against which next token
@@ -614,7 +620,7 @@ def send(x, device):
 class Forest:
     """What a stream will hold: below a root, prompts, and below each its answers."""
     root: list                  # ids that all its prompts begin with
-    branches: list              # [(prompt, root included, [(number of the answer, its ids)])]
+    branches: list              # of pairs: prompt, its root included; [(answer's number, ids)]
     rows: int                   # the branches' rows, without the root's
 
 
@@ -799,10 +805,10 @@ def vocabulary_of(path, raw):
 
 def add_token(path, entry, vocabulary):
     """Put an entry of a tokenizer.json's added tokens into its vocabulary. One that is not
-    `special` is text: a word, found before anything is merged."""
+    `special`, nor spelled <|so|>, is text: a word, found before anything is merged."""
     name = entry["content"]
     is_sticky = entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
-    if entry.get("special"):
+    if entry.get("special") or CONTROL.fullmatch(str(name)):
         vocabulary.special[name] = entry["id"]
         if is_sticky:
             vocabulary.sticky.add(name)
@@ -1240,15 +1246,19 @@ def warn(count, what):
 
 def say(text, end="\n"):
     """Print progress, or figures that a file has, too. Nobody has to read it: a closed pipe or a
-    full disk ends no run, and a character that the console has not is spelled."""
+    full disk ends no run."""
     if sys.stdout is None:
         return
-    encoding = sys.stdout.encoding or "utf-8"
-    shown = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(shown, end=end, flush=True)
+        print(spelled(text), end=end, flush=True)
     except OSError:
         hush()
+
+
+def spelled(text):
+    """The text, with what the console's encoding has not as Python spells it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def on_terminal():
@@ -1385,9 +1395,21 @@ def read_object(path, absent=None):
 
 # ------------------------------------------------------------------ python data.py FILE
 def show(tokenizer, examples):
-    """Print a pack: a line for each run of one `end`, the scored text in brackets,
-    and the mask of a small one."""
-    p = pack(examples, 10 ** 9)[0]
+    """Print the pack of these examples; of several instructions a pack for each."""
+    packs = pack(examples, 10 ** 9)
+    T = sum(len(p.tokens) for p in packs)
+    alone = sum(len(p.tokens) for p in pack(examples, 10 ** 9, share=False))
+    scored = sum(len(p.rows) for p in packs)
+    where = "the pack" if len(packs) == 1 else f"{len(packs)} packs"
+    print(f"{T} tokens in {where}, {alone} as separate sequences; "
+          f"{scored} scored (row, next token) pairs")
+    for p in packs:
+        show_pack(tokenizer, p)
+
+
+def show_pack(tokenizer, p):
+    """Print a line for each run of one `end`, the scored text in brackets, and the mask of a small
+    pack."""
     tokens = p.tokens.tolist()
     end = p.end.tolist()
     T = len(tokens)
@@ -1399,10 +1421,7 @@ def show(tokenizer, examples):
         text = tokenizer.decode(tokens[start:stop]).replace("\n", "\\n")
         return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
 
-    alone = sum(len(e.prompt) + len(ids) for e in examples for ids in e.answers)
-    print(f"{T} tokens in the pack, {alone} as separate sequences; "
-          f"{len(p.rows)} scored (row, next token) pairs\n")
-    print("    rows        position      end   text, the scored part in [ ]")
+    print("\n    rows        position      end   text, the scored part in [ ]")
     starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
     for start, stop in zip(starts, starts[1:] + [T]):
         first = next((i for i in range(start, stop) if i in scored), stop)

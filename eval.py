@@ -18,7 +18,8 @@ weights need --format raw, as they were used.
     verdict_probability, answer_fast   the model's probability of a verdict
     moderate                           a guard: exchanges -> verdicts
     main                               the script
-    machinery                          answering files, reading answers, tables, the paper's figures
+    machinery                          a stream of exchanges; answering files, reading answers,
+                                       tables, the paper's figures
 """
 import argparse
 import json
@@ -33,12 +34,13 @@ from pathlib import Path
 import numpy as np
 
 from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
-                  common_prefix, format_answers, format_input, gold_verdict, hold, hush, line_of,
-                  pack, parse_records, parse_verdict, read_records, say, warn, write_json)
-from mine_hard import (LazyModel, answer_prompts, encode_prompts, generation_arguments,
-                       generation_settings, write_lines)
-from model import (Job, World, answer_logprobs, generate_iter, join_ranks, plan_capacity,
-                   read_arguments)
+                  common_prefix, format_answers, format_input, gold_verdict, hold, hush, is_there,
+                  line_of, pack, parse_records, parse_verdict, read_records, say, spelled, tell,
+                  warn, write_json)
+from mine_hard import (LazyModel, answer_prompts, check_settings, encode_prompts,
+                       generation_arguments, generation_settings, write_lines)
+from model import (Job, World, answer_logprobs, fingerprint, generate_iter, join_ranks,
+                   plan_capacity, read_arguments)
 
 
 # ------------------------------------------------------------------ the figures
@@ -154,10 +156,12 @@ def calibration_error(positive, score, bins=10):
     return 100 * float(np.abs(gap).sum() / len(score))
 
 
+# Here a row is an answered record (of a pack it is a position of the stream). It has: file; gold
+# and verdict, as parse_verdict gives them; text. From a model also: tokens, ms, latency_ms; texts,
+# of all k answers, and ended, had one of them an end?; if not, forced, the verdicts it was closed
+# with. With --scores p, {task: P(positive)}; with --by slice.
 def score(rows, dataset, legacy=False, fpr=None):
-    """One result for each task that the rows are labelled for. A row has gold and verdict (dicts as
-    parse_verdict gives them), text, file; where known tokens, ms, latency_ms, forced (verdicts of
-    an answer without an end), and p, {task: P(positive)}. fpr: also the recall at this rate of
+    """One result for each task that the rows are labelled for. fpr: also the recall at this rate of
     false positives."""
     results = []
     for task in VERDICTS:
@@ -195,16 +199,17 @@ def f1_figures(pairs, task):
 
 
 def cost_figures(rows):
-    """Tokens and milliseconds a query, as far as the rows know them: mean, median, 95th
-    percentile."""
+    """Tokens and milliseconds a query, where all rows know them. ms is the time of the file divided
+    by its rows, a mean; latency_ms is each row's own: median and 95th percentile. Of tokens both.
+    """
     figures = {}
     for key in ("tokens", "ms", "latency_ms"):
         values = [row[key] for row in rows if key in row]
         if len(values) < len(rows):
             continue
-        if key != "latency_ms":
+        if key in ("tokens", "ms"):
             figures[f"{key}_per_query"] = float(np.mean(values))
-        if key != "ms":
+        if key in ("tokens", "latency_ms"):
             p50, p95 = np.percentile(values, [50, 95])
             figures[f"{key}_p50"] = float(p50)
             figures[f"{key}_p95"] = float(p95)
@@ -223,8 +228,8 @@ def forced_figures(rows, task):
 
 def probability_figures(rows, task, fpr):
     """What a result says of probabilities."""
-    name = VERDICTS[task][0]
-    positive = np.array([row["gold"][task] == name for row in rows])
+    word = VERDICTS[task][0]
+    positive = np.array([row["gold"][task] == word for row in rows])
     p = np.array([row["p"][task] for row in rows])
     figures = {"auprc": auprc(positive, p),
                "ece": calibration_error(positive, p),
@@ -345,10 +350,10 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     """Yield (number of the exchange, its verdict) as answers are done. A verdict is a dict of
 
     request, completion, response; parsed: are all that are needed there?; forced: the answer had no
-    end, and its verdicts are the likelier words after what was written; cut: the end of the
-    exchange was not read; p_harmful of request and response; reasoning. What is not parsed is None
-    (forced: the likelier word), or on_unparsable where that is given: never a safe verdict
-    unseen."""
+    end, and its verdicts are the likelier words after what was written; cut: its end was not read,
+    or a character is not in the vocabulary; p_harmful of request and response; reasoning. What is
+    not parsed is None (forced: the likelier word), or on_unparsable where that is given: never a
+    safe verdict unseen."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
@@ -438,8 +443,9 @@ def contradictions(args):
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
         (not names and for_data, "--fast, --k, --scores are for --data"),
-        (args.predictions and (args.moderate or args.prompt is not None),
-         "--predictions goes with --data, not with --prompt or --moderate"),
+        (args.data and not args.model, "--data FILE... needs --model DIR"),
+        ((args.data or args.predictions) and (args.moderate or args.prompt is not None),
+         "--prompt and --moderate go without --data and --predictions"),
     ]
 
 
@@ -448,8 +454,6 @@ def main(argv=None):
         return demo()
     args = parse_arguments(argv)
     world = join_ranks(args.device) if args.model else World(None)
-    if args.out and world.rank == 0:
-        hold(args.out)
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
@@ -467,11 +471,23 @@ def main(argv=None):
             results += score_slices(rows, dataset, args.legacy, args.fpr)
     if world.rank == 0:
         averages = averages_of(results)
+        text = tables(results, averages)
         if args.out:
-            write_json(Path(args.out) / "results.json", results + averages)
-        print_tables(results, averages)
-        if args.out:
-            say(f"wrote {Path(args.out) / 'results.json'}")
+            path = Path(args.out) / "results.json"
+            hold(args.out)
+            write_json(path, results + averages)
+            say(f"{text}\nwrote {path}")
+        else:
+            print_line(text)
+        tell_unused(args, results)
+
+
+def tell_unused(args, results):
+    """Say which arguments found nothing in what was scored."""
+    if args.by and not any("slice" in result for result in results):
+        tell(f"--by {args.by}: no row has this column")
+    if args.fpr is not None and not any("threshold" in result for result in results):
+        tell("--fpr: no probabilities are there; --scores writes them")
 
 
 def demo():
@@ -486,6 +502,8 @@ def demo():
               "--dtype", "float32"])
 
 
+# ================================================================== machinery
+# ------------------------------------------------------------------ a stream of exchanges
 def moderate_lines(args, guard):
     """Print a verdict on --prompt, or on each line of standard input, in order."""
     names = ("max_new_tokens", "max_length", "kv_tokens", "on_unparsable")
@@ -510,19 +528,22 @@ def check_longest(guard, args):
     later ends the stream."""
     limit, _ = guard.tokenizer.limit(args.max_length, args.max_new_tokens)
     longest = Job(0, [0] * limit, [0])
-    shared = limit - 1                                      # as of a single exchange: most pages
+    shared = limit - 1                  # as if all but one token had keys: that takes most pages
     plan_capacity(guard.model, [longest], shared, args.max_new_tokens, args.kv_tokens, None)
 
 
 def print_line(text):
-    """Print a line at once; InputError where it cannot be written, or nobody reads it any more."""
+    """Print what is written nowhere else, at once; InputError where it cannot be written, or nobody
+    reads it any more."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed")
     try:
-        print(text, flush=True)
+        print(spelled(text), flush=True)
     except OSError as error:
         hush()
         closed = isinstance(error, BrokenPipeError)
         reason = "was closed" if closed else f"cannot be written: {error.strerror}"
-        raise InputError(f"standard output {reason}: no more verdicts") from None
+        raise InputError(f"standard output {reason}: the rest is not shown") from None
 
 
 def judge_lines(lines, before, guard, options):
@@ -621,9 +642,8 @@ def arriving(stream):
         yield bytes(begun)
 
 
-# ================================================================== machinery
 # ------------------------------------------------------------------ answers to score
-def check_labels(path, golds):
+def labelled_tasks(path, golds):
     """The tasks that these labels are about; says how many rows have none. InputError if all."""
     tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
     if not tasks:
@@ -637,9 +657,12 @@ def evaluate_file(args, path, dataset, guard, world):
     """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
     records = read_records(path)[:args.limit]
     golds = [labels_of(record, dataset) for record in records]
-    tasks = check_labels(path, golds)
+    tasks = labelled_tasks(path, golds)
     prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
     out = Path(args.out) / dataset
+    if world.rank == 0:
+        hold(args.out)
+    claim_kind(args, guard, prompts, out, world)
     resumed = not args.fast and any(out.glob("answers.jsonl*"))
     if not resumed:
         guard.model                                         # read before the clock starts
@@ -667,6 +690,18 @@ def evaluate_file(args, path, dataset, guard, world):
              **{name: row[name] for name in ("forced", "p") if name in row}}
             for record, row in zip(records, rows)])
     return rows
+
+
+def claim_kind(args, guard, prompts, out, world):
+    """Refuse to put answers with reasoning and those of --fast, or --fast of two models, into one
+    folder. (answer_prompts does so for answers with reasoning.)"""
+    fast = out / "fast.json"
+    if args.fast and any(out.glob("answers.jsonl*")) or is_there(fast) and not args.fast:
+        raise InputError(f"{out}: holds answers of the other kind, "
+                         f"{'with' if args.fast else 'without'} reasoning; choose another --out")
+    if args.fast:
+        settings = generation_settings(args, guard, temperature=0)
+        check_settings(fast, {**settings, "prompts": fingerprint(prompts)}, world.rank)
 
 
 def slice_of(record, column):
@@ -756,7 +791,7 @@ def read_predictions(path, dataset, column=None):
         if "p" in line:                                 # --scores: add_probabilities
             row["p"] = probabilities(line["p"], f"{path}: {place}")
         rows.append(row)
-    check_labels(path, [row["gold"] for row in rows])
+    labelled_tasks(path, [row["gold"] for row in rows])    # one at least
     return rows
 
 
@@ -803,47 +838,51 @@ def averages_of(results):
     return averages
 
 
-def print_tables(results, averages):
-    """The paper's three tables for what was scored, beside its figures."""
+def tables(results, averages):
+    """The paper's three tables for what was scored, beside its figures, as text."""
+    lines = []
     for average in averages:
         task = average["task"]
         if task == "mean":
-            say(f"\nmean of the three tasks         {average['weighted_f1']:6.2f}   "
-                f"macro average {average['macro_f1']:6.2f}")
+            lines += ["", f"mean of the three tasks         {average['weighted_f1']:6.2f}   "
+                          f"macro average {average['macro_f1']:6.2f}"]
             continue
-        say(f"\n{TITLES[task]:24}     n      F1   95% interval   precision  recall   FPR  none   "
-            "paper 1B / 3B / 8B")
+        lines += ["", f"{TITLES[task]:24}     n      F1   95% interval   precision  recall   FPR  "
+                      "none   paper 1B / 3B / 8B"]
         some = [result for result in results if result["task"] == task]
-        for result in some:
-            say(table_line(result))
+        lines += map(table_line, some)
         rows = sum(result["n"] for result in some if "slice" not in result)
-        say(f"{'weighted average':24} {rows:5}  {average['weighted_f1']:6.2f}   "
-            f"macro average {average['macro_f1']:6.2f}")
-    print_notes([result for result in results if "slice" not in result])
+        lines.append(f"{'weighted average':24} {rows:5}  {average['weighted_f1']:6.2f}   "
+                     f"macro average {average['macro_f1']:6.2f}")
+    whole = [result for result in results if "slice" not in result]
+    return "\n".join([*lines, "", *notes(whole)])
 
 
-def print_notes(results):
+def notes(results):
     """What the tables do not say: probabilities, costs, and answers that are no verdict."""
-    say("")
+    lines = []
     for r in results:
         name = f"{r['dataset']}, {TITLES[r['task']]}"
         if "auprc" in r:
-            say(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
-                f"{r['recall_at_5']:.1f} at 5% false positives, calibration error {r['ece']:.1f}")
+            lines.append(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
+                         f"{r['recall_at_5']:.1f} at 5% false positives, calibration error "
+                         f"{r['ece']:.1f}")
     first = results[0] if results else {}
     if "latency_ms_p50" in first:
         p50 = first["latency_ms_p50"] / 1000
         p95 = first["latency_ms_p95"] / 1000
-        say(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), "
-            f"answered {p50:.1f} s (95%: {p95:.1f}) after their block began")
-    forced = [r for r in results if "forced" in r]
-    for r in forced:
-        say(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end and count as "
-              f"no verdict; closed by force, F1 would be {r['f1_with_forced']:.2f}")
+        lines.append(f"{first['tokens_p50']:.0f} tokens a query (95%: {first['tokens_p95']:.0f}), "
+                     f"answered {p50:.1f} s (95%: {p95:.1f}) after their block began")
+    for r in results:
+        if "forced" in r:
+            lines.append(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end "
+                         "and count as no verdict; closed by force, F1 would be "
+                         f"{r['f1_with_forced']:.2f}")
     disagree = sum(r["reasoning_disagrees"] for r in results)
     unparsable = sum(r["unparsable"] for r in results)
-    say(f"{disagree} answers contradict the conclusion of their own reasoning; "
-        f"{unparsable} have no verdict")
+    lines.append(f"of the verdicts of all tasks {disagree} contradict their own reasoning, "
+                 f"and {unparsable} are missing")
+    return lines
 
 
 def table_line(r):

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
                   is_there, on_terminal, parse_records, parse_verdict, read_object, read_records,
-                  say, warn, write_json, write_whole)
+                  reading, say, warn, write_json, write_whole)
 from model import (Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of, pick_dtype,
                    read_arguments, weights_hash)
 
@@ -163,7 +163,9 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    if any(out.glob("samples*")) and not args.resume:
+    with reading(out):
+        holds_samples = any(out.glob("samples*"))
+    if holds_samples and not args.resume:
         raise InputError(f"{out}: already holds samples; add --resume to continue, "
                          "or choose another --out")
     world = join_ranks(args.device)
@@ -290,7 +292,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
              for first in range(0, len(prompts), size)}
     if not Path(path).exists():
         mine = list(parts)[world.rank::world.ranks]
-        todo = [first for first in mine if not parts[first].exists()]
+        todo = [first for first in mine
+                if not is_whole(parts[first], len(prompts[first:first + size]))]
         left = sum(len(prompts[first:first + size]) for first in todo)
         meter = Meter(left, f"{path}: ", world, seconds)
         for first in todo:
@@ -301,21 +304,37 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
             lines = (line for part in parts.values() for _, line in parse_records(part))
             write_lines(path, lines)                        # one line at a time is held
         world.wait()                                        # the file exists
+    lines = read_answers(path, len(prompts), settings["k"])
     if world.rank == 0:
         for part in parts.values():
             part.unlink(missing_ok=True)
-    return read_answers(path, len(prompts))
-
-
-def read_answers(path, count):
-    """The lines of a file that answers `count` prompts, as dicts; InputError where it does not."""
-    lines = [line for _, line in parse_records(path)]
-    numbers = [line.get("prompt") for line in lines
-               if isinstance(line, dict) and isinstance(line.get("samples"), list)]
-    if numbers != list(range(count)):
-        raise InputError(f"{path}: is damaged: it should have a line for each of {count} prompts, "
-                         "in order; move it away to answer them again")
     return lines
+
+
+def is_whole(part, count):
+    """Does the file of a block have as many lines as prompts? (A crash may leave an empty one.)"""
+    return is_there(part) and sum(1 for _ in parse_records(part)) == count
+
+
+def read_answers(path, count, k):
+    """The lines of a file with k answers to each of `count` prompts, as dicts; InputError where it
+    is not that."""
+    lines = [line for _, line in parse_records(path)]
+    whole = [is_answered(line, number, k) for number, line in enumerate(lines)]
+    if len(lines) != count or not all(whole):
+        raise InputError(f"{path}: is damaged: it should have {k} answers to each of {count} "
+                         "prompts, in order; move it away to answer them again")
+    return lines
+
+
+def is_answered(line, number, k):
+    """Is this a line that answer_block writes, of the prompt of this number?"""
+    if not isinstance(line, dict) or line.get("prompt") != number:
+        return False
+    samples = line.get("samples")
+    fields = {"text", "finish", "tokens", "verdict"}
+    return (isinstance(samples, list) and len(samples) == k
+            and all(isinstance(sample, dict) and sample.keys() >= fields for sample in samples))
 
 
 def answer_block(guard, prompts, first, settings, args, meter):

@@ -2238,7 +2238,7 @@ def read_arguments(p, argv, **demo):
     p.add_argument("--seed", type=at_least(0), default=42,
                    help="of all that is drawn (paper: 42)")
     p.add_argument("--limit", type=at_least(1),
-                   help="use the first N records (generating: of each file)")
+                   help="use the first N records of each file")
     p.add_argument("--format", choices=FORMATS,
                    help="prompt template (default: what the model folder says)")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],

@@ -147,8 +147,8 @@ def read_pairs(tokenizer, args):
     Pairs whose answers are equal, as they are encoded, are left out and counted."""
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data
-               for record in read_records(path, fields)]
-    examples, records = encode_records(tokenizer, records[:args.limit], args.max_length,
+               for record in read_records(path, fields)[:args.limit]]
+    examples, records = encode_records(tokenizer, records, args.max_length,
                                        ("chosen", "rejected"))
     files = " ".join(args.data)
     pairs = []

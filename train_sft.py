@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -81,9 +82,9 @@ def parse_arguments(argv):
 
 
 def read_examples(tokenizer, paths, args, limit=None):
-    """The examples of these files of records."""
-    records = [record for path in paths for record in read_records(path)]
-    examples, _ = encode_records(tokenizer, records[:limit], args.max_length)
+    """The examples of these files of records, of the first `limit` of each."""
+    records = [record for path in paths for record in read_records(path)[:limit]]
+    examples, _ = encode_records(tokenizer, records, args.max_length)
     return examples
 
 
@@ -319,7 +320,8 @@ def save(folder, model, optimizer, step, world, keep=2):
             moments[f"{parameter}:{key}"] = value.contiguous()
     folder = Path(folder)
     temporary = Path(f"{folder}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.parent.glob("step-*.tmp"):           # of a kill while it was written
+        shutil.rmtree(left, ignore_errors=True)
     model.save_pretrained(temporary, model.head.dtype, weights)
     write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
     write_json(temporary / "state.json", {"step": step})
@@ -344,9 +346,10 @@ def save_final(args, model, tokenizer, world):
 
 
 def checkpoints(out):
-    """The complete checkpoint folders of a run, oldest first."""
-    folders = [p for p in Path(out).glob("step-*") if p.suffix != ".tmp"]
-    return sorted(p for p in folders if (p / "state.json").exists())
+    """The complete checkpoint folders of a run, oldest first; copies under other names are none."""
+    folders = [p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    whole = [p for p in folders if (p / "state.json").exists()]
+    return sorted(whole, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def resume(folder, model, optimizer):

@@ -301,7 +301,7 @@ def test_odd_predictions_are_scored_or_named(tmp_path, capsys):
     assert "100.00" in capsys.readouterr().out
     lines({"prompt": None, "label": "harmful", "predict": ""})(path)               # which the released script leaves out
     evaluation.main(["--predictions", str(path), "--dataset", "x", "--legacy"])
-    assert "0 have no verdict" in capsys.readouterr().out
+    assert "and 0 are missing" in capsys.readouterr().out
     text(b"\xff")(path)
     assert "p.jsonl: cannot read: not UTF-8" in fails(capsys, evaluation.main, ["--predictions", str(path)])
 
@@ -314,9 +314,9 @@ def test_half_a_surrogate_pair_goes_through_all_stages(place, capsys):
     run(place, "eval", "--out", place / "eval")
     written = (place / "eval/records/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(written[0])["prompt"].endswith(odd["input"])
-    assert "1 characters not in the vocabulary, replaced" in capsys.readouterr().err
+    assert "1 records with characters that are not in the vocabulary, replaced" in capsys.readouterr().err
     run(place, "sft", "--eval-data", place / "records.jsonl", "--out", place / "again")
-    assert capsys.readouterr().err.count("1 characters not in the vocabulary") == 2        # not 1, then 2
+    assert capsys.readouterr().err.count("1 records with characters that are not in the vocabulary") == 2        # not 1, then 2
 
 
 def test_fewer_records_than_a_batch_and_more_steps_than_batches_are_fine(place):

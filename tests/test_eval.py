@@ -81,7 +81,7 @@ def test_figures_are_those_of_scikit_learn(tmp_path):
         results += score(rows, f"benchmark {seed}")
         assert [results[-1][k] for k in ("precision", "recall", "f1", "auprc", "recall_at_1", "recall_at_5")] == pytest.approx(want, abs=1e-9)
     average, = evaluation.averages_of(results)
-    evaluation.print_tables(results, [average])
+    assert f"{average['weighted_f1']:6.2f}" in evaluation.tables(results, [average])
     each, n = [row[2] for row in FIGURES], [r["n"] for r in results]
     assert average["macro_f1"] == pytest.approx(sum(each) / 4) and average["weighted_f1"] == pytest.approx(sum(f * k for f, k in zip(each, n)) / sum(n))
 
@@ -275,10 +275,10 @@ def test_a_stream_that_pauses_and_one_that_nobody_reads(guard):
         process.stdout.close()                                                     # as head -1 does
         process.stdin.write(b'{"prompt": "b"}\n')
         process.stdin.flush()
-        assert first["forced"] and process.stderr.read() == b"standard output was closed: no more verdicts\n"
+        assert first["forced"] and process.stderr.read() == b"standard output was closed: the rest is not shown\n"
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, input=b'{"prompt": "a"}\n', stdout=full, stderr=subprocess.PIPE, timeout=100)
-    assert done.returncode == 1 and done.stderr == b"standard output cannot be written: No space left on device: no more verdicts\n"
+    assert done.returncode == 1 and done.stderr == b"standard output cannot be written: No space left on device: the rest is not shown\n"
     closed = subprocess.run([*command, "--device", "cpu"], preexec_fn=lambda: os.close(0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
     assert closed.stderr == b"standard input or output is closed\n" and closed.returncode == 1
 
@@ -414,6 +414,34 @@ def test_remarks_do_not_come_among_the_verdicts(guard, redirection):
     command = f"{sys.executable} eval.py --model {guard} --moderate --max-new-tokens 2 --max-length 300 --dtype float32 --device cpu {redirection}"
     done = subprocess.run(command, shell=True, input="\n".join(lines), capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0 and [json.loads(line)["cut"] for line in done.stdout.splitlines()] == [True, False]
+
+
+def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
+    data = tmp_path / "two.json"
+    data.write_text(json.dumps([{"instruction": "i", "input": text, "output": "harmful"} for text in ("a", "b")]))
+    options = ["--data", str(data), "--max-new-tokens", "2", "--dtype", "float32", "--device", "cpu", "--out"]
+    for out, first, then in (("a", [], ["--fast"]), ("b", ["--fast"], [])):
+        evaluation.main(["--model", guard, *first, *options, str(tmp_path / out)])
+        with pytest.raises(InputError, match="holds answers of the other kind"):
+            evaluation.main(["--model", guard, *then, *options, str(tmp_path / out)])
+        evaluation.main(["--model", guard, *first, *options, str(tmp_path / out)])
+    with pytest.raises(InputError, match="fast.json: was made with model = "):
+        evaluation.main(["--model", "toy/model", "--fast", *options, str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_figures_that_no_file_has_must_be_shown(tmp_path, redirection):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
+    done = subprocess.run(f"{sys.executable} eval.py --predictions {tmp_path}/p.jsonl {redirection}", shell=True, stderr=subprocess.PIPE,
+                          cwd=ROOT, timeout=200)
+    assert done.returncode == 1 and done.stderr.startswith(b"standard output ")
+
+
+def test_arguments_that_find_nothing_say_so(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
+    evaluation.main(["--predictions", str(tmp_path / "p.jsonl"), "--by", "nosuch", "--fpr", "0.1"])
+    said = capsys.readouterr().err
+    assert "--by nosuch: no row has this column" in said and "--fpr: no probabilities are there" in said
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| true"])

@@ -168,6 +168,12 @@ def test_what_looks_like_a_control_token_is_one_whatever_a_file_calls_it(tmp_pat
     assert other.encode(typed) == usual.encode(typed) and max(other.encode(typed)) < 756
 
 
+def test_a_word_that_only_holds_a_control_token_stays_a_word(tmp_path):
+    folder = write_folder(tmp_path, special=CHATML, words=[("[<|im_end|>]", False), ("<|a|><|b|>", False)], template=turns())
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert set(tokenizer.words) == {"[<|im_end|>]", "<|a|><|b|>"} and set(CHATML) <= set(tokenizer.special)
+
+
 def test_a_tokenizer_is_written_though_the_folder_it_came_from_is_gone(tmp_path):
     shutil.copytree("toy/model", tmp_path / "a")
     (tmp_path / "a/tokenizer_config.json").write_text('{"note": "\\ud83d"}')        # half a pair, as JSON spells it

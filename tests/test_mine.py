@@ -166,11 +166,16 @@ def test_a_file_of_answers_that_lost_some_is_refused(tmp_path):
     mine(tmp_path / "a")
     path = tmp_path / "a/samples.jsonl"
     lines = path.read_text().splitlines(True)
-    for left in ([], lines[:-1], lines[1:], lines[::-1], [*lines[:-1], '{"a": 1}\n'], [*lines[:-1], "[1]\n"]):
+    for left in ([], lines[:-1], lines[1:], lines[::-1], [*lines[:-1], '{"a": 1}\n'], [*lines[:-1], "[1]\n"],
+                 [*lines[:-1], lines[-1].replace("finish", "ended")], [*lines[:-1], json.dumps({**json.loads(lines[-1]), "samples": []}) + "\n"]):
         path.write_text("".join(left))
-        with pytest.raises(InputError, match=f"samples.jsonl: is damaged: it should have a line for each of {len(lines)} prompts"):
+        with pytest.raises(InputError, match=f"samples.jsonl: is damaged: it should have 2 answers to each of {len(lines)} prompts"):
             mine(tmp_path / "a", "--resume")
     path.unlink()
+    mine(tmp_path / "a", "--resume")
+    assert path.read_text() == "".join(lines)
+    path.unlink()
+    (tmp_path / "a/samples.jsonl.parts/00000000.jsonl").touch()                    # what a crash may leave of a block
     mine(tmp_path / "a", "--resume")
     assert path.read_text() == "".join(lines)
     (tmp_path / "a/samples.jsonl.parts/settings.json").write_text("[]")
@@ -184,13 +189,14 @@ def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
 
     def answer(guard, prompts, first, settings, args, meter):
         sizes.append(len(prompts))
-        return [{"prompt": first + i, "samples": []} for i in range(len(prompts))]
+        sample = {"text": "", "finish": "stop", "tokens": 0, "verdict": {}}
+        return [{"prompt": first + i, "samples": [sample]} for i in range(len(prompts))]
 
     monkeypatch.setattr(mine_hard, "answer_block", answer)
     for device in ("cpu", "cuda"):
         world = World(torch.device(device))
         guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None)
-        lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {}, args)
+        lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {"k": 1}, args)
         assert [line["prompt"] for line in lines] == list(range(300))
     assert sizes == [256, 44, 300]
 

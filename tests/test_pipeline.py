@@ -44,7 +44,7 @@ def test_the_four_stages_end_in_a_table(tmp_path):
     ("train_sft.py", ["--model", "nowhere", "--data", "toy/dev.json"], "nowhere"),
     ("train_dpo.py", ["--model", "toy/model", "--data", "toy/dev.json"], "has no text in field 'chosen'"),
     ("mine_hard.py", ["--model", "toy/model", "--data", "toy/dev.json", "--device", "warp"], "--device warp"),
-    ("eval.py", ["--model", "toy/model", "--data", "nowhere.json", "--out", "x"], "nowhere.json: cannot read"),
+    ("eval.py", ["--model", "toy/model", "--data", "nowhere.json", "--out", "nowhere"], "nowhere.json: cannot read"),
     ("eval.py", ["--predictions", "README.md"], "line 1 is not valid JSON"),
     ("data.py", ["toy/dev.json", "--number", "5000"], "has no record 5000")])
 def test_a_mistake_ends_in_one_line_and_no_traceback(tmp_path, name, arguments, says):

@@ -178,10 +178,15 @@ def test_answer_rows_asks_what_is_missing_and_drops_half_a_line(tmp_path):
         return {"text": f"\u2028 row {row}"}                            # a separator that is no line end
 
     path.write_text('{"row": 2, "text": "kept"}\n{"row": 0, "te')
-    got = answer_rows(path, range(4), answer, workers=2)
+    got = answer_rows(path, dict.fromkeys(range(4), "?"), answer, workers=2)
     assert sorted(asked) == [0, 1, 3] and got[2]["text"] == "kept" and list(got) == [0, 1, 2, 3]
-    assert answer_rows(path, range(4), answer) == got and len(asked) == 3
-    assert list(answer_rows(path, range(2), answer)) == [0, 1]
+    assert answer_rows(path, dict.fromkeys(range(4), "?"), answer) == got and len(asked) == 3
+    assert list(answer_rows(path, dict.fromkeys(range(2), "?"), answer)) == [0, 1]
+    answer_rows(path, {0: "?", 1: "another question", 2: "?"}, answer)     # a line that does not say is taken for right
+    assert asked[3:] == [1]
+    path.write_text('{"prompt": 0}\n')
+    with pytest.raises(InputError, match="holds answers of another script"):
+        answer_rows(path, {0: "?"}, answer)
 
 
 def test_answer_rows_keeps_what_it_has_when_rows_stay_open(tmp_path, capsys):
@@ -193,14 +198,14 @@ def test_answer_rows_keeps_what_it_has_when_rows_stay_open(tmp_path, capsys):
         return {}
 
     with pytest.raises(InputError, match="2 rows without an answer"):
-        answer_rows(path, range(5), answer)
+        answer_rows(path, dict.fromkeys(range(5), "?"), answer)
     assert "row 3: no answer (HTTP 500)" in capsys.readouterr().err
     assert len(path.read_text().splitlines()) == 3
     broken.clear()
-    assert list(answer_rows(path, range(5), answer)) == [0, 1, 2, 3, 4]
+    assert list(answer_rows(path, dict.fromkeys(range(5), "?"), answer)) == [0, 1, 2, 3, 4]
     broken.update(range(100, 200))
     with pytest.raises(InputError, match="^[34] rows"):
-        answer_rows(path, range(100, 200), answer, workers=1, patience=3)
+        answer_rows(path, dict.fromkeys(range(100, 200), "?"), answer, workers=1, patience=3)
 
 
 def test_answer_rows_passes_on_what_a_user_must_mend(tmp_path):
@@ -208,7 +213,7 @@ def test_answer_rows_passes_on_what_a_user_must_mend(tmp_path):
         raise InputError("HTTP 401")
 
     with pytest.raises(InputError, match="401"):
-        answer_rows(tmp_path / "a.jsonl", range(50), answer, workers=2)
+        answer_rows(tmp_path / "a.jsonl", dict.fromkeys(range(50), "?"), answer, workers=2)
 
 
 # ------------------------------------------------------------------ LLaMA Guard

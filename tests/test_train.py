@@ -257,7 +257,12 @@ def test_an_unfinished_checkpoint_is_not_taken_for_a_whole_one(tmp_path):
     run(tmp_path / "a", "--max-steps", 4, "--save-every", 2)
     (tmp_path / "a/step-000003.tmp").mkdir()
     (tmp_path / "a/step-000004").mkdir()
-    assert train_sft.checkpoints(tmp_path / "a")[-1].name == "step-000002"
+    for copy in ("step-best", "step-000001-best", "step-000002 (copy)"):
+        shutil.copytree(tmp_path / "a/step-000002", tmp_path / "a" / copy)
+    assert [folder.name for folder in train_sft.checkpoints(tmp_path / "a")] == ["step-000002"]
+    (tmp_path / "a/config.json").unlink()
+    run(tmp_path / "a", "--max-steps", 4, "--save-every", 1, "--keep", 1, "--resume")
+    assert not (tmp_path / "a/step-000003.tmp").exists() and (tmp_path / "a/step-best").exists()
 
 
 @pytest.mark.parametrize("arguments, says", [

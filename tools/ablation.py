@@ -73,7 +73,7 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
-from data import (VERDICTS, InputError, Tokenizer, gold_verdict, parse_records,  # noqa: E402
+from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict, parse_records,  # noqa: E402
                   parse_verdict, read_records, split_input, write_json)
 from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
@@ -477,12 +477,12 @@ def parse_arguments(argv):
     p.add_argument("--seeds", type=int, nargs="+", default=[1], help="training and mining seeds")
     p.add_argument("--skips", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.65],
                    help="shares of skipping traces")
-    p.add_argument("--train", type=int, default=2400, help="training records")
-    p.add_argument("--test", type=int, default=240, help="test records")
-    p.add_argument("--dev", type=int, default=120, help="dev records, on which settings are chosen")
-    p.add_argument("--mine", type=int, default=136, help="prompts that are mined")
-    p.add_argument("--epochs", type=int, default=2, help="of R-SFT")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(),
+    p.add_argument("--train", type=at_least(1), default=2400, help="training records")
+    p.add_argument("--test", type=at_least(1), default=240, help="test records")
+    p.add_argument("--dev", type=at_least(1), default=120, help="dev records, on which settings are chosen")
+    p.add_argument("--mine", type=at_least(1), default=136, help="prompts that are mined")
+    p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
+    p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
                    help="tasks at a time, a thread each")
     p.add_argument("--minutes", type=float, default=float("inf"), help="begin no task after these")
     return p.parse_args(argv)

@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import INSTRUCTION, VERDICTS, gold_verdict, read_records, split_input  # noqa: E402
+from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, output_of_columns,  # noqa: E402
+                  read_records, split_input)
 
 
 def prompt_of(record):
@@ -22,20 +23,26 @@ def audit(paths):
     seen = {}
     for path in paths:
         records = read_records(path, fields=("instruction", "input"))
-        rows, gold = defaultdict(list), [gold_verdict({"output": "", **r}) for r in records]
+        for record in records:                              # as read_records does, which wants outputs
+            if is_blank(record.get("output")):
+                record["output"] = output_of_columns(path, record).get("output", "")
+            elif not isinstance(record["output"], str):
+                raise InputError(f"{path}: an output is no text: {record['output']!r}"[:200])
+        gold = [gold_verdict(record) for record in records]
+        rows = defaultdict(list)
         for i, record in enumerate(records):
             rows[record["input"]].append(i)
-        steps = [len(re.findall("Reasoning Step", r.get("output", ""))) for r in records]
+        steps = [len(re.findall("Reasoning Step", r["output"])) for r in records]
         findings = {
             "inputs that occur again": [i for same in rows.values() for i in same[1:]],
             "inputs with two labels": [i for same in rows.values() for i in same
                                        if len({str(gold[j]) for j in same}) > 1],
             "prompts of an earlier file": [i for i, r in enumerate(records) if prompt_of(r) in seen],
             "without any label": [i for i, g in enumerate(gold) if not any(g.values())],
-            "empty outputs": [i for i, r in enumerate(records) if not r.get("output", "").strip()],
-            "outputs over 8,000 characters": [i for i, r in enumerate(records) if len(r.get("output", "")) > 8000],
+            "empty outputs": [i for i, r in enumerate(records) if not r["output"].strip()],
+            "outputs over 8,000 characters": [i for i, r in enumerate(records) if len(r["output"]) > 8000],
             "leaked phrase 'The ground truth is'": [i for i, r in enumerate(records)
-                                                    if "the ground truth is" in r.get("output", "").lower()],
+                                                    if "the ground truth is" in r["output"].lower()],
             "other instructions": [i for i, r in enumerate(records) if r["instruction"] != INSTRUCTION]}
         print(f"\n{path}: {len(records)} records, {sum(steps)} reasoning steps, labels "
               + ", ".join(f"{name} {dict(Counter(g[name] for g in gold if g[name]))}" for name in VERDICTS))

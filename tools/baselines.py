@@ -24,17 +24,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, VERDICTS, InputError, format_answers, parse_verdict,  # noqa: E402
-                  read_records, split_input, write_whole)
+from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, parse_json,  # noqa: E402
+                  parse_verdict, read_records, split_input, write_whole)
 from eval import labels_of  # noqa: E402
 from mine_hard import LazyModel, answer_prompts, check_settings, write_lines  # noqa: E402
-from model import World, pick_device  # noqa: E402
+from model import World, config_hash, pick_device, weights_hash  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
 
@@ -115,7 +116,8 @@ def run_guard(args, path, dataset, guard):
     questions = guard_questions(records, dataset)
     prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
                for _, _, texts in questions]
-    settings = {"model": args.guard, "data": str(path), "template": args.template, "seed": 0,
+    settings = {"model": args.guard, "weights_hash": weights_hash(args.guard),
+                "config_hash": config_hash(args.guard), "data": str(path), "template": args.template, "seed": 0,
                 "k": 1, "temperature": 0, "max_new_tokens": args.max_new_tokens or 32,
                 **{key: getattr(args, key) for key in ("limit", "max_length", "dtype")}}
     lines = answer_prompts(guard, prompts, file, World(guard.device), settings, args)
@@ -216,20 +218,24 @@ def is_refusal(text):
 
 
 def answer_rows(path, rows, answer, workers=4, patience=10):
-    """{row: line} of path, after answer(row) -> dict for each row that it lacks.
+    """{row: line} of path, after answer(row) -> dict for each row that it lacks. rows: {row: what is asked}.
 
     A line is written as soon as it is there, so nothing is asked twice; one that an interruption cut is
-    dropped. Rows that stay Unanswered are left for the next run; `patience` of them end this one."""
+    dropped, and so is one that answers something else. Rows that stay Unanswered are left for the next run;
+    `patience` of them end this one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done, lost = read_rows(path), []
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+    hold(path.parent)
+    asked = {row: zlib.crc32(json.dumps(question).encode()) for row, question in rows.items()}
+    done = {row: line for row, line in read_rows(path).items() if line.get("asked", asked.get(row)) == asked.get(row)}
+    lost = []
+    with (open(path, "a", encoding="utf-8", errors="backslashreplace") as file,
+          ThreadPoolExecutor(workers) as pool):
         waiting = {pool.submit(answer, row): row for row in rows if row not in done}
         try:
             for n, future in enumerate(as_completed(waiting), 1):
                 row = waiting[future]
                 try:
-                    done[row] = {"row": row, **future.result()}
+                    done[row] = {"row": row, "asked": asked[row], **future.result()}
                     file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
                     file.flush()
                 except Unanswered as error:
@@ -253,7 +259,9 @@ def read_rows(path):
     whole, _, rest = path.read_bytes().rpartition(b"\n")
     if rest:
         write_whole(path, lambda temporary: temporary.write_bytes(whole + b"\n" * bool(whole)))
-    lines = [json.loads(line) for line in whole.decode().split("\n") if line]
+    lines = [parse_json(path, line) for line in whole.decode().split("\n") if line]
+    if not all(isinstance(line, dict) and "row" in line for line in lines):
+        raise InputError(f"{path}: holds answers of another script; choose another --out")
     return {line["row"]: line for line in lines}
 
 
@@ -285,7 +293,8 @@ def run_address(args, path, dataset):
         return ask(args.url, args.model, messages, max_tokens=args.max_new_tokens or 2048,
                    timeout=args.timeout, tries=args.tries, pause=args.pause)
 
-    lines = answer_rows(file, range(len(records)), answer, args.workers)
+    asked = {row: record["input"] for row, record in enumerate(records)}
+    lines = answer_rows(file, asked, answer, args.workers)
     refused = sum(line["refused"] for line in lines.values())
     mute = sum(not (line["refused"] or any(parse_verdict(line["text"]).values())) for line in lines.values())
     print(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
@@ -313,13 +322,13 @@ def parse_arguments(argv):
     p.add_argument("--dataset", help="name of the data set (default: the file's)")
     p.add_argument("--out", required=True, help="folder for answers and predictions")
     p.add_argument("--refusals", choices=["harmful", "wrong"], default="harmful", help="a refusal counts as")
-    p.add_argument("--workers", type=int, default=4, help="questions under way at once")
+    p.add_argument("--workers", type=at_least(1), default=4, help="questions under way at once")
     p.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer")
-    p.add_argument("--tries", type=int, default=6, help="for each row, with growing pauses")
+    p.add_argument("--tries", type=at_least(1), default=6, help="for each row, with growing pauses")
     p.add_argument("--pause", type=float, default=1.0, help="seconds before the second try; then doubled")
-    p.add_argument("--max-length", type=int, default=4096, help="LLaMA Guard: longer texts are cut")
-    p.add_argument("--max-new-tokens", type=int, help="of an answer (LLaMA Guard 32, others 2048)")
-    p.add_argument("--limit", type=int, help="use the first N records of each file only")
+    p.add_argument("--max-length", type=at_least(1), default=4096, help="LLaMA Guard: longer texts are cut")
+    p.add_argument("--max-new-tokens", type=at_least(1), help="of an answer (LLaMA Guard 32, others 2048)")
+    p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of LLaMA Guard")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.set_defaults(block=256, kv_tokens=None, no_share=False, format=None)      # for answer_prompts

@@ -422,9 +422,12 @@ def read_answers(path):
 
 def record_of_prediction(line, dataset):
     """The record whose `output` is this answer, and its gold labels; line: as eval.py writes it."""
-    prompt = str(line.get("prompt"))
-    at = max(1, prompt.find(HUMAN))                         # a newline after the instruction
-    record = {"instruction": prompt[:at - 1], "input": prompt[at:], "output": line["predict"]}
+    prompt = str(line.get("prompt") or "")
+    at = prompt.find("\n" + HUMAN)
+    if at < 0:                                              # an input that is no exchange
+        at = prompt.find("\n")
+    instruction = prompt[:max(at, 0)]                       # none where there is one line alone
+    record = {"instruction": instruction, "input": prompt[at + 1:], "output": line["predict"]}
     label = {"input": record["input"], "output": str(line.get("label"))}
     return {**record, "gold": labels_of(label, dataset)}
 

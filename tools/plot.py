@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def panel(x, y, width, height, title, unit, runs, low=None, high=None):
     parts += [line([(x, y + height), (x + width, y + height)], GREY),
               text(x + width / 2, y + height + 34, "optimizer step", "middle", 11),
               text(x - 46, y + height / 2, unit + (", logarithmic" if logarithmic else ""), "middle", 11, turn=True)]
-    for (_, steps, some), colour in zip(runs, COLOURS):
+    for (_, steps, some), colour in zip(runs, cycle(COLOURS)):
         parts.append(line([(across(s), up(v)) for s, v in zip(steps, some)], colour, 1.8))
     return parts + (legend(x + 8 * len(title) + 20, y - 12, [name for name, _, _ in runs]) if len(runs) > 1 else [])
 
@@ -128,7 +129,7 @@ def curves(runs, path):
 
 def bars(results, path):
     """results: [(name, rows of results.json)]. A group for each data set and task, a bar for each name."""
-    groups = list(dict.fromkeys((r["task"], r["dataset"]) for _, rows in results for r in rows if "dataset" in r))
+    groups = list(dict.fromkeys((r["task"], r["dataset"]) for _, rows in results for r in rows if "dataset" in r and "slice" not in r))
     groups.sort(key=lambda group: list(TITLES).index(group[0]))
     if not groups:
         raise InputError("the results hold no data set")
@@ -136,8 +137,8 @@ def bars(results, path):
     across = lambda v: x + width * v / 100
     parts, start = legend(x, 18, [name for name, _ in results]), y - 6
     for task, dataset in groups:
-        found = [(colour, r) for (_, rows), colour in zip(results, COLOURS) for r in rows
-                 if (r["task"], r.get("dataset")) == (task, dataset)]
+        found = [(colour, r) for (_, rows), colour in zip(results, cycle(COLOURS)) for r in rows
+                 if (r["task"], r.get("dataset")) == (task, dataset) and "slice" not in r]
         middle = y + thick * len(found) / 2 + 4
         parts.append(text(x - 10, middle, f"{dataset}: {TITLES[task]}, n = {found[0][1]['n']}", "end"))
         for colour, r in found:

@@ -102,6 +102,7 @@ def make_data(args):
                          "another --dev")
     files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
     report_files(files)
+    (args.out / "data.json").unlink(missing_ok=True)        # which says that all files are there
     for name, records in files.items():
         write_json(args.out / f"{name}.json", records)
     tests = [copy_of(path, args.out / "tests") for path in args.tests]

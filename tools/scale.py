@@ -155,7 +155,7 @@ def measure(args, folder):
     records = meter.run("read records", read_records, folder / "records.json")
     examples, _ = meter.run("encode", encode_records, tokenizer, records, 2048)
     run = SimpleNamespace(out=str(folder / "out"), lr=5e-5, resume=False, no_share=False, dtype=None,
-                          max_tokens=args.max_tokens)
+                          max_tokens=args.max_tokens, model=args.model)
     schedule = list(train_sft.batches(len(examples), args.batch_size, 1, 0))
     meter.run("start a run", train_sft.start_run, run, ALONE, examples, schedule)
     tokens = meter.run("steps", steps, examples, schedule, run)

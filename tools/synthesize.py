@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import answer_rows, ask  # noqa: E402
-from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input,  # noqa: E402
-                  gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
+from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, format_input,  # noqa: E402
+                  gold_verdict, is_blank, output_of_columns, parse_records, parse_verdict, read_records, split_input,
+                  write_json)
 from mine_hard import check_settings  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
@@ -61,8 +62,10 @@ def read_exchanges(path, limit=None):
     """[(prompt, response or None, {task: word or None})] of a file; InputError says which record is wrong."""
     exchanges = []
     for place, record in list(parse_records(Path(path)))[:limit]:
-        if isinstance(record, dict) and "input" in record:
+        if isinstance(record, dict) and isinstance(record.get("input"), str):
             prompt, response = split_input(record["input"])
+            if is_blank(record.get("output")):
+                record["output"] = output_of_columns(f"{path}: {place}", record).get("output", "")
             labels = gold_verdict(record)
         else:
             prompt, response, labels = fields_of(record, f"{path}: {place}")
@@ -179,7 +182,7 @@ def synthesize(args, exchanges, path):
             faults.append(fault)
         return {"output": None, "faults": faults}
 
-    return answer_rows(path, range(len(exchanges)), answer, args.workers)
+    return answer_rows(path, dict(enumerate(exchanges)), answer, args.workers)
 
 
 # ------------------------------------------------------------------ the paper's Table 1
@@ -214,14 +217,14 @@ def parse_arguments(argv):
     p.add_argument("--data", nargs="+", metavar="FILE", help="labelled exchanges, a source each")
     p.add_argument("--out", help="folder for answers and training files")
     p.add_argument("--unlabelled", choices=["own", "none"], default="own", help="verdict where none is known")
-    p.add_argument("--attempts", type=int, default=3, help="answers asked for before a row is dropped")
-    p.add_argument("--steps", type=int, default=10, help="most steps of a task (paper: 10)")
-    p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
-    p.add_argument("--workers", type=int, default=4, help="questions under way at once")
+    p.add_argument("--attempts", type=at_least(1), default=3, help="answers asked for before a row is dropped")
+    p.add_argument("--steps", type=at_least(1), default=10, help="most steps of a task (paper: 10)")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer")
+    p.add_argument("--workers", type=at_least(1), default=4, help="questions under way at once")
     p.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer")
-    p.add_argument("--tries", type=int, default=6, help="for each question, while the server is busy")
+    p.add_argument("--tries", type=at_least(1), default=6, help="for each question, while the server is busy")
     p.add_argument("--pause", type=float, default=1.0, help="seconds before the second try; then doubled")
-    p.add_argument("--limit", type=int, help="use the first N exchanges of each file only")
+    p.add_argument("--limit", type=at_least(1), help="use the first N exchanges of each file only")
     args = p.parse_args(argv)
     if not args.table and not all((args.url, args.model, args.data, args.out)):
         p.error("--url, --model, --data and --out belong together (or --table FILE...)")
@@ -233,6 +236,10 @@ def main(argv=None):
     if args.table:
         return print_table({Path(path).stem: [record["output"] for record in read_records(path)]
                             for path in args.table})
+    for path in args.data:
+        written = Path(args.out) / f"{Path(path).stem}.json"
+        if written.exists() and written.samefile(path):
+            raise InputError(f"{path}: would be overwritten with the traces; choose another --out")
     sources, faults, dropped = {}, Counter(), Counter()
     for path in args.data:
         name, exchanges = Path(path).stem, read_exchanges(path, args.limit)

@@ -26,11 +26,14 @@ from mine_hard import judge  # noqa: E402
 
 def read_traces(path, counts):
     """Yield (record, gold) of each line of a prediction file: the answer as `output`, and the labels.
-    Lines without a request are counted."""
+    Lines without a request, and answers without an end, are counted."""
     dataset = Path(path).resolve().parent.name
     for place, line in parse_records(Path(path)):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("prompt", "label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields prompt, label and predict")
+        if isinstance(line.get("forced"), dict):            # eval.py: an answer without an end
+            counts["without an end"] += 1
+            continue
         at = line["prompt"].find(HUMAN)
         if at < 0:
             counts["without a request"] += 1

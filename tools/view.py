@@ -24,7 +24,6 @@ import argparse
 import base64
 import hashlib
 import json
-import os
 import sys
 import zlib
 from collections import Counter
@@ -120,7 +119,8 @@ def rows_of_predictions(path):
         gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
         samples = all_samples[number]["samples"] if number < len(all_samples) else []
         if text not in [sample["text"] for sample in samples]:
-            samples = [{"text": text, "finish": "stop", "verdict": parse_verdict(text)}]
+            finish = "length" if isinstance(fields.get("forced"), dict) else "stop"
+            samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
         said = majority([s["verdict"] for s in samples if s["finish"] == "stop"])
         reading = early[number] if number < len(early) else {"text": None}
         is_of_text = reading["text"] == zlib.crc32(text.encode(errors="replace"))
@@ -296,8 +296,7 @@ def main(argv=None):
                      "probability; faint where the model would hardly conclude.")
     first = Path(args.paths[0])
     out = args.out or (first if first.is_dir() else first.parent) / "view.html"
-    title = os.path.commonpath(args.paths) if len(args.paths) > 1 else args.paths[0]
-    write_page(out, rows, title or "Answers", " ".join(dict.fromkeys(notes)))
+    write_page(out, rows, ", ".join(args.paths), " ".join(dict.fromkeys(notes)))
     size = out.stat().st_size / 2 ** 20
     print(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
 
