@@ -408,12 +408,27 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_reported(capsys):
     assert "2 prompts with characters that are not in the vocabulary, replaced" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_remarks_do_not_come_among_the_verdicts(guard, redirection):
-    lines = [json.dumps({"prompt": "gate " * 3000}), json.dumps({"prompt": "a"})]
-    command = f"{sys.executable} eval.py --model {guard} --moderate --max-new-tokens 2 --max-length 300 --dtype float32 --device cpu {redirection}"
-    done = subprocess.run(command, shell=True, input="\n".join(lines), capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0 and [json.loads(line)["cut"] for line in done.stdout.splitlines()] == [True, False]
+@pytest.fixture(params=["closed", "full", "nobody reads"])
+def lost(request):
+    """A stream on which nothing can be written, as sys.stdout or sys.stderr."""
+    if request.param == "closed":
+        yield None
+    elif request.param == "full":
+        with open("/dev/full", "w", encoding="ascii", buffering=1) as stream:
+            yield stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())             # what is left goes nowhere when it is closed
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", encoding="ascii", buffering=1) as stream:
+            yield stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def test_remarks_do_not_come_among_the_verdicts(guard, monkeypatch, capsys, lost):
+    lines = [json.dumps({"prompt": "gate " * 3000}).encode(), b'{"prompt": "a"}']
+    monkeypatch.setattr("sys.stderr", lost)
+    assert [verdict["cut"] for verdict in judged(guard, monkeypatch, capsys, lines, "--max-length", "300")] == [True, False]
 
 
 def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
@@ -429,12 +444,11 @@ def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
         evaluation.main(["--model", "toy/model", "--fast", *options, str(tmp_path / "b")])
 
 
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
-def test_figures_that_no_file_has_must_be_shown(tmp_path, redirection):
+def test_figures_that_no_file_has_must_be_shown(tmp_path, monkeypatch, lost):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
-    done = subprocess.run(f"{sys.executable} eval.py --predictions {tmp_path}/p.jsonl {redirection}", shell=True, stderr=subprocess.PIPE,
-                          cwd=ROOT, timeout=200)
-    assert done.returncode == 1 and done.stderr.startswith(b"standard output ")
+    monkeypatch.setattr("sys.stdout", lost)
+    with pytest.raises(InputError, match="^standard output "):
+        evaluation.main(["--predictions", str(tmp_path / "p.jsonl")])
 
 
 def test_arguments_that_find_nothing_say_so(tmp_path, capsys):
@@ -444,14 +458,12 @@ def test_arguments_that_find_nothing_say_so(tmp_path, capsys):
     assert "--by nosuch: no row has this column" in said and "--fpr: no probabilities are there" in said
 
 
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| true"])
-def test_figures_are_written_before_they_are_shown(tmp_path, redirection):
+def test_figures_are_written_before_they_are_shown(tmp_path, monkeypatch, lost):
     (tmp_path / "d\u00e9").mkdir()
-    row = {"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}
-    (tmp_path / "d\u00e9/generated_predictions.jsonl").write_text(json.dumps(row) + "\n")
-    command = f"{sys.executable} eval.py --predictions {tmp_path}/d*/generated_predictions.jsonl --out {tmp_path}/o {redirection}"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "ascii"}
-    subprocess.run(command, shell=True, check=True, cwd=ROOT, timeout=200, env=environment)
+    path = tmp_path / "d\u00e9/generated_predictions.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
+    monkeypatch.setattr("sys.stdout", lost)
+    evaluation.main(["--predictions", str(path), "--out", str(tmp_path / "o")])
     assert json.loads((tmp_path / "o/results.json").read_text())[0]["dataset"] == "d\u00e9"
 
 
