@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises")]   # half of the time
+FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises", "train")]   # half
 
 
 def main():
