@@ -1245,8 +1245,8 @@ def warn(count, what):
 
 
 def say(text, end="\n"):
-    """Print progress, or figures that a file has, too. Nobody has to read it: a closed pipe or a
-    full disk ends no run."""
+    """Print progress, a picture, or figures that a file has, too. Nobody has to read it: a closed
+    pipe or a full disk ends no run."""
     if sys.stdout is None:
         return
     try:
@@ -1401,8 +1401,8 @@ def show(tokenizer, examples):
     alone = sum(len(p.tokens) for p in pack(examples, 10 ** 9, share=False))
     scored = sum(len(p.rows) for p in packs)
     where = "the pack" if len(packs) == 1 else f"{len(packs)} packs"
-    print(f"{T} tokens in {where}, {alone} as separate sequences; "
-          f"{scored} scored (row, next token) pairs")
+    say(f"{T} tokens in {where}, {alone} as separate sequences; "
+        f"{scored} scored (row, next token) pairs")
     for p in packs:
         show_pack(tokenizer, p)
 
@@ -1421,19 +1421,19 @@ def show_pack(tokenizer, p):
         text = tokenizer.decode(tokens[start:stop]).replace("\n", "\\n")
         return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
 
-    print("\n    rows        position      end   text, the scored part in [ ]")
+    say("\n    rows        position      end   text, the scored part in [ ]")
     starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
     for start, stop in zip(starts, starts[1:] + [T]):
         first = next((i for i in range(start, stop) if i in scored), stop)
         answer = f"[{text(first, stop)}]" if first < stop else ""
         indent = "  " * sum(above < start < end[above] for above in starts)
-        print(f"{start:6}-{stop - 1:<6} "
-              f"{position[start]:6}-{position[stop - 1]:<6} "
-              f"{end[start]:5}   {indent}{text(start, first)}{answer}")
+        say(f"{start:6}-{stop - 1:<6} "
+            f"{position[start]:6}-{position[stop - 1]:<6} "
+            f"{end[start]:5}   {indent}{text(start, first)}{answer}")
     if T <= 40:
-        print("\nquery i sees key j iff j <= i < end[j]:\n")
+        say("\nquery i sees key j iff j <= i < end[j]:\n")
         for i in range(T):
-            print("".join("#" if j <= i < end[j] else "." for j in range(T)))
+            say("".join("#" if j <= i < end[j] else "." for j in range(T)))
 
 
 def main(argv=None):
