@@ -229,8 +229,7 @@ def generation_arguments(p):
 
 def generation_settings(args, guard, temperature, **sampling):
     """What a file of answers depends on, beside its prompts. guard: a LazyModel."""
-    return dict(model=str(guard.folder), weights_hash=weights_hash(guard.folder),
-                config_hash=config_hash(guard.folder), limit=args.limit,
+    return dict(model=str(guard.folder), **guard.hashes, limit=args.limit,
                 max_length=args.max_length, format=args.format, dtype=name_of(guard.dtype),
                 k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
                 temperature=temperature, **sampling)
@@ -245,6 +244,11 @@ class LazyModel:
         self.device = device
         self.dtype = pick_dtype(device, args.dtype)
         self.tokenizer = Tokenizer.from_pretrained(folder, args.format)
+
+    @cached_property
+    def hashes(self):
+        """What tells this model from another one that lies in the same folder later."""
+        return {"weights_hash": weights_hash(self.folder), "config_hash": config_hash(self.folder)}
 
     @cached_property
     def model(self):

@@ -320,7 +320,7 @@ def save(folder, model, optimizer, step, world, keep=2):
             moments[f"{parameter}:{key}"] = value.contiguous()
     folder = Path(folder)
     temporary = Path(f"{folder}.tmp")
-    for left in folder.parent.glob("step-*.tmp"):           # of a kill while it was written
+    for left in folder.parent.glob("step-[0-9]*.tmp"):      # of a kill while it was written
         shutil.rmtree(left, ignore_errors=True)
     model.save_pretrained(temporary, model.head.dtype, weights)
     write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))

@@ -180,7 +180,7 @@ MUTANTS = [
     ("mine_hard.py", "return is_there(part) and sum(", "return is_there(part) or sum(", "test_mine.py -k lost_some"),
     ("eval.py", "or is_there(fast) and not args.fast:", "or False:", "test_eval.py -k one_kind"),
     ("train_sft.py", 're.fullmatch(r"step-\\d+", p.name)]', 'p.suffix != ".tmp"]', "test_train.py -k unfinished_checkpoint"),
-    ("mine_hard.py", "config_hash=config_hash(guard.folder), ", "", "test_mine.py -k other_weights"),
+    ("mine_hard.py", ', "config_hash": config_hash(self.folder)}', "}", "test_mine.py -k other_weights"),
     ("train_sft.py", "        if left.is_file():  ", "        if True:  ", "test_train.py -k what_else_lies"),
     ("model.py", "if readings[0] != readings[-1]:", "if False:", "test_inputs.py -k must_agree"),
     ("model.py", "        if sample not in own:  ", "        if True:  ", "test_model.py -k yielded_once"),

@@ -170,6 +170,15 @@ def test_is_refusal(text, want):
 # ------------------------------------------------------------------ rows that survive an interruption
 
 
+def test_exchanges_may_have_label_columns_in_the_place_of_an_output(tmp_path):
+    record = {"input": "Human user:\na\n\nAI assistant:\nNone\n\n", "prompt_harm_label": "harmful"}
+    (tmp_path / "a.json").write_text(json.dumps([record, {**record, "output": None}]))
+    assert [labels for _, _, labels in synthesize.read_exchanges(tmp_path / "a.json")] == 2 * [{"request": H, "completion": None, "response": None}]
+    (tmp_path / "b.json").write_text(json.dumps([{**record, "output": 5}]))
+    with pytest.raises(InputError, match="b.json: record 1: an output is no text: 5"):
+        synthesize.read_exchanges(tmp_path / "b.json")
+
+
 def test_answer_rows_asks_what_is_missing_and_drops_half_a_line(tmp_path):
     path, asked = tmp_path / "a.jsonl", []
 

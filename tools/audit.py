@@ -18,16 +18,23 @@ def prompt_of(record):
     return split_input(record["input"])[0]
 
 
+def output_of(place, record):
+    """The output of a record that need not have one: its text, else what its label columns say, else ""."""
+    output = record.get("output")
+    if is_blank(output):
+        return output_of_columns(place, record).get("output", "")
+    if not isinstance(output, str):
+        raise InputError(f"{place}: an output is no text: {output!r}"[:200])
+    return output
+
+
 def audit(paths):
     """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks."""
     seen = {}
     for path in paths:
         records = read_records(path, fields=("instruction", "input"))
-        for record in records:                              # as read_records does, which wants outputs
-            if is_blank(record.get("output")):
-                record["output"] = output_of_columns(path, record).get("output", "")
-            elif not isinstance(record["output"], str):
-                raise InputError(f"{path}: an output is no text: {record['output']!r}"[:200])
+        for record in records:
+            record["output"] = output_of(path, record)
         gold = [gold_verdict(record) for record in records]
         rows = defaultdict(list)
         for i, record in enumerate(records):

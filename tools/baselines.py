@@ -35,7 +35,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, h
                   parse_verdict, read_records, split_input, write_whole)
 from eval import labels_of  # noqa: E402
 from mine_hard import LazyModel, answer_prompts, check_settings, write_lines  # noqa: E402
-from model import World, config_hash, pick_device, weights_hash  # noqa: E402
+from model import World, pick_device  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
 
@@ -116,8 +116,7 @@ def run_guard(args, path, dataset, guard):
     questions = guard_questions(records, dataset)
     prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
                for _, _, texts in questions]
-    settings = {"model": args.guard, "weights_hash": weights_hash(args.guard),
-                "config_hash": config_hash(args.guard), "data": str(path), "template": args.template, "seed": 0,
+    settings = {"model": args.guard, **guard.hashes, "data": str(path), "template": args.template, "seed": 0,
                 "k": 1, "temperature": 0, "max_new_tokens": args.max_new_tokens or 32,
                 **{key: getattr(args, key) for key in ("limit", "max_length", "dtype")}}
     lines = answer_prompts(guard, prompts, file, World(guard.device), settings, args)

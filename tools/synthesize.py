@@ -21,10 +21,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import audit  # noqa: E402
 from baselines import answer_rows, ask  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, format_input,  # noqa: E402
-                  gold_verdict, is_blank, output_of_columns, parse_records, parse_verdict, read_records, split_input,
-                  write_json)
+                  gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
 from mine_hard import check_settings  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
@@ -64,9 +64,7 @@ def read_exchanges(path, limit=None):
     for place, record in list(parse_records(Path(path)))[:limit]:
         if isinstance(record, dict) and isinstance(record.get("input"), str):
             prompt, response = split_input(record["input"])
-            if is_blank(record.get("output")):
-                record["output"] = output_of_columns(f"{path}: {place}", record).get("output", "")
-            labels = gold_verdict(record)
+            labels = gold_verdict({**record, "output": audit.output_of(f"{path}: {place}", record)})
         else:
             prompt, response, labels = fields_of(record, f"{path}: {place}")
         if not any(labels.values()):
