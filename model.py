@@ -438,7 +438,9 @@ class Llama(nn.Module):
                 check_tensor(path, name, tensor, wanted, config)
                 if name in found:
                     raise InputError(f"{path}: tensor {name} is in another file, too")
-                found[name] = tensor.to(device, dtype)
+                # a copy: a file that is only mapped could change below a running guard, and begins
+                # at odd addresses, on which the last bit of a product depends
+                found[name] = tensor.to(device, dtype, copy=True)
         if config.tie_word_embeddings:
             join_tied(folder, found)
         missing = sorted(wanted.keys() - found.keys())

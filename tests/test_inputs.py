@@ -388,6 +388,15 @@ def test_the_same_weights_in_another_dress_are_read(tied, folder, capsys, change
     assert torch.equal(logits(folder), logits(tied)) and not capsys.readouterr().err
 
 
+def test_a_loaded_model_does_not_change_with_its_file(folder):
+    model = Llama.from_pretrained(folder, "cpu", torch.float64)
+    before = [weight.clone() for weight in model.parameters()]
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-4096, 2)                                     # in place: the same file on disk
+        file.write(bytes(4096))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 @pytest.mark.parametrize("change, says", OTHER_WEIGHTS, ids=map(str, range(len(OTHER_WEIGHTS))))
 def test_weights_that_are_not_those_of_the_config_are_refused(folder, change, says):
     change(folder)
