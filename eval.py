@@ -568,9 +568,10 @@ def judge_lines(lines, before, guard, options):
 
 
 def unjudged(error, on_unparsable):
-    """The answer to a line that cannot be judged."""
+    """The answer to a line that cannot be judged: the fields of a verdict, and error."""
     return {"request": on_unparsable, "completion": None, "response": on_unparsable,
-            "parsed": False, "error": error}
+            "parsed": False, "forced": False, "p_harmful": {}, "reasoning": "", "cut": True,
+            "error": error}
 
 
 def parse_exchange(line):
