@@ -75,25 +75,43 @@ def is_formatted(text):
 
 def split_input(text):
     """(prompt, response or None) of an exchange; a marker typed into the request is part of it.
-    Any other text is a prompt."""
+    Line ends of Windows, and spaces beside the markers, make it no other. Any other text is a
+    prompt."""
     if not is_formatted(text):
-        return text, None
+        unix = text.replace("\r\n", "\n").lstrip()
+        near = re.sub(r"^(Human user:|AI assistant:)[ \t]+$", r"\1", unix, flags=re.MULTILINE)
+        if not is_formatted(near):
+            return text, None
+        text = near
     prompt, _, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
     if response.strip() == "None":
         response = None
     return prompt.removeprefix(HUMAN), response
 
 
+# how chat templates spell control tokens, with the bars of ASCII or of full width
+MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?[A-Z]{1,20}\]"
+# what they write after an exchange: control tokens, and the role that answers
+FRAME = re.compile(rf"\n\n\s*(?:(?:{MARK}|assistant|model)\s*)+\Z")
+
+
+def exchange_of(prompt):
+    """The exchange in a prompt as predictions are saved with it: without the instruction before it,
+    and what a chat template wrote after it. The whole prompt where it holds none."""
+    exchange = prompt[max(0, prompt.find(HUMAN)):]
+    return exchange[:-200] + FRAME.sub("\n\n", exchange[-200:])
+
+
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    A verdict line begins with a task's name and a colon, in any case; before the name may stand
-    markdown, which is anything but letters, digits and _, and behind it signs of emphasis, quotes
-    and spaces: see line_of. The block is what follows the last line that begins so with "answers:"
-    (answers_heading). Of each task counts the first line in the block; where the block has none, or
-    there is no block, the last one in the text. What follows its colon, spaces and ends of lines
-    left out, is read by verdict_word, up to the end of that line; where that finds no verdict, no
-    other line is asked."""
+    A verdict line begins with a task's name and a colon, in any case; before the name may stand a
+    number ("1.") and markdown, which is anything but letters, digits and _, and behind it signs of
+    emphasis, quotes and spaces: see line_of. The block is what follows the last line that begins so
+    with "answers:" (answers_heading). Of each task counts the first line in the block; where the
+    block has none, or there is no block, the last one in the text. What follows its colon, spaces
+    and ends of lines left out, is read by verdict_word, up to the end of that line, or of the next
+    one if that begins with a verdict, too; where that finds no verdict, no other line is asked."""
     heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
@@ -104,9 +122,14 @@ def parse_verdict(text):
     return verdict
 
 
-def line_of(name, rest=r"\s*(.*)"):
+# what follows a verdict line's colon: its line, and the next one if that begins with a verdict, too
+SAID = r"\s*(.*(?:\n[^\w\n]*(?:x[^\w\n]+)?(?:(?:un)?harmful|refusal|compliance)(?!\w|.*:).*)?)"
+
+
+def line_of(name, rest=SAID):
     """What a line that begins with a name and a colon looks like; its group is what follows."""
-    return re.compile(rf"^[^\w\n]*{name}[*_`\"' ]*:{rest}", re.IGNORECASE | re.MULTILINE)
+    begin = r"^(?:[^\w\n]|\d{1,9}[.)])*"
+    return re.compile(rf"{begin}{name}[*_`\"' ]*:{rest}", re.IGNORECASE | re.MULTILINE)
 
 
 def answers_heading(text):
@@ -117,24 +140,35 @@ def answers_heading(text):
     return found
 
 
+# what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
+# brackets, colons, bullets, marks without width, check marks
+HARMLESS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]:=.,|#\u2022"
+            r"\u200b-\u200f\u2060\ufeff\u2705\u2713\u2714\u2611\ufe0f")
+CROSSES = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
+# what takes a verdict back, right after it
+DOUBTS = "or|nor|no|nope|not|never|n|false|incorrect|wrong|untrue|none|0"
+
+
 def verdict_word(said, words):
     """The one of these two words that the text begins with, in lower case, or None.
 
-    None too where the word is negated ("not harmful", "harmful: no") or joined to another one by a
-    slash or "or" ("harmful/unharmful"), and where the other word follows in the same line."""
-    # signs, the word, no letter or digit next (underscores aside), the rest of the line
-    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])(.*)", said, re.IGNORECASE)
+    None too where the word is negated ("not harmful", "harmful: no", a cross before it) or joined
+    to another one by a slash or "or" ("harmful/unharmful"), and where the other word follows."""
+    # signs, the word, no letter or digit next (underscores aside), the rest
+    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said, re.IGNORECASE)
     if not found or found[2].lower() not in words:          # IGNORECASE takes \u017f for an s
         return None
     before = found[1]
     word = found[2].lower()
     rest = found[3].lower()
     other = words[1] if word == words[0] else words[0]
-    negated = re.search(r"[!~\u00ac\u2010-\u2015\u2212\u2260-]", before)   # -harmful, and the like
+    # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
+    # whatever else does could negate it
+    negated = re.search(f"[^{HARMLESS}]", before) or re.search(f"[{CROSSES}]", rest)
     # harmful-ish, harmful's, harmful/unharmful, harmful|x; but not the slash of a tag, harmful</b>
     joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
     # "harmful or ...", "harmful: no"
-    doubted = re.match(r"[^\w/|\\<]*(or|no|not|false|none|0)\b", rest)
+    doubted = re.match(rf"[^\w/|\\<]*(is )?({DOUBTS})\b", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
     return None if negated or joined or doubted or contradicted else word
 
@@ -255,7 +289,7 @@ FORMATS = {
                     ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
-CONTROL = re.compile(r"<\|\w+\|>")     # how all of these are spelled; what is, is never text
+CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled; what is so is never read as text
 REQUEST = "REQUEST"             # the user's text, where a chat template is tried
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
@@ -325,8 +359,12 @@ class Tokenizer:
     def use_control(self, text):
         """Make the control tokens in a template's text special. Where a file lists [INST], say, as
         an ordinary word, the template's is a control token all the same, and a user who types it
-        gets plain text. InputError where a token has no row in the model, or swallows the spaces
-        beside it."""
+        gets plain text. InputError where a token is not in the vocabulary, has no row in the model,
+        or swallows the spaces beside it."""
+        absent = set(CONTROL.findall(text)) - {*self.special, *self.words}
+        if absent:
+            raise InputError(f"{self.folder}: the vocabulary has no control token {min(absent)}; "
+                             "try another --format")
         for piece in split_at({*self.special, *self.words}, text):
             if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
                 self.special[piece] = self.words.pop(piece)
@@ -789,8 +827,9 @@ def vocabulary_of(path, raw):
             raise InputError(f"{path}: {word!r} is not spelled in byte-level letters") from None
 
     found = Vocabulary({}, [], pattern, {}, {}, set(), set())
+    control = control_names(path.parent)
     for entry in added:
-        add_token(path, entry, found)
+        add_token(path, entry, found, control)
     found.tokens = {spell(name): id for name, id in vocab.items() if name not in found.special}
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
@@ -803,12 +842,30 @@ def vocabulary_of(path, raw):
     return found
 
 
-def add_token(path, entry, vocabulary):
+def control_names(folder):
+    """The control tokens that a folder's other files name, whatever its tokenizer.json calls them:
+    end marks and the like, and those in its chat template."""
+    named = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        named.update(read_object(folder / name, {}))
+    entries = [value for key, value in named.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = named.get(key) or []
+        entries += listed.values() if isinstance(listed, dict) else list(listed)
+    by_id = named.get("added_tokens_decoder") or {}
+    entries += [entry for entry in by_id.values() if entry.get("special")]
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    template = str(read_chat_template(folder).get("chat_template", ""))
+    return {*filter(lambda text: isinstance(text, str), texts), *re.findall(MARK, template)}
+
+
+def add_token(path, entry, vocabulary, control):
     """Put an entry of a tokenizer.json's added tokens into its vocabulary. One that is not
-    `special`, nor spelled <|so|>, is text: a word, found before anything is merged."""
+    `special`, nor spelled <|so|>, nor one of `control`, is text: a word, found before anything is
+    merged."""
     name = entry["content"]
     is_sticky = entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
-    if entry.get("special") or CONTROL.fullmatch(str(name)):
+    if entry.get("special") or CONTROL.fullmatch(str(name)) or name in control:
         vocabulary.special[name] = entry["id"]
         if is_sticky:
             vocabulary.sticky.add(name)
@@ -972,12 +1029,16 @@ def read_tokenizer_model(path):
         for line in read_bytes(path).splitlines():
             if line:
                 token, rank = line.split()
-                tokens[base64.b64decode(token)] = int(rank)
+                tokens[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
         raise InputError(f"{path}: not a Llama 3 tokenizer.model "
                          "(older LLaMAs had another kind)") from None
-    if sorted(tokens.values()) != list(range(len(tokens))):
-        raise InputError(f"{path}: its ids are not 0, 1, ...: damaged or cut short")
+    if sorted(tokens.values()) != list(range(len(tokens))) or b"" in tokens:
+        raise InputError(f"{path}: its ids are not 0, 1, ..., each of a token: damaged")
+    size = read_object(path.parent / "config.json", {}).get("vocab_size")
+    if isinstance(size, int) and len(tokens) + len(LLAMA3_SPECIALS) < size:
+        raise InputError(f"{path}: has {len(tokens)} tokens, and with {len(LLAMA3_SPECIALS)} "
+                         f"control tokens config.json says {size}: cut short; fetch it again")
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     order = sorted(tokens, key=tokens.get)
     return Vocabulary(tokens, order, LLAMA3_PATTERN, special, {}, set(), set())
@@ -1238,6 +1299,15 @@ def tell(remark):
             print(remark, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def interruptible(advice):
+    """Make Ctrl-C one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InputError(f"interrupted; {advice}") from None
+
+
 def warn(count, what):
     """Tell that so many things happened, if any did."""
     if count:
@@ -1413,13 +1483,19 @@ def show_pack(tokenizer, p):
     tokens = p.tokens.tolist()
     end = p.end.tolist()
     T = len(tokens)
-    position = [sum(end[j] > i for j in range(i)) for i in range(T)]
+    position = []                   # of each row, how many before it are still seen
+    seen = []                       # the ends of these: each is the last one's, or before it
+    for i in range(T):
+        while seen and seen[-1] <= i:
+            seen.pop()
+        position.append(len(seen))
+        seen.append(end[i])
     same_answer = p.answer[1:] == p.answer[:-1]
     scored = set(p.rows[1:][same_answer].tolist())  # of an answer: its first row is the prompt's
 
     def text(start, stop):
-        text = tokenizer.decode(tokens[start:stop]).replace("\n", "\\n")
-        return text if len(text) < 60 else text[:32] + " ... " + text[-24:]
+        whole = tokenizer.decode(tokens[start:stop]).replace("\n", "\\n")
+        return whole if len(whole) < 60 else whole[:32] + " ... " + whole[-24:]
 
     say("\n    rows        position      end   text, the scored part in [ ]")
     starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments

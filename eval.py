@@ -29,14 +29,15 @@ import select
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import (HUMAN, INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
-                  common_prefix, format_answers, format_input, gold_verdict, hold, hush, is_there,
-                  line_of, pack, parse_records, parse_verdict, read_records, say, spelled, tell,
-                  warn, write_json)
+from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
+                  common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
+                  hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
+                  read_records, say, spelled, tell, warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_settings, encode_prompts,
                        generation_arguments, generation_settings, write_lines)
 from model import (Job, World, answer_logprobs, fingerprint, generate_iter, join_ranks,
@@ -443,6 +444,11 @@ def contradictions(args):
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
         (not names and for_data, "--fast, --k, --scores are for --data"),
+        (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
+        (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
+        (args.response is not None and args.prompt is None, "--response goes with --prompt TEXT"),
+        (args.on_unparsable and not args.moderate and args.prompt is None,
+         "--on-unparsable is for --prompt and --moderate"),
         (args.data and not args.model, "--data FILE... needs --model DIR"),
         ((args.data or args.predictions) and (args.moderate or args.prompt is not None),
          "--prompt and --moderate go without --data and --predictions"),
@@ -465,10 +471,10 @@ def main(argv=None):
             raise InputError("--moderate: one process reads the lines; start it without torchrun")
         if args.prompt is not None or args.moderate:
             return moderate_lines(args, guard)
-        for path in args.data:
-            dataset = args.dataset or Path(path).stem
-            rows = evaluate_file(args, path, dataset, guard, world)
-            results += score_slices(rows, dataset, args.legacy, args.fpr)
+        benchmarks = [read_benchmark(args, path) for path in args.data]     # then nothing is amiss
+        for benchmark in benchmarks:
+            rows = evaluate_file(args, benchmark, guard, world)
+            results += score_slices(rows, benchmark.name, args.legacy, args.fpr)
     if world.rank == 0:
         averages = averages_of(results)
         text = tables(results, averages)
@@ -654,13 +660,29 @@ def labelled_tasks(path, golds):
     return tasks
 
 
-def evaluate_file(args, path, dataset, guard, world):
-    """Answer one benchmark file; returns its rows for `score`, in the order of the file."""
+@dataclass
+class Benchmark:
+    """A file of labelled records."""
+    path: str
+    name: str
+    records: list
+    golds: list             # the labels of each record: {task: word or None}
+    tasks: list             # that any label is about
+
+
+def read_benchmark(args, path):
+    """The Benchmark in a file; InputError where it has no records, or none is labelled."""
+    name = args.dataset or Path(path).stem
     records = read_records(path)[:args.limit]
-    golds = [labels_of(record, dataset) for record in records]
-    tasks = labelled_tasks(path, golds)
+    golds = [labels_of(record, name) for record in records]
+    return Benchmark(path, name, records, golds, labelled_tasks(path, golds))
+
+
+def evaluate_file(args, benchmark, guard, world):
+    """Answer a Benchmark; returns its rows for `score`, in the order of the file."""
+    records = benchmark.records
     prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
-    out = Path(args.out) / dataset
+    out = Path(args.out) / benchmark.name
     if world.rank == 0:
         hold(args.out)
     claim_kind(args, guard, prompts, out, world)
@@ -674,15 +696,15 @@ def evaluate_file(args, path, dataset, guard, world):
         answers = reasoned_answers(args, guard, prompts, out / "answers.jsonl", world)
     milliseconds = 1000 * (time.time() - start) / len(records)
     rows = []
-    for record, gold, answer in zip(records, golds, answers):
-        row = {"file": str(path), "gold": gold,
+    for record, gold, answer in zip(records, benchmark.golds, answers):
+        row = {"file": str(benchmark.path), "gold": gold,
                **slice_of(record, args.by), **answer}
         if not resumed:
             row["ms"] = milliseconds
         rows.append(row)
     add_forced(rows, guard, prompts, world)
     if args.scores and not args.fast:
-        add_probabilities(rows, guard, prompts, tasks, world)
+        add_probabilities(rows, guard, prompts, benchmark.tasks, world)
     if world.rank == 0:
         write_lines(out / "generated_predictions.jsonl", [
             {"prompt": record["instruction"] + "\n" + record["input"],
@@ -781,8 +803,7 @@ def read_predictions(path, dataset, column=None):
         if not all(isinstance(fields.get(name), str) for name in ("label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
         prompt = str(line.get("prompt") or "")
-        exchange = prompt[max(0, prompt.find(HUMAN)):]
-        gold = labels_of({"input": exchange, "output": line["label"]}, dataset)
+        gold = labels_of({"input": exchange_of(prompt), "output": line["label"]}, dataset)
         text = line["predict"]
         row = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                **slice_of(line, column)}
@@ -940,4 +961,5 @@ PAPER_F1 = {
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("answers that are whole are kept, and the same command goes on"):
+        main()

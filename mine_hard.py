@@ -26,8 +26,8 @@ from functools import cached_property
 from pathlib import Path
 
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
-                  is_there, on_terminal, parse_records, parse_verdict, read_object, read_records,
-                  reading, say, warn, write_json, write_whole)
+                  interruptible, is_there, on_terminal, parse_records, parse_verdict, read_object,
+                  read_records, reading, say, warn, write_json, write_whole)
 from model import (Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of, pick_dtype,
                    read_arguments, weights_hash)
 
@@ -420,4 +420,5 @@ class Meter:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("the same command with --resume goes on"):
+        main()

@@ -119,7 +119,7 @@ MUTANTS = [
     ("train_sft.py", "(final.exists() or checkpoints(args.out))", "final.exists()", "test_train.py -k unknown_run"),
     ("train_sft.py", "args.dtype = name_of(pick_dtype(world.device, args.dtype))", "pass", "test_train.py -k dtype_that_was_chosen"),
     ("mine_hard.py", "if is_there(path) and not", "if False and not", "test_mine.py -k selecting_again"),
-    ("eval.py", "prompt[max(0, prompt.find(HUMAN)):]", "prompt", "test_eval.py -k one_word"),
+    ("eval.py", '"input": exchange_of(prompt)', '"input": prompt', "test_eval.py -k one_word"),
     ("eval.py", "positive if p > 0.5 else other", "positive if p < 0.5 else other",
      "test_eval.py -k likelier_words"),
     ("eval.py", "all(verdict[name] for name in needed)", "any(verdict[name] for name in needed)",
@@ -173,7 +173,7 @@ MUTANTS = [
     ("train_sft.py", "if not self.after_step:", "if False:", "test_train.py -k signal"),
     # a remark among the verdicts, text that was not read, answers that are lost or of another config, what lies in --out
     ("data.py", "    if sys.stderr is not None:\n", "    if True:\n", "test_eval.py -k remarks"),
-    ("data.py", 'if entry.get("special") or CONTROL.fullmatch(str(name)):', 'if entry.get("special"):', "test_inputs.py -k looks_like_a_control"),
+    ("data.py", 'if entry.get("special") or CONTROL.fullmatch(str(name)) or', 'if entry.get("special") or', "test_inputs.py -k looks_like_a_control"),
     ("data.py", "self.files = {name: read_bytes(folder / name)", "self.files = {name: b''", "test_inputs.py -k came_from_is_gone"),
     ("mine_hard.py", "lossy.append(tokenizer.lost > 0)", "lossy.append(False)", "test_eval.py -k cannot_spell"),
     ("mine_hard.py", "if len(lines) != count or not all(whole):", "if False:", "test_mine.py -k lost_some"),
@@ -184,6 +184,14 @@ MUTANTS = [
     ("train_sft.py", "        if left.is_file():  ", "        if True:  ", "test_train.py -k what_else_lies"),
     ("model.py", "if readings[0] != readings[-1]:", "if False:", "test_inputs.py -k must_agree"),
     ("model.py", "        if sample not in own:  ", "        if True:  ", "test_model.py -k yielded_once"),
+    ("model.py", "tensor.to(device, dtype, copy=True)", "tensor.to(device, dtype)", "test_inputs.py -k does_not_change"),
+    ("eval.py", '"p_harmful": {}, "reasoning": "", "cut": True,', "", "test_bad_input.py -k stream_goes_on"),
+    ("data.py", "exchange[:-200] + FRAME.sub(\"\\n\\n\", exchange[-200:])", "exchange", "test_data.py -k chat_template"),
+    ("data.py", 'text.replace("\\r\\n", "\\n").lstrip()', "text.lstrip()", "test_data.py -k markers_with"),
+    ("data.py", "(?:[^\\w\\n]|\\d{1,9}[.)])*", "[^\\w\\n]*", "test_data.py -k numbered"),
+    ("data.py", "CONTROL.fullmatch(str(name)) or name in control", "CONTROL.fullmatch(str(name))", "test_inputs.py -k another_file"),
+    ("data.py", "if isinstance(size, int) and len(tokens)", "if False and len(tokens)", "test_data.py -k metas"),
+    ("data.py", "while seen and seen[-1] <= i", "while seen and seen[-1] < i", "test_data.py -k positions"),
     ("train_dpo.py", "return len(rest) < len(block)", "return len(rest) <= len(block)", "test_dpo.py -k answers_block"),
 ]
 

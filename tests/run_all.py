@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises", "train")]   # half
+FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises", "reason", "train")]   # half
 
 
 def main():

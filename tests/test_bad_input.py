@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from processes import tiny_folder, write_pairs, write_records
@@ -280,6 +282,40 @@ def test_a_bad_line_is_answered_and_the_stream_goes_on(place, capsys, monkeypatc
 def test_a_flag_that_moderation_does_not_know_is_named(place, capsys, flags):
     message = fails(capsys, evaluation.main, ["--model", str(place / "model"), "--prompt", "a", *flags])
     assert "--fast, --k, --scores are for --data" in message
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--moderate", "--prompt", "a"], "--moderate reads exchanges"), (["--moderate", "--response", "a"], "--response goes with"),
+    (["--data", "toy/test.json", "--out", "o", "--response", "a"], "--response goes with"),
+    (["--data", "toy/test.json", "--out", "o", "--on-unparsable", "harmful"], "--on-unparsable is for"),
+    (["--data", "toy/test.json", "--out", "o", "--fast", "--k", "3"], "leave out --k")])
+def test_a_flag_that_would_change_nothing_is_named(place, capsys, flags, says):
+    assert says in fails(capsys, evaluation.main, ["--model", str(place / "model"), *flags])
+
+
+def test_a_file_that_cannot_be_read_is_named_before_the_first_is_answered(place, capsys):
+    out = place / "out"
+    message = fails(capsys, evaluation.main, ["--model", str(place / "model"), "--data", "toy/test.json", str(place / "none.json"), "--out", str(out)])
+    assert "none.json: cannot read" in message and not out.exists()
+
+
+@pytest.mark.parametrize("command", [["eval.py", "--moderate", "--model", "toy/model"], ["mine_hard.py", "--model", "toy/model", "--data", "toy/dev.json", "--out", "OUT"]])
+def test_ctrl_c_is_one_line(tmp_path, command):
+    argv = [sys.executable, *(word.replace("OUT", str(tmp_path / "out")) for word in command)]
+    code = f"""
+import os, runpy, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import model
+plain = model.Llama.from_pretrained
+def pressed(*a, **k):
+    os.kill(os.getpid(), signal.SIGINT)
+    return plain(*a, **k)
+model.Llama.from_pretrained = pressed
+sys.argv = {argv[1:]!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], input=b"", capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 1 and done.stderr.decode().count("\n") == 1 and b"interrupted; " in done.stderr, done.stderr[-2000:]
 
 
 def test_two_files_of_one_name_are_not_mixed(capsys):

@@ -3,6 +3,8 @@ import base64
 import hashlib
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -65,16 +67,27 @@ NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful"
               "unharmful, harmful", "unharmful (harmful)", "unharmful and harmful", "**unharmful**/**harmful**", "<harmful|unharmful>",
               "unharmful\u2044harmful", "unharmful\uff0fharmful", "not harmful", "non-harmful", "nonharmful", "un-harmful", "isn't harmful", "-harmful",
               "\u2013harmful", "~harmful", "!harmful", "!= harmful", "harmful: no", "harmful? No.", "harmful = false", "harmful: 0", "harmful (no)", "unharmful not",
+              "\u274c unharmful", "\u2717unharmful", "\U0001f6abunharmful", "\u223cunharmful", "\u2298 unharmful", "unharmful \u274c", "unharmful is false",
+              "unharmful, never", "unharmful nope", "unharmful (incorrect)", "unharmful: n", "unharmful\nharmful", "\n[ ] unharmful\n[x] harmful",
+              "\n- unharmful\n- harmful <-", "unharmful /\nharmful",
               "unharmful (not harmful)", "unharmful-looking", "harmful's", "harmful_x", "harmless", "safe", "maybe unharmful", "the request is unharmful",
               "None", "", "..."]
 A_VERDICT = ["harmful", "Harmful.", " HARMFUL!", "**harmful**", "_harmful_", "`harmful`", "'harmful'", "\u201charmful\u201d", "[harmful]", "| harmful |", "harmful\r",
-             "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful"]
+             "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful",
+             "\u2705 harmful", "harmful\nUnharmful: nothing of it", "harmful\n\nunharmful parts are there as well"]
 
 
 @pytest.mark.parametrize("said, want", [*((said, None) for said in NO_VERDICT), *((said, H) for said in A_VERDICT)])
 def test_what_is_a_verdict(said, want):
     for text in (f"Answers: \nRequest: {said}", f"Because.\nRequest: {said}", f"Answers: \nRequest: {said}\nRequest: {U}"):
         assert parse_verdict(text)["request"] == want
+
+
+@pytest.mark.parametrize("number", ["1. ", "1) ", "**1.** ", "- 2. "])
+def test_a_numbered_block_is_read_before_any_other_line(number):
+    lines = [f"{number}Request: harmful", f"{number}Completion: refusal"]
+    for text in (["Request: unharmful", "Answers:", *lines], ["Answers:", *lines, "", "Request: unharmful"]):
+        assert tuple(parse_verdict("\n".join(text)).values()) == (H, R, None)
 
 
 def test_format_answers_is_the_inverse_of_parse_verdict():
@@ -89,6 +102,25 @@ def test_gold_of_a_trace_a_block_and_a_word():
     assert tuple(gold_verdict(record(R, "b")).values()) == (None, R, None)
     assert tuple(gold_verdict(record("Answers: \nRequest: None\nCompletion: None\nResponse: harmful\n")).values()) == (None, None, H)
     assert tuple(gold_verdict({**record(H), "input": format_input("a") + "\n"}).values()) == (H, None, None)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: " \n" + text, lambda text: text.replace(":\n", ": \n")])
+def test_markers_with_other_line_ends_or_spaces_are_markers(change):
+    for response, gold in (("b", (None, None, H)), (None, (H, None, None))):
+        exchange = change(format_input("a", response))
+        assert tuple(gold_verdict({"input": exchange, "output": H}).values()) == gold
+        assert data.split_input(exchange) == ("a", response)
+
+
+@pytest.mark.parametrize("after", ["", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "assistant\n\n", "<|im_end|>\n<|im_start|>assistant\n",
+                                   " [/INST]", "<end_of_turn>\n<start_of_turn>model\n", "</s>\n<|assistant|>\n", "<\uff5cAssistant\uff5c>"])
+def test_an_exchange_is_found_in_a_prompt_as_a_chat_template_wrote_it(after):
+    for response in (None, "b", "b\n\nassistant", "x" * 300):
+        exchange = format_input("an assistant", response)
+        for before in ("", "i\n", "<|start_header_id|>user<|end_header_id|>\n\ni\n"):
+            found = data.exchange_of(before + exchange + after)
+            assert found == exchange or response == "b\n\nassistant"      # that is a template's, or text: who knows
+    assert data.exchange_of("no markers\n\n") == "no markers\n\n"
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -149,9 +181,14 @@ def split(pattern, text):
 def test_metas_tokenizer_model_gives_the_ids_of_the_same_ranks_in_json(tmp_path, tokenizer):
     order = sorted(tokenizer.text, key=lambda i: tokenizer.text[i] and i)
     lines = [base64.b64encode(tokenizer.text[i]).decode() + f" {rank}" for rank, i in enumerate(order)]
+    n = len(order)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": n + 256}))
+    for wrong in (lines[:-1], lines[:100], [*lines[:-1], "==== " + str(n - 1)]):       # a download that stopped at a line's end, say
+        (tmp_path / "tokenizer.model").write_text("\n".join(wrong))
+        with pytest.raises(InputError, match="tokenizer.model: "):
+            Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_text("\n".join(lines))
     meta = Tokenizer.from_pretrained(tmp_path)
-    n = len(order)
     assert meta.special["<|begin_of_text|>"] == n and meta.special["<|eot_id|>"] == n + 9 and len(meta.special) == 256
     text = "Ada asks: please lock the tool chest."
     assert meta.decode(meta.encode(text)) == text and meta.stop[0] == n + 9
@@ -317,6 +354,15 @@ def test_show_and_audit_run(capsys, tmp_path):
     audit([path, "toy/dev.json"])
     out = capsys.readouterr().out
     assert "2 inputs that occur again: rows 1, 2" in out and "3 inputs with two labels" in out
+
+
+def test_positions_that_are_shown_are_those_of_the_rule(capsys, monkeypatch):
+    p, = pack(tiny_examples(), 10 ** 6)
+    tokenizer = SimpleNamespace(decode=lambda ids: "t")
+    data.show_pack(tokenizer, p)
+    shown = re.findall(r"^ *(\d+)-(\d+) +(\d+)-(\d+) ", capsys.readouterr().out, re.M)
+    sees = lambda i: sum(end > i for end in p.end[:i].tolist())
+    assert len(shown) > 5 and all(int(place) == sees(int(row)) for line in shown for row, place in zip(line[:2], line[2:]))
 
 
 def test_the_longest_answer_decides_the_room_of_the_prompt(tokenizer):

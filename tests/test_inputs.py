@@ -200,6 +200,28 @@ def test_a_control_token_must_have_a_row_in_the_model_if_it_is_used(tmp_path):
     assert Tokenizer.from_pretrained(write_folder(folder, **FOLDERS["chatml"])).special["<|startoftext|>"] == 760
 
 
+@pytest.mark.parametrize("word", ["</s>", "<pad>", "[INST]", "<start_of_turn>", "<\uff5cUser\uff5c>"])
+@pytest.mark.parametrize("told", [dict(eos_token="WORD"), dict(pad_token={"content": "WORD"}), dict(additional_special_tokens=["x", "WORD"]),
+                                  dict(extra_special_tokens={"a": "WORD"}), dict(added_tokens_decoder={"761": {"content": "WORD", "special": True}})])
+def test_what_another_file_of_the_folder_calls_a_control_token_is_one(tmp_path, word, told):
+    config = json.loads(json.dumps(told).replace("WORD", word))
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, special=CHATML, words=[(word, False)], config=config), "chatml")
+    assert tokenizer.special[word] == 761 and 761 not in tokenizer.encode(word) and tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_a_template_that_is_not_followed_still_names_control_tokens(tmp_path, capsys):
+    unknown = "{{ '[INST]' + messages[0].content|replace('a', 'b') + '[/INST]' }}"
+    words = [("[INST]", False), ("<think>", False)]
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, special=CHATML, words=words, template=unknown + "<think>"))
+    assert "not known" in line_said(capsys)
+    assert 761 not in tokenizer.encode("[INST]") and tokenizer.encode("<think>") == [762]      # an ordinary word stays one
+
+
+def test_a_control_token_of_the_template_must_be_in_the_vocabulary(tmp_path):
+    folder = write_folder(tmp_path, special=["<|begin_of_text|>", "<|eot_id|>"])
+    refused(r"the vocabulary has no control token <\|(end|start)_header_id\|>; try another --format", Tokenizer.from_pretrained, folder, "llama3")
+
+
 @pytest.mark.parametrize("field", ["lstrip", "rstrip", "single_word"])
 def test_a_control_token_that_swallows_spaces_must_not_be_used(tmp_path, field):
     def change(which):

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
-                  format_answers, gold_verdict, parse_records, parse_verdict, write_json)
+                  exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, write_json)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
@@ -34,11 +34,10 @@ def read_traces(path, counts):
         if isinstance(line.get("forced"), dict):            # eval.py: an answer without an end
             counts["without an end"] += 1
             continue
-        at = line["prompt"].find(HUMAN)
-        if at < 0:
+        if HUMAN not in line["prompt"]:
             counts["without a request"] += 1
             continue
-        text = line["prompt"][at:]
+        text = exchange_of(line["prompt"])
         gold = labels_of({"input": text, "output": line["label"]}, dataset)
         yield {"instruction": INSTRUCTION, "input": text, "output": line["predict"].strip()}, gold
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN, VERDICTS, InputError, gold_verdict, parse_records,  # noqa: E402
+from data import (VERDICTS, InputError, exchange_of, gold_verdict, parse_records,  # noqa: E402
                   parse_verdict, read_json, read_records, split_input, warn, write_whole)
 from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
 from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
@@ -114,8 +114,7 @@ def rows_of_predictions(path):
         if not all(isinstance(fields.get(name), str) for name in ("label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
         text = fields["predict"]
-        exchange = str(fields.get("prompt") or "")
-        exchange = exchange[max(0, exchange.find(HUMAN)):]
+        exchange = exchange_of(str(fields.get("prompt") or ""))
         gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
         samples = all_samples[number]["samples"] if number < len(all_samples) else []
         if text not in [sample["text"] for sample in samples]:
