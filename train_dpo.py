@@ -13,10 +13,11 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss
+                                                           and its reference
+    machinery                                              what metrics.jsonl reports beside it
 """
 import argparse
 import sys
-from bisect import bisect_left
 
 import torch
 from torch.nn import functional
@@ -24,10 +25,9 @@ from torch.nn import functional
 from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
                   read_records, warn)
 from model import answer_logprobs, join_ranks, read_arguments, weights_hash
-from train_sft import (Interrupts, Log, batches, checkpoint_folder, end_early, is_due,
-                       load_for_training, lr_at, make_optimizer, resume, save,
-                       save_final, start_run, token_counts, training_arguments,
-                       update)
+from train_sft import (Interrupts, Log, batches, checkpoint_folder, describe_run, end_early,
+                       fit_memory, is_due, load_for_training, lr_at, make_optimizer, resume, save,
+                       save_final, start_run, token_counts, training_arguments, update)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
@@ -62,48 +62,6 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
                 accuracy=(margin > 0).to(loss.dtype),
                 margin=beta * margin,           # in metrics.jsonl; above and in README without beta
                 chosen_logprob=chosen, rejected_logprob=rejected)
-
-
-def watched(loss, policy, verdict, lengths):
-    """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
-
-    push: -d loss / d log pi, how hard a step pulls an answer up. verdict (B, 2): the part of log pi
-    that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
-    gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
-    figures = {}
-    for column, which in enumerate(("chosen", "rejected")):
-        figures[f"{which}_push"] = -gradient[:, column]
-        figures[f"{which}_verdict"] = verdict[:, column]
-        figures[f"{which}_length"] = lengths[:, column]
-    return figures
-
-
-def verdict_sums(logprobs, answer, starts):
-    """answer_sums over the Answers blocks alone, where the verdicts are; the tokens of an answer
-    stand together, in order. starts (pairs, 2): which of them is the first of its block."""
-    starts = starts.flatten().to(answer.device)
-    place = torch.arange(len(answer), device=answer.device)     # of each scored (row, next token)
-    first = place.new_full((len(starts),), len(answer))
-    first = first.scatter_reduce(0, answer, place, "amin")      # where each answer begins
-    nth = place - first[answer]                                 # which token of its answer
-    in_block = nth >= starts[answer]
-    return answer_sums(logprobs * in_block, answer, len(starts))
-
-
-def block_start(tokenizer, ids):
-    """Which token of an answer is the first of its Answers block; len(ids) where it has none."""
-    text = tokenizer.decode(ids)
-    heading = answers_heading(text)
-    if heading is None:
-        return len(ids)
-    block = text[heading.start():]
-
-    def is_beyond(start):
-        rest = tokenizer.decode(ids[start:])
-        return len(rest) < len(block)
-
-    first_beyond = bisect_left(range(len(ids)), True, key=is_beyond)
-    return first_beyond - 1
 
 
 def reference_logprobs(model, examples, args, world):
@@ -143,7 +101,7 @@ def parse_arguments(argv):
 
 
 def read_pairs(tokenizer, args):
-    """(examples with two answers each, chosen and rejected; weights (pairs,) in float64).
+    """(examples with two answers each, chosen and rejected; alpha of each, (pairs,) in float64).
     Pairs whose answers are equal, as they are encoded, are left out and counted."""
     fields = ("instruction", "input", "chosen", "rejected")
     records = [record for path in args.data
@@ -152,7 +110,7 @@ def read_pairs(tokenizer, args):
                                        ("chosen", "rejected"))
     files = " ".join(args.data)
     pairs = []
-    weights = []
+    alphas = []
     for example, record in zip(examples, records):
         weight = record.get("weight", record.get("sample_weight", 1.0))     # the released name
         if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
@@ -160,11 +118,11 @@ def read_pairs(tokenizer, args):
         chosen, rejected = example.answers
         if chosen != rejected:
             pairs.append(example)
-            weights.append(weight)
+            alphas.append(weight)
     warn(len(examples) - len(pairs), "pairs left out: their two answers are equal")
     if not pairs:
         raise InputError(f"{files}: no pair has two different answers")
-    return pairs, torch.tensor(weights, dtype=torch.float64)
+    return pairs, torch.tensor(alphas, dtype=torch.float64)
 
 
 def main(argv=None):
@@ -172,14 +130,16 @@ def main(argv=None):
     interrupts = Interrupts()
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
-    examples, weights = read_pairs(tokenizer, args)
+    examples, alphas = read_pairs(tokenizer, args)
 
     schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
     args.weights_hash = weights_hash(args.model)    # the reference's: --resume refuses another
-    checkpoint = start_run(args, world, examples, schedule, weights.tolist())
-    model = load_for_training(args, world, examples)
+    describe_run(args, world, examples, schedule, alphas.tolist())
+    checkpoint = start_run(args, world)
+    fit_memory(args, world, examples)
+    model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
     lengths = torch.tensor([[len(ids) for ids in e.answers] for e in examples])    # (pairs, 2)
@@ -198,18 +158,19 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            in_batch = torch.unique(p.answer // 2)          # its pairs, all whole, in the batch
-            in_data = torch.tensor(numbers)[in_batch]       # the same pairs in `examples`
+            own = torch.unique(p.answer // 2)               # its pairs, all whole, in the batch
+            pairs = torch.tensor(numbers)[own]              # (B,) the same pairs in `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count)
-            policy = policy.view(-1, 2)[in_batch]           # (B, 2): chosen, rejected
-            some_lengths = lengths[in_data].to(policy)      # (B, 2), on its device, in its dtype
-            part = pairs_loss(policy, reference[in_data].to(policy), some_lengths[:, 0],
-                              weights[in_data].to(policy), args.beta, args.sft)
+            policy = policy.view(-1, 2)[own]                # (B, 2): chosen, rejected
+            ref = reference[pairs].to(policy)               # (B, 2), on its device, in its dtype
+            length = lengths[pairs].to(policy)              # (B, 2)
+            alpha = alphas[pairs].to(policy)
+            part = pairs_loss(policy, ref, length[:, 0], alpha, args.beta, args.sft)
             verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            verdict = verdict.view(-1, 2)[in_batch]
-            part.update(watched(part["loss"], policy, verdict, some_lengths))
+            verdict = verdict.view(-1, 2)[own]
+            part.update(watched(part["loss"], policy, verdict, length))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -217,9 +178,9 @@ def main(argv=None):
         norm = update(model, optimizer, lr)
 
         means = world.sum(torch.stack(list(totals.values()))) / count
-        row = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=count,
-                   **token_counts(batch, packs, world))
-        log.write(step, row)
+        counts = token_counts(batch, packs, world)          # all ranks take part
+        figures = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=count, **counts)
+        log.write(step, figures)
 
         stop = world.sum(interrupts.seen) > 0
         if stop or is_due(step, steps, args.save_every):
@@ -227,6 +188,47 @@ def main(argv=None):
         if stop:
             end_early(step, world)
     save_final(args, model, tokenizer, world)
+
+
+# ================================================================== machinery
+# ------------------------------------------------------------------ figures beside the loss
+def watched(loss, policy, verdict, lengths):
+    """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
+
+    push: -d loss / d log pi, how hard a step pulls an answer up. verdict (B, 2): the part of log pi
+    that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
+    gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
+    figures = {}
+    for column, which in enumerate(("chosen", "rejected")):
+        figures[f"{which}_push"] = -gradient[:, column]
+        figures[f"{which}_verdict"] = verdict[:, column]
+        figures[f"{which}_length"] = lengths[:, column]
+    return figures
+
+
+def verdict_sums(logprobs, answer, starts):
+    """answer_sums over the Answers blocks alone, where the verdicts are; the tokens of an answer
+    stand together, in order. starts (pairs, 2): which of them is the first of its block."""
+    starts = starts.flatten().to(answer.device)
+    place = torch.arange(len(answer), device=answer.device)     # of each scored (row, next token)
+    first = place.new_full((len(starts),), len(answer))
+    first = first.scatter_reduce(0, answer, place, "amin")      # where each answer begins
+    nth = place - first[answer]                                 # which token of its answer
+    in_block = nth >= starts[answer]
+    return answer_sums(logprobs * in_block, answer, len(starts))
+
+
+def block_start(tokenizer, ids):
+    """Which token of an answer is the first of its Answers block; len(ids) where it has none."""
+    text = tokenizer.decode(ids)
+    heading = answers_heading(text)
+    if heading is None:
+        return len(ids)
+    block = text[heading.start():]
+    start = len(ids)                                        # from the end: the block is short
+    while len(tokenizer.decode(ids[start:])) < len(block):
+        start -= 1
+    return start
 
 
 if __name__ == "__main__":

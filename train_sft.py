@@ -100,8 +100,10 @@ def main(argv=None):
     steps_per_epoch = len(schedule) // args.epochs
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    checkpoint = start_run(args, world, examples, schedule)
-    model = load_for_training(args, world, examples)
+    describe_run(args, world, examples, schedule)
+    checkpoint = start_run(args, world)
+    fit_memory(args, world, examples)
+    model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
@@ -124,10 +126,11 @@ def main(argv=None):
         norm = update(model, optimizer, lr)
 
         loss = world.sum(float(loss))
-        row = dict(loss=loss, lr=lr, grad_norm=norm, **token_counts(batch, packs, world))
+        counts = token_counts(batch, packs, world)          # all ranks take part
+        figures = dict(loss=loss, lr=lr, grad_norm=norm, **counts)
         if held_out and (step % steps_per_epoch == 0 or step == steps):
-            row["eval_loss"] = held_out_loss(model, held_out, args, world)
-        log.write(step, row)
+            figures["eval_loss"] = held_out_loss(model, held_out, args, world)
+        log.write(step, figures)
 
         stop = world.sum(interrupts.seen) > 0
         if stop or is_due(step, steps, args.save_every):
@@ -165,9 +168,9 @@ def training_arguments(p):
 
 
 # ------------------------------------------------------------------ model and optimizer
-def load_for_training(args, world, examples):
-    """The model of args.model: fp32 weights, sharded where there are more ranks.
-    InputError before any weight is read if memory will not do."""
+def fit_memory(args, world, examples):
+    """Set args.max_tokens where it is not given. InputError if memory will not do, before any
+    weight is read."""
     products = pick_dtype(world.device, args.dtype)
     storage = torch.promote_types(products, torch.float32)
     sizes = sorted(tokens_of(example, args.no_share) for example in examples)
@@ -184,6 +187,12 @@ def load_for_training(args, world, examples):
         args.max_tokens = default_max_tokens(parameters(config), world, need)
     check_memory(need(args.max_tokens), world.device,
                  "use --recompute, a lower --max-tokens, or more GPUs")
+
+
+def load_for_training(args, world):
+    """The model of args.model: fp32 weights, sharded where there are more ranks."""
+    products = pick_dtype(world.device, args.dtype)
+    storage = torch.promote_types(products, torch.float32)
     place = "cpu" if world.ranks > 1 else world.device
     model = Llama.from_pretrained(args.model, place, storage)
     model.compute_dtype = products
@@ -221,28 +230,32 @@ def default_max_tokens(weights, world, need):
 
 
 def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogprobs.LOGITS):
-    """Bytes a rank holds at most, for packs of T tokens. In dtype `storage`: weights, gradients,
-    AdamW's two moments, the head's gradient. In dtype `products`: weights cast for products, what
-    layers keep for the backward pass, and what passes: a part of the logits, or later four numbers
-    for each of an MLP's. 0.4 GB for Python and torch. A long run in bfloat16 on a CPU holds up to
-    three times as much: freed memory is kept, in small pieces."""
-    N = parameters(c)
+    """Bytes a rank holds at most, for packs of T tokens:
+
+    storage size x (4 weights / ranks + head) + products size x (cast + kept + passing + head) + 4e8
+
+    The 4 are weights, gradients and AdamW's two moments. cast: weights cast for products; kept: what
+    layers keep for the backward pass; passing: a part of the logits, or later four numbers for each
+    of an MLP's, whichever is more; head: the head's gradient; 4e8: Python and torch. A long run in
+    bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small pieces."""
+    weights = parameters(c)
     D = c.hidden_size
-    L = c.num_hidden_layers
+    F = c.intermediate_size
+    layers = c.num_hidden_layers
     head = c.vocab_size * D
-    q = c.num_attention_heads * c.head_dim
-    k = c.num_key_value_heads * c.head_dim
+    q_width = c.num_attention_heads * c.head_dim
+    kv_width = c.num_key_value_heads * c.head_dim
     # numbers a token, of one layer: both norms' inputs and outputs; q, out; k, v; gate, up
-    layer = 4 * D + 2 * q + 2 * k + 2 * c.intermediate_size
-    kept = T * (L * D + layer) if recompute else T * L * layer
-    passing = max(logits, 4 * T * c.intermediate_size)
+    layer = 4 * D + 2 * q_width + 2 * kv_width + 2 * F
+    kept = T * (layers * D + layer) if recompute else T * layers * layer
+    passing = max(logits, 4 * T * F)
     if products == storage:
         cast = 0
     elif recompute or ranks > 1:
-        cast = N / L                                                # one layer's weights at a time
+        cast = weights / layers                                     # one layer's at a time
     else:
-        cast = N
-    stored = 4 * N / ranks + head
+        cast = weights
+    stored = 4 * weights / ranks + head
     return (storage.itemsize * stored
             + products.itemsize * (cast + kept + passing + head) + 4e8)
 
@@ -375,11 +388,8 @@ def resume(folder, model, optimizer):
 
 
 # ------------------------------------------------------------------ a run and its log
-def start_run(args, world, examples, schedule, weights=()):
-    """Refuse to mix two runs in a folder, at once or one after another; return the checkpoint to
-    go on from, or None.
-
-    What belongs to a run beside its arguments is set in args: samples, how many examples there are;
+def describe_run(args, world, examples, schedule, weights=()):
+    """Set in args what belongs to a run beside its arguments: samples, how many examples there are;
     data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates;
     config_hash, of the base model's; dtype, as other hardware would choose another."""
     ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
@@ -390,6 +400,11 @@ def start_run(args, world, examples, schedule, weights=()):
     args.schedule = fingerprint([*schedule, rates])
     args.config_hash = config_hash(args.model)
     args.dtype = name_of(pick_dtype(world.device, args.dtype))
+
+
+def start_run(args, world):
+    """Take the folder args.out; return the checkpoint to go on from, or None. InputError where that
+    would mix two runs, at once or one after another. A run that is finished ends the script."""
     if world.rank == 0:
         hold(args.out)
     log = Path(args.out) / "metrics.jsonl"
@@ -477,32 +492,32 @@ class Log:
         text = "".join(line + "\n" for line in lines)
         write_whole(self.path, lambda path: path.write_text(text))
 
-    def write(self, step, row):
-        """Add one step; row has loss, lr, grad_norm, tokens and what else the stage counts."""
+    def write(self, step, figures):
+        """Add one step; figures: loss, lr, grad_norm, tokens and what else the stage counts."""
         if self.world.rank > 0:
             return
         now = time.time()
         seconds = now - self.last
         self.last = now
-        row = {"step": step, **row, "seconds": seconds,
-               "tokens_per_second": row["tokens"] / seconds,
-               "peak_memory": peak_memory(self.world.device) / 2 ** 30}
+        figures = {"step": step, **figures, "seconds": seconds,
+                   "tokens_per_second": figures["tokens"] / seconds,
+                   "peak_memory": peak_memory(self.world.device) / 2 ** 30}
         with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        kept = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in row
+            file.write(json.dumps(figures) + "\n")
+        kept = step in (1, self.steps) or step % 10 == 0 or "eval_loss" in figures
         if kept or on_terminal():
-            say(self.console_line(step, row), end="\n" if kept else "\r")
+            say(self.console_line(step, figures), end="\n" if kept else "\r")
 
-    def console_line(self, step, row):
+    def console_line(self, step, figures):
         """The figures of one step to look at while a run goes on."""
         seconds_a_step = (self.last - self.started) / (step - self.done)
         left = seconds_a_step * (self.steps - step) / 60
-        accuracy = f"  accuracy {row['accuracy']:.2f}" if "accuracy" in row else ""
-        eval_loss = f"  eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
-        return (f"step {step:5}/{self.steps}  loss {row['loss']:.4f}{accuracy}{eval_loss}  "
-                f"lr {row['lr']:.1e}  grad {row['grad_norm']:6.2f}  "
-                f"{row['tokens_per_second']:8,.0f} tokens/s  "
-                f"{row['peak_memory']:.1f} GiB  {left:.1f} min left ")
+        accuracy = f"  accuracy {figures['accuracy']:.2f}" if "accuracy" in figures else ""
+        eval_loss = f"  eval {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
+        return (f"step {step:5}/{self.steps}  loss {figures['loss']:.4f}{accuracy}{eval_loss}  "
+                f"lr {figures['lr']:.1e}  grad {figures['grad_norm']:6.2f}  "
+                f"{figures['tokens_per_second']:8,.0f} tokens/s  "
+                f"{figures['peak_memory']:.1f} GiB  {left:.1f} min left ")
 
 
 def git_commit():

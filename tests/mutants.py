@@ -92,7 +92,7 @@ MUTANTS = [
      "test_train.py -k full_weights"),
     ("train_dpo.py", "examples, records = encode_records(", "examples, _ = encode_records(",
      "test_dpo.py -k left_out"),
-    ("train_dpo.py", "weights[in_data]", "weights[in_batch]", "test_dpo.py -k left_out"),
+    ("train_dpo.py", "alphas[pairs]", "alphas[own]", "test_dpo.py -k left_out"),
     ("train_dpo.py", '(part["loss"].sum() * world.ranks / count).backward()',
      '(part["loss"].sum() * world.ranks).backward()', "test_dpo.py -k twice"),
     ("train_dpo.py", "norm = update(model, optimizer, lr)", "norm = update(model, optimizer, args.lr)", "test_dpo.py -k rate"),
@@ -192,7 +192,7 @@ MUTANTS = [
     ("data.py", "CONTROL.fullmatch(str(name)) or name in control", "CONTROL.fullmatch(str(name))", "test_inputs.py -k another_file"),
     ("data.py", "if isinstance(size, int) and len(tokens)", "if False and len(tokens)", "test_data.py -k metas"),
     ("data.py", "while seen and seen[-1] <= i", "while seen and seen[-1] < i", "test_data.py -k positions"),
-    ("train_dpo.py", "return len(rest) < len(block)", "return len(rest) <= len(block)", "test_dpo.py -k answers_block"),
+    ("train_dpo.py", "ids[start:])) < len(block)", "ids[start:])) <= len(block)", "test_dpo.py -k answers_block"),
 ]
 
 
