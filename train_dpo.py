@@ -142,9 +142,7 @@ def main(argv=None):
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
-    lengths = torch.tensor([[len(ids) for ids in e.answers] for e in examples])    # (pairs, 2)
-    starts = torch.tensor([[block_start(tokenizer, ids) for ids in e.answers]      # (pairs, 2)
-                           for e in examples])
+    lengths, starts = measure_answers(tokenizer, examples)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
     world.wait()            # Log writes into --out: first all must have seen that it is free
@@ -162,8 +160,7 @@ def main(argv=None):
             pairs = torch.tensor(numbers)[own]              # (B,) the same pairs in `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            policy = answer_sums(logprobs, p.answer, 2 * count)
-            policy = policy.view(-1, 2)[own]                # (B, 2): chosen, rejected
+            policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[own]      # (B, 2)
             ref = reference[pairs].to(policy)               # (B, 2), on its device, in its dtype
             length = lengths[pairs].to(policy)              # (B, 2)
             alpha = alphas[pairs].to(policy)
@@ -192,6 +189,13 @@ def main(argv=None):
 
 # ================================================================== machinery
 # ------------------------------------------------------------------ figures beside the loss
+def measure_answers(tokenizer, examples):
+    """(tokens of each answer, its block_start): both (pairs, 2), chosen and rejected."""
+    lengths = [[len(ids) for ids in e.answers] for e in examples]
+    starts = [[block_start(tokenizer, ids) for ids in e.answers] for e in examples]
+    return torch.tensor(lengths), torch.tensor(starts)
+
+
 def watched(loss, policy, verdict, lengths):
     """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
 

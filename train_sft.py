@@ -234,10 +234,11 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
 
     storage size x (4 weights / ranks + head) + products size x (cast + kept + passing + head) + 4e8
 
-    The 4 are weights, gradients and AdamW's two moments. cast: weights cast for products; kept: what
-    layers keep for the backward pass; passing: a part of the logits, or later four numbers for each
-    of an MLP's, whichever is more; head: the head's gradient; 4e8: Python and torch. A long run in
-    bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small pieces."""
+    The 4 are weights, gradients and AdamW's two moments. cast: weights cast for products; kept:
+    what layers keep for the backward pass; passing: a part of the logits, or later four numbers for
+    each of an MLP's, whichever is more; head: the head's gradient; 4e8: Python and torch. A long
+    run in bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small
+    pieces."""
     weights = parameters(c)
     D = c.hidden_size
     F = c.intermediate_size
