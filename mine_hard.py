@@ -323,11 +323,15 @@ def is_whole(part, count):
 def read_answers(path, count, k):
     """The lines of a file with k answers to each of `count` prompts, as dicts; InputError where it
     is not that."""
-    lines = [line for _, line in parse_records(path)]
+    advice = "move it away to answer them again"
+    try:
+        lines = [line for _, line in parse_records(path)]
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from None
     whole = [is_answered(line, number, k) for number, line in enumerate(lines)]
     if len(lines) != count or not all(whole):
         raise InputError(f"{path}: is damaged: it should have {k} answers to each of {count} "
-                         "prompts, in order; move it away to answer them again")
+                         f"prompts, in order; {advice}")
     return lines
 
 

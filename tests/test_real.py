@@ -331,11 +331,22 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     namesake = tmp_path / "later" / "alpha.json"            # another test of the same name
     namesake.parent.mkdir()
     namesake.write_text(json.dumps(read_records(tests[0])[:3]))
-    with pytest.raises(InputError, match="was made with hash"):
+    with pytest.raises(InputError, match="answers to another test of this name; rename .*later/alpha.json"):
         real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(namesake)])
     write_json(out / "r_sft_seed3_old/eval/alpha/results.json", [])             # a folder of the user's
-    with pytest.raises(InputError, match="4 answers to a test of 3 rows"):
-        real.main(["table", "--data", str(data), "--out", str(out), "--tests", str(namesake)])
+    for rows in (read_records(tests[0])[:3], read_records(tests[0])[::-1]):     # fewer, or as many in another order
+        namesake.write_text(json.dumps(rows))
+        with pytest.raises(InputError, match="answers to another test of this name; rename .*later/alpha.json"):
+            real.main(["table", "--data", str(data), "--out", str(out), "--tests", str(namesake)])
+    odd = tmp_path / "later" / "odd.json"                   # its labels are mended, then it is answered
+    odd.write_text(tests[0].read_text().replace('"harmful"', '"bad"').replace('"unharmful"', '"good"'))
+    with pytest.raises(InputError, match="odd.json: no row has a label"):       # before anything is trained
+        real.main(["arm", "labels_1x", *options, "--seed", "9", "--tests", str(odd)])
+    assert not list(out.glob("*_seed9"))
+    write_json(out / "r_sft_seed3/eval/odd/test.json", {"hash": "of the odd one"})
+    odd.write_text(tests[0].read_text())
+    real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(odd)])
+    assert (out / "r_sft_seed3/eval/odd/results.json").exists()
     with pytest.raises(InputError, match="two files are called 'alpha'"):
         real.main(["arm", "r_sft", *options, "--tests", str(namesake), str(tests[0])])
     (data / "tests" / "gone.json").touch()                  # not a test that `data` was told of
@@ -350,8 +361,28 @@ def test_where_no_prompt_was_hard_it_is_said(tmp_path):
     (tmp_path / "mined_r_sft_seed1").mkdir()
     (tmp_path / "mined_r_sft_seed1/hard.jsonl").touch()
     for arm in (real.mine, real.pairs_of):
-        with pytest.raises(InputError, match="no prompt was hard; raise --mine"):
+        with pytest.raises(InputError, match="no prompt was hard, .* a higher --mine wants another --out"):
             arm(args)
+
+
+def test_where_no_prompt_was_hard_the_other_arms_and_seeds_are_run(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_arm(args, name):
+        if name in real.AFTER and args.seed == 1:
+            raise real.NothingHard("hard.jsonl: no prompt was hard")
+        ran.append((name, args.seed))
+
+    monkeypatch.setattr(real, "run_arm", run_arm)
+    monkeypatch.setattr(real, "table", lambda args: ran.append("table"))
+    monkeypatch.setattr(real, "report_overlap", lambda args: None)
+    monkeypatch.setattr(real, "check_labels", lambda args: None)
+    options = ["--model", "toy/model", "--data", str(tmp_path), "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="not run, as no prompt was hard: hs_dpo, seed 1; chosen, seed 1"):
+        real.main(["all", "--arms", "hs_dpo", "labels_1x", "chosen", "--seed", "1", "2", *options])
+    assert ran == [("labels_1x", 1), ("hs_dpo", 2), ("labels_1x", 2), ("chosen", 2), "table"]
+    with pytest.raises(real.NothingHard):
+        real.main(["arm", "hs_dpo", *options])
 
 
 def test_copies_of_tests_and_their_names(tmp_path):
@@ -381,6 +412,18 @@ def test_a_script_runs_in_a_process_of_its_own(capfd):
     with pytest.raises(SystemExit) as end:
         real.run("eval.py", ["--model", "nowhere"])
     assert end.value.code == 2                              # that of argparse: --data is missing
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_when_a_script_is_done_ends_the_recipe_all_the_same(tmp_path, number):
+    script = tmp_path / "script.py"                         # which ends with 0, as a trainer that had just saved
+    script.write_text(f"import os, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
+                      f"os.kill(os.getppid(), signal.{number})\ntime.sleep(1)\n")
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        real.run(script, [])
+    signal.signal(signal.SIGINT, ours)
+    assert end.value.code == 128 + getattr(signal, number)
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])

@@ -2,6 +2,7 @@
 
     python tools/audit.py FILE...      later files are compared with the earlier ones
 """
+import argparse
 import re
 import sys
 from collections import Counter, defaultdict
@@ -86,4 +87,6 @@ def near_prompts(prompts, others, share=0.5):
 
 
 if __name__ == "__main__":
-    audit(sys.argv[1:])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="+", metavar="FILE", help="records; the output may be label columns")
+    audit(p.parse_args().files)

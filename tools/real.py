@@ -53,8 +53,6 @@ of a test, all rows of a prompt together, the same for both sides of a differenc
 they are of the mean over seeds. They do not cover what another seed would change.
 """
 import argparse
-import hashlib
-import json
 import math
 import random
 import shlex
@@ -75,9 +73,11 @@ import real_table  # noqa: E402
 from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, read_json, read_object,
-                  read_records, split_input, warn, write_json)
+                  read_records, split_input, tell, warn, write_json, writing)
+from eval import labelled_tasks, labels_of  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig  # noqa: E402
+from real_table import hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
                     verdict_first)
@@ -102,7 +102,9 @@ def make_data(args):
                          "another --dev")
     files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
     report_files(files)
-    (args.out / "data.json").unlink(missing_ok=True)        # which says that all files are there
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "data.json").unlink(missing_ok=True)    # which says that all files are there
     for name, records in files.items():
         write_json(args.out / f"{name}.json", records)
     tests = [copy_of(path, args.out / "tests") for path in args.tests]
@@ -126,10 +128,11 @@ def check_names(tests):
 
 def copy_of(path, folder):
     """The name of a file's copy in a folder."""
-    folder.mkdir(exist_ok=True)
     copy = folder / Path(path).name
-    if not copy.exists() or not copy.samefile(path):
-        shutil.copyfile(path, copy)
+    with writing(copy):
+        folder.mkdir(exist_ok=True)
+        if not copy.exists() or not copy.samefile(path):
+            shutil.copyfile(path, copy)
     return copy.name
 
 
@@ -267,11 +270,6 @@ def forms_of(train, seed):
             "both": traces + labels,
             "shuffled": shuffled({"all": traces}, seed),
             "prompts": to_judge(train)}
-
-
-def hash_of(records):
-    """A fingerprint of records, or of files of them."""
-    return hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()
 
 
 def report_answers(counts):
@@ -419,7 +417,7 @@ def run_trainer(args, name, script, model, options):
 def evaluate(args, name, path):
     """The results of an arm on one file, answered if they are not there yet."""
     out = folder_of(args, name) / "eval" / Path(path).stem
-    check_settings(out / "test.json", {"hash": hash_of(read_records(path))})
+    claim_test(out, path)
     if not (out / "results.json").exists():
         options = ["--model", build(args, name), "--data", path, "--out", out, "--scores",
                    "--max-new-tokens", args.max_new_tokens]
@@ -429,6 +427,19 @@ def evaluate(args, name, path):
             options += ["--limit", args.limit]
         stage(args, name, "eval.py", options)
     return [result for result in read_json(out / "results.json") if "dataset" in result]
+
+
+def claim_test(out, path):
+    """Refuse a folder with answers to another test of this name. A test of which nothing was
+    answered, as its file was wrong, say, holds no folder."""
+    known = out / "test.json"
+    asked = {"hash": hash_of(read_records(path))}
+    if known.exists() and read_object(known) != asked:
+        if any(other != known for other in out.iterdir()):
+            raise InputError(f"{out}: has answers to another test of this name; rename {path}")
+        known.unlink()
+    if not known.exists():
+        write_json(known, asked)
 
 
 def stage(args, name, script, options):
@@ -453,15 +464,22 @@ def run(script, options):
     gives back lies in small pieces, and whatever comes next is slow. A signal ends the script,
     which saves, and then this process."""
     process = subprocess.Popen([sys.executable, ROOT / script, *options])
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    told = []                                               # the signals that came meanwhile
+
+    def pass_on(number, frame):
+        told.append(number)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         code = process.wait()
     except KeyboardInterrupt:                               # the terminal told the script as well
+        told.append(signal.SIGINT)
         code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code:
-        raise SystemExit(code)
+    if code or told:                                        # a script that was at its end says 0
+        raise SystemExit(code or 128 + told[0])
 
 
 # ------------------------------------------------------------------ from the best reasoning arm on
@@ -495,8 +513,13 @@ def mine(args):
                "--limit", args.mine, "--max-new-tokens", args.max_new_tokens, "--resume"])
     path = out / "hard.jsonl"
     if not path.stat().st_size:
-        raise InputError(f"{path}: no prompt was hard; raise --mine")
+        raise NothingHard(f"{path}: no prompt was hard, so there is nothing to learn for "
+                          f"{', '.join(AFTER)}; a higher --mine wants another --out")
     return path
+
+
+class NothingHard(InputError):
+    """The parent answers all mined prompts right every time, or none."""
 
 
 def pairs_of(args):
@@ -592,12 +615,22 @@ def main(argv=None):
     names = [args.arm] if args.command == "arm" else args.arms
     seeds = [args.seed] if args.command == "arm" else args.seed
     report_overlap(args)
+    check_labels(args)
+    missing = []                                            # of `all`: arms that cannot be made
     for args.seed in seeds:
         for name in names:
             print(f"\n==== {name}, seed {args.seed}", flush=True)
-            run_arm(args, name)
+            try:
+                run_arm(args, name)
+            except NothingHard as nothing:
+                if args.command == "arm":
+                    raise
+                tell(nothing)
+                missing.append(f"{name}, seed {args.seed}")
     if args.command == "all":
         table(args)
+    if missing:
+        raise InputError(f"not run, as no prompt was hard: {'; '.join(missing)}")
 
 
 def table(args):
@@ -613,6 +646,13 @@ def report_overlap(args):
     for path in args.tests or []:
         exact, near = overlap(prompts, path)
         warn(len(exact) + len(near), f"training prompts are in {path}, {len(exact)} word for word")
+
+
+def check_labels(args):
+    """InputError where a test has no label, before hours of training rather than after them."""
+    for path in test_files(args):
+        records = read_records(path)[:args.limit]
+        labelled_tasks(path, [labels_of(record, Path(path).stem) for record in records])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@
     f1_draws, ...               a figure and its resamplings by prompt, the same for all guards
     make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
 """
+import hashlib
+import json
 import sys
 from functools import lru_cache
 from itertools import product
@@ -185,18 +187,28 @@ class Guard:
                       for figure, draws_of in DRAWS.items()}
 
 
+def hash_of(records):
+    """A fingerprint of records, or of files of them."""
+    return hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()
+
+
 def read_guards(out, names, test, train, limit):
     """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
     model, whose seed is None. train: the records that `words` learns from; limit: how many rows of
     the test were asked, None for all."""
     dataset = Path(test).stem
-    records = read_records(test)[:limit]
+    records = read_records(test)
+    asked = {"hash": hash_of(records)}
+    records = records[:limit]
     guards = {}
     for name in names:
         for folder in sorted(out.glob(f"{name}_seed*")):
             seed = folder.name.removeprefix(f"{name}_seed")
             path = folder / "eval" / dataset
             if seed.isdigit() and (path / "results.json").exists():
+                if read_object(path / "test.json") != asked:
+                    raise InputError(f"{path}: has answers to another test of this name; rename "
+                                     f"{test}")
                 rows = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
                 guards.setdefault(name, {})[int(seed)] = Guard(results, rows)
