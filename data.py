@@ -134,10 +134,8 @@ def line_of(name, rest=SAID):
 
 def answers_heading(text):
     """The match of the heading of the last Answers block, up to its colon, or None."""
-    found = None
-    for found in line_of("answers", "").finditer(text):
-        pass                                                # the last one counts
-    return found
+    headings = list(line_of("answers", "").finditer(text))
+    return headings[-1] if headings else None
 
 
 # what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
@@ -525,7 +523,8 @@ def split_at(marks, text):
 # ------------------------------------------------------------------ examples
 @dataclass
 class Example:
-    """A prompt and its answers as ids, each answer ending in the end mark."""
+    """A prompt and its answers as ids. An answer's last one, mostly the end mark, is predicted and
+    never fed."""
     prompt: list
     answers: list
     root: int = 0           # how many first tokens all prompts with this instruction share
@@ -582,12 +581,14 @@ def fit_prompt(tokenizer, record, room):
 
     def shortened(most):
         """The prompt with at most so many characters of each text."""
-        request, response = (text and text[:most] for text in texts)
+        request, response = texts
+        request = request[:most]
+        if response is not None:
+            response = response[:most]
         whole = format_input(request, response) if is_exchange else request
         return tokenizer.prompt_ids(instruction, whole)
 
-    fits = 0                                                # so many characters do; that 0 do is
-                                                            # seen at the end
+    fits = 0                                    # so many characters do: of 0 it is seen at the end
     too_many = max(len(text or "") for text in texts)       # so many do not
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -648,15 +649,16 @@ class Pack:
 
 
 def send(x, device):
-    """x, which lies on the host, on `device` (None: where it is). A GPU is not waited for: what the
-    host does until the copy is needed, it does meanwhile."""
+    """x, which lies on the host, on `device` (None: where it is). The host goes on while a GPU
+    copies."""
     device = torch.device(device or x.device)
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass
 class Forest:
-    """What a stream will hold: below a root, prompts, and below each its answers."""
+    """What one example brings to a stream, and what a pack has gathered so far: below a root,
+    prompts, and below each its answers."""
     root: list                  # ids that all its prompts begin with
     branches: list              # of pairs: prompt, its root included; [(answer's number, ids)]
     rows: int                   # the branches' rows, without the root's
@@ -672,11 +674,11 @@ def pack(examples, max_tokens, share=True):
     ordinary packing: every answer has a prompt of its own."""
     bins = []
     for forest in sorted(to_forests(examples, share), key=lambda forest: -forest.rows):
-        for bin in bins:
-            taken = len(bin.root) + bin.rows
-            if taken + forest.rows <= max_tokens and bin.root == forest.root:
-                break
-        else:                                               # no bin has room
+        with_room = (bin for bin in bins
+                     if len(bin.root) + bin.rows + forest.rows <= max_tokens
+                     and bin.root == forest.root)
+        bin = next(with_room, None)                         # the first
+        if bin is None:
             bin = Forest(forest.root, [], 0)
             bins.append(bin)
         bin.branches += forest.branches

@@ -51,7 +51,10 @@ def confusion(gold, predicted, positive):
     cells = Counter()
     for g, p in zip(gold, predicted):
         is_positive = g == positive
-        said_positive = not is_positive if p is None else p == positive
+        if p is None:
+            said_positive = not is_positive                         # no verdict is wrong
+        else:
+            said_positive = p == positive
         cells[is_positive, said_positive] += 1
     return (cells[True, True], cells[False, True],
             cells[True, False], cells[False, False])
@@ -87,11 +90,12 @@ def auprc(positive, score):
     hit = np.asarray(positive, float)[order]
     score = np.asarray(score)[order]
     is_last = np.append(np.diff(score) != 0, True)                  # last row of each threshold
-    tp = np.cumsum(hit)[is_last]
+    tp = np.cumsum(hit)[is_last]                                    # at or above each threshold
     flagged = np.flatnonzero(is_last) + 1
-    gained = np.diff(tp, prepend=0)
-    area = np.sum(gained * tp / flagged) / max(hit.sum(), 1)
-    return 100 * float(area)
+    precision = tp / flagged
+    recall = tp / max(hit.sum(), 1)
+    gained = np.diff(recall, prepend=0)
+    return 100 * float(np.sum(gained * precision))
 
 
 def threshold_for(positive, score, rate):
@@ -115,9 +119,11 @@ def reasoning_verdict(text):
     """What the reasoning itself concludes: {task: the last of its two verdict words under its
     heading, as a whole word, in any case, given in lower case; or None}. Headings are "# Task 1"
     (request), 2 (completion) and 3 (response), spaces and case free. What follows the last
-    "answers:", in any case, is not read, unless the text begins with it."""
-    *before, block = re.split("(?=answers:)", text, flags=re.I)
-    parts = re.split(r"#\s*Task\s*(\d)", "".join(before) or block, flags=re.I)
+    "answers:", in any case and anywhere (not only where answers_heading finds it), is not read,
+    unless the text begins with it."""
+    marks = [found.start() for found in re.finditer("answers:", text, re.I)]
+    reasoning = text[:marks[-1]] if marks else text
+    parts = re.split(r"#\s*Task\s*(\d)", reasoning or text, flags=re.I)
     sections = dict(zip(parts[1::2], parts[2::2]))
     said = {}
     for number, (name, words) in zip("123", VERDICTS.items()):
@@ -276,7 +282,7 @@ def verdict_probability(model, tokenizer, prompts, texts, name, world):
     encoded with a space before it, after prompt (ids) + the text's ids; what these all begin with
     is the root of every Example (common_prefix), and runs once. -> a list of floats, in the order
     of the texts; answer_logprobs adds up the tokens of each branch of a pack."""
-    words = [tokenizer.encode(" " + word) for word in VERDICTS[name]]
+    words = [tokenizer.encode(" " + word) for word in VERDICTS[name]]      # without an end mark
     starts = [prompt + tokenizer.encode(text)
               for prompt, text in zip(prompts, texts)]
     root = common_prefix(starts)
@@ -706,22 +712,32 @@ def evaluate_file(args, benchmark, guard, world):
     if args.scores and not args.fast:
         add_probabilities(rows, guard, prompts, benchmark.tasks, world)
     if world.rank == 0:
-        write_lines(out / "generated_predictions.jsonl", [
-            {"prompt": record["instruction"] + "\n" + record["input"],
-             "label": record["output"],
-             "predict": row["text"],
-             **{name: row[name] for name in ("forced", "p") if name in row}}
-            for record, row in zip(records, rows)])
+        lines = [line_of_prediction(record, row) for record, row in zip(records, rows)]
+        write_lines(out / "generated_predictions.jsonl", lines)
     return rows
+
+
+def line_of_prediction(record, row):
+    """What generated_predictions.jsonl says of a record and its answer; read_predictions reads
+    it."""
+    more = {name: row[name] for name in ("forced", "p") if name in row}
+    return {"prompt": record["instruction"] + "\n" + record["input"],
+            "label": record["output"], "predict": row["text"], **more}
 
 
 def claim_kind(args, guard, prompts, out, world):
     """Refuse to put answers with reasoning and those of --fast, or --fast of two models, into one
     folder. (answer_prompts does so for answers with reasoning.)"""
     fast = out / "fast.json"
-    if args.fast and any(out.glob("answers.jsonl*")) or is_there(fast) and not args.fast:
-        raise InputError(f"{out}: holds answers of the other kind, "
-                         f"{'with' if args.fast else 'without'} reasoning; choose another --out")
+    if args.fast:
+        holds_other = any(out.glob("answers.jsonl*"))
+        kind = "with"
+    else:
+        holds_other = is_there(fast)
+        kind = "without"
+    if holds_other:
+        raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
+                         "choose another --out")
     if args.fast:
         settings = generation_settings(args, guard, temperature=0)
         check_settings(fast, {**settings, "prompts": fingerprint(prompts)}, world.rank)

@@ -292,17 +292,16 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     size = args.block or (8192 if world.device.type == "cuda" else 256)
     settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
     check_settings(folder / "settings.json", settings, world.rank)
-    parts = {first: folder / f"{first:08d}.jsonl"
-             for first in range(0, len(prompts), size)}
+    blocks = {first: prompts[first:first + size] for first in range(0, len(prompts), size)}
+    parts = {first: folder / f"{first:08d}.jsonl" for first in blocks}
     if not Path(path).exists():
-        mine = list(parts)[world.rank::world.ranks]
-        todo = [first for first in mine
-                if not is_whole(parts[first], len(prompts[first:first + size]))]
-        left = sum(len(prompts[first:first + size]) for first in todo)
+        mine = list(blocks)[world.rank::world.ranks]
+        todo = [first for first in mine if not is_whole(parts[first], len(blocks[first]))]
+        left = sum(len(blocks[first]) for first in todo)
         meter = Meter(left, f"{path}: ", world, seconds)
         for first in todo:
-            block = prompts[first:first + size]
-            write_lines(parts[first], answer_block(guard, block, first, settings, args, meter))
+            lines = answer_block(guard, blocks[first], first, settings, args, meter)
+            write_lines(parts[first], lines)
         world.wait()                                        # all blocks exist
         if world.rank == 0:
             lines = (line for part in parts.values() for _, line in parse_records(part))

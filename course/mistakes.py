@@ -121,10 +121,10 @@ def common_prefix(sequences):
     ],
     "pack": [
         ("-forest.rows", "forest.rows"),
-        (" and bin.root == forest.root", ""),
-        ("taken + forest.rows <= max_tokens", "bin.rows + forest.rows <= max_tokens"),
+        ("and bin.root == forest.root", ""),
+        ("len(bin.root) + bin.rows + forest.rows", "bin.rows + forest.rows"),
         ("to_forests(examples, share)", "to_forests(examples, True)"),
-        ("for bin in bins:", "for bin in sorted(bins, key=lambda bin: -bin.rows):"),
+        ("(bin for bin in bins", "(bin for bin in sorted(bins, key=lambda bin: -bin.rows)"),
         ("-(len(bin.root) + bin.rows)", "-bin.rows"),
     ],
     "sft_loss": [("logprobs.sum() / count", "logprobs.mean()"), ("-logprobs", "logprobs")],
@@ -244,7 +244,7 @@ def answer_sums(logprobs, answer, n):
         ("not args.no_share", "True"),
     ],
     "confusion": [
-        ("not is_positive if p is None else p == positive", "p == positive"),
+        ("if p is None:", "if False:"),
         ("cells[False, True],\n", "cells[True, False],\n"),
         ("is_positive = g == positive", "is_positive = p == positive"),
     ],
@@ -260,7 +260,7 @@ def answer_sums(logprobs, answer, n):
     "auprc": [
         ("np.argsort(-np.asarray(score)", "np.argsort(np.asarray(score)"),
         ("np.append(np.diff(score) != 0, True)", "np.ones(len(score), bool)"),
-        ("gained * tp / flagged", "gained * flagged / len(hit)"),
+        ("tp / flagged", "flagged / len(hit)"),
         ("return 100 *", "return"),
     ],
     "threshold_for": [
@@ -277,8 +277,8 @@ def answer_sums(logprobs, answer, n):
     "reasoning_verdict": [
         ("found[-1].lower()", "found[0].lower()"),
         (r"\b({", "({"),
-        ('"".join(before) or block', '"".join(before)'),
-        ('"".join(before) or block', "text"),
+        ("reasoning or text", "reasoning"),
+        ("reasoning or text", "text"),
         (".lower() if", " if"),
     ],
     "legacy_pairs": [

@@ -347,6 +347,7 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     odd.write_text(tests[0].read_text())
     real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(odd)])
     assert (out / "r_sft_seed3/eval/odd/results.json").exists()
+    real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(odd)])      # it is known by its own hash now
     with pytest.raises(InputError, match="two files are called 'alpha'"):
         real.main(["arm", "r_sft", *options, "--tests", str(namesake), str(tests[0])])
     (data / "tests" / "gone.json").touch()                  # not a test that `data` was told of
