@@ -277,7 +277,7 @@ def answer_sums(logprobs, answer, n):
     "reasoning_verdict": [
         ("found[-1].lower()", "found[0].lower()"),
         (r"\b({", "({"),
-        ("reasoning or text", "reasoning"),
+        ("if marks else text", 'if marks else ""'),
         ("reasoning or text", "text"),
         (".lower() if", " if"),
     ],
