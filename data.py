@@ -336,90 +336,32 @@ class Tokenizer:
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
         self.use_template(FORMATS[format])
 
-    def use_template(self, template):
-        """Set what stands before and after a user's text, and the end marks, as far as they
-        exist."""
-        start = template.start if template.start in self.special else ""
-        self.before = start + template.head.format("user")
-        self.after = template.close + template.head.format("assistant")
-        self.trim = False                                           # spaces around the user's text?
-        self.jinja = jinja_of(start, template)
-        ends = [mark for mark in template.ends if mark in self.special]
-        if not ends:
-            raise InputError(f"{self.folder}: the vocabulary has no control token "
-                             f"{template.ends[0]}; try another --format")
-        self.end = ends[0]
-        self.use_control(self.before + self.after + self.end)
-        others = [mark for mark in STOPS if mark in self.special and mark != self.end]
-        ids = [self.special[mark] for mark in (self.end, *others)]
-        self.stop = [id for id in ids if id < self.size]
+    def prompt_ids(self, instruction, input):
+        """Ids of a whole prompt, ready for the answer: template around instruction, newline,
+        input."""
+        # split_control begins and ends with plain text, which may be "". It is encoded with the
+        # user's: a token may span the two
+        *front, text_before = self.split_control(self.before)
+        text_after, *back = self.split_control(self.after)
+        text = instruction + "\n" + input
+        text = text_before + (text.strip() if self.trim else text) + text_after
+        return self.template_ids(front) + self.encode(text) + self.template_ids(back)
 
-    def use_control(self, text):
-        """Make the control tokens in a template's text special. Where a file lists [INST], say, as
-        an ordinary word, the template's is a control token all the same, and a user who types it
-        gets plain text. InputError where a token is not in the vocabulary, has no row in the model,
-        or swallows the spaces beside it."""
-        absent = set(CONTROL.findall(text)) - {*self.special, *self.words}
-        if absent:
-            raise InputError(f"{self.folder}: the vocabulary has no control token {min(absent)}; "
-                             "try another --format")
-        for piece in split_at({*self.special, *self.words}, text):
-            if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
-                self.special[piece] = self.words.pop(piece)
-                del self.text[self.special[piece]]
-            id = self.special.get(piece, 0)
-            if id >= self.size:
-                raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
-                                 f"vocab_size {self.size}")
-            if piece in self.sticky:
-                raise InputError(f"{self.folder}: the control token {piece} depends on the spaces "
-                                 "around it (lstrip, rstrip, single_word), which is not known here")
-
-    @classmethod
-    def from_pretrained(cls, folder, format=None):
-        """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
-
-        format: llama3, chatml or raw; default: what the folder says, by its chat template first.
-        InputError names what is missing or not known."""
-        folder = Path(folder)
-        vocabulary = read_vocabulary(folder)
-        size, context = read_sizes(folder, vocabulary)
-        template = read_chat_template(folder)
-        name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
-        tokenizer = cls(vocabulary, name, folder, size, context)
-        if template and not format:
-            tokenizer.follow(template)
-        check_round_trip(tokenizer)
-        return tokenizer
-
-    def follow(self, template):
-        """Write what the folder's own chat template writes around a turn, where that is no more
-        than control tokens and roles; else say on stderr that our prompt is another one."""
-        ours = f"our prompts are {self.before + REQUEST + self.after!r}"
-        try:
-            rendered = render_turn(template, REQUEST)
-            trims_start = render_turn(template, "\n" + REQUEST) == rendered
-            trims_end = render_turn(template, REQUEST + "\n") == rendered
-        except NotKnown as error:
-            tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
-                 f"{ours}")
-            return
-        before, found, after = rendered.partition(REQUEST)
-        control = {*self.special, *self.words}
-        words = [piece for piece in split_at(control, before + after) if piece not in control]
-        known = set(" ".join(words).split()) <= {"user", "assistant"}
-        if found and known and trims_start == trims_end:
-            self.use_control(before + after)
-            self.before = before
-            self.after = after
-            self.trim = trims_start
-            self.jinja = spelled_out(template)
-        else:
-            tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
+    def template_ids(self, pieces):
+        """Ids of pieces of a template, as split_control makes them."""
+        ids = []
+        for piece in pieces:
+            ids += [self.special[piece]] if piece in self.special else self.encode(piece)
+        return ids
 
     def split_control(self, text):
         """The pieces of a template's text: control tokens, and what stands between them."""
         return split_at(self.special, text)
+
+    def answer_ids(self, text):
+        """Ids of an answer with its end mark, the first of `stop`. Encoded apart from the prompt:
+        no token spans the two."""
+        return self.encode(text) + self.stop[:1]
 
     def encode(self, text):
         """Ids of plain text; a character that the vocabulary cannot spell becomes U+FFFD and is
@@ -467,23 +409,6 @@ class Tokenizer:
         spelled = b"".join(self.text.get(id, b"") for id in ids)
         return spelled.decode("utf-8", errors="replace")
 
-    def prompt_ids(self, instruction, input):
-        """Ids of a whole prompt, ready for the answer: template around instruction, newline,
-        input."""
-        # the template's plain text beside the user's is encoded with it: a token may span the two
-        *front, text_before = self.split_control(self.before)
-        text_after, *back = self.split_control(self.after)
-        text = instruction + "\n" + input
-        text = text_before + (text.strip() if self.trim else text) + text_after
-        return self.template_ids(front) + self.encode(text) + self.template_ids(back)
-
-    def template_ids(self, pieces):
-        """Ids of pieces of a template, as split_control makes them."""
-        ids = []
-        for piece in pieces:
-            ids += [self.special[piece]] if piece in self.special else self.encode(piece)
-        return ids
-
     def limit(self, max_length, answer=0):
         """(how many tokens a sequence may have, why): --max-length, or less where the model's
         context is smaller: an answer that is to follow is left its tokens of it, but at most a
@@ -493,10 +418,86 @@ class Tokenizer:
             return room, f"the model's context of {self.context} tokens"
         return max_length, f"--max-length {max_length}"
 
-    def answer_ids(self, text):
-        """Ids of an answer with its end mark, the first of `stop`. Encoded apart from the prompt:
-        no token spans the two."""
-        return self.encode(text) + self.stop[:1]
+    @classmethod
+    def from_pretrained(cls, folder, format=None):
+        """Read tokenizer.json (Hugging Face) or tokenizer.model (Meta, Llama 3) of a model folder.
+
+        format: llama3, chatml or raw; default: what the folder says, by its chat template first.
+        InputError names what is missing or not known."""
+        folder = Path(folder)
+        vocabulary = read_vocabulary(folder)
+        size, context = read_sizes(folder, vocabulary)
+        template = read_chat_template(folder)
+        name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
+        tokenizer = cls(vocabulary, name, folder, size, context)
+        if template and not format:
+            tokenizer.follow(template)
+        check_round_trip(tokenizer)
+        return tokenizer
+
+    def use_template(self, template):
+        """Set what stands before and after a user's text, and the end marks, as far as they
+        exist."""
+        start = template.start if template.start in self.special else ""
+        self.before = start + template.head.format("user")
+        self.after = template.close + template.head.format("assistant")
+        self.trim = False                                           # spaces around the user's text?
+        self.jinja = jinja_of(start, template)
+        ends = [mark for mark in template.ends if mark in self.special]
+        if not ends:
+            raise InputError(f"{self.folder}: the vocabulary has no control token "
+                             f"{template.ends[0]}; try another --format")
+        self.end = ends[0]
+        self.use_control(self.before + self.after + self.end)
+        others = [mark for mark in STOPS if mark in self.special and mark != self.end]
+        ids = [self.special[mark] for mark in (self.end, *others)]
+        self.stop = [id for id in ids if id < self.size]
+
+    def use_control(self, text):
+        """Make the control tokens in a template's text special. Where a file lists [INST], say, as
+        an ordinary word, the template's is a control token all the same, and a user who types it
+        gets plain text. InputError where a token is not in the vocabulary, has no row in the model,
+        or swallows the spaces beside it."""
+        absent = set(CONTROL.findall(text)) - {*self.special, *self.words}
+        if absent:
+            raise InputError(f"{self.folder}: the vocabulary has no control token {min(absent)}; "
+                             "try another --format")
+        for piece in split_at({*self.special, *self.words}, text):
+            if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
+                self.special[piece] = self.words.pop(piece)
+                del self.text[self.special[piece]]
+            id = self.special.get(piece, 0)
+            if id >= self.size:
+                raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
+                                 f"vocab_size {self.size}")
+            if piece in self.sticky:
+                raise InputError(f"{self.folder}: the control token {piece} depends on the spaces "
+                                 "around it (lstrip, rstrip, single_word), which is not known here")
+
+    def follow(self, template):
+        """Write what the folder's own chat template writes around a turn, where that is no more
+        than control tokens and roles; else say on stderr that our prompt is another one."""
+        ours = f"our prompts are {self.before + REQUEST + self.after!r}"
+        try:
+            rendered = render_turn(template, REQUEST)
+            trims_start = render_turn(template, "\n" + REQUEST) == rendered
+            trims_end = render_turn(template, REQUEST + "\n") == rendered
+        except NotKnown as error:
+            tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
+                 f"{ours}")
+            return
+        before, found, after = rendered.partition(REQUEST)
+        control = {*self.special, *self.words}
+        words = [piece for piece in split_at(control, before + after) if piece not in control]
+        known = set(" ".join(words).split()) <= {"user", "assistant"}
+        if found and known and trims_start == trims_end:
+            self.use_control(before + after)
+            self.before = before
+            self.after = after
+            self.trim = trims_start
+            self.jinja = spelled_out(template)
+        else:
+            tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
 
     def save_pretrained(self, folder):
         """Write the vocabulary, the chat template and every stop id,

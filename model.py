@@ -11,10 +11,11 @@ on CUDA RMSNorm and draw_token, hand over to twins: take each for the plain func
 Part II has fast twins; each names the plain function that it must equal:
     TokenLogprobs                   log-probabilities without ever holding all logits
     TileAttention                   attention in plain products, tile by tile
-    Triton kernels                  both on CUDA; rotations, draw_token, and what part III asks
+    Triton kernels                  both on CUDA; rotations, draw_token
 Part III decodes many samples at once:
-    PagePool, Job, number_reads     a paged cache of keys and values that shares prompts
-    Engine, generate_iter           admit, reserve, compact, decode, finish
+    generate_iter                   admit, reserve, compact, decode, finish
+    number_reads, PagePool          a paged cache of keys and values that shares prompts
+    Engine                          what generate_iter calls, in the same order
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 
 Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
@@ -545,15 +546,13 @@ def draw_token(logits, seed, position, temperature, top_p):
     left = torch.arange(len(p), device=p.device)            # rows without a token so far
     attempt = 0
     while len(left):
-        some = left                                         # the rows to draw for
-        if len(left) == len(p):                             # as at first: all of them, by a slice,
-            some = slice(None)                              # which does not copy p
+        some = left if attempt else slice(None)     # at first all rows: a slice does not copy p
         u = uniform(seed[some], position[some], attempt).to(p.dtype)
         p_some = p[some]
         pick = token_at(u, p_some, below[some]).clamp(max=V - 1)
-        mine = p_some.gather(1, pick[:, None])
-        likelier = torch.where(p_some > mine, p_some, 0).sum(-1)
-        accepted = (likelier < top_p) & (mine[:, 0] != 0)   # rounding can hit a zero
+        p_pick = p_some.gather(1, pick[:, None])
+        likelier = torch.where(p_some > p_pick, p_some, 0).sum(-1)
+        accepted = (likelier < top_p) & (p_pick[:, 0] != 0)     # rounding can hit a zero
         token[left[accepted]] = pick[accepted]
         left = left[~accepted]
         attempt += 1
@@ -592,7 +591,7 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
         for sample in range(k):
             answer = []
             own_seed = torch.tensor([sample_seed(seed, prompt, sample)], device=device)
-            while len(answer) < max_new_tokens and not (answer and answer[-1] in stop):
+            for _ in range(max_new_tokens):
                 tokens = torch.tensor(prompt + answer, device=device)
                 T = len(tokens)
                 end = torch.full((T,), T)
@@ -601,6 +600,8 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
                 position = torch.tensor([T], device=device)
                 token = draw_token(logits, own_seed, position, temperature, top_p)
                 answer.append(token.item())
+                if answer[-1] in stop:
+                    break
             answers[-1].append(answer)
     return answers
 
@@ -1267,75 +1268,12 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
     return token
 
 
-@jit
-def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
-                G: constexpr, R: constexpr, E: constexpr, P: constexpr, M: constexpr):
-    # attend_pages (part III has the words and a drawing): program (page and key head n, M of its
-    # W = w R queries), where query i is that of reader i // R, head i % R. Q (B, G, R, E); READERS
-    # (pages, w) int64, which rows of Q; K and V (pages, G, P, E), BIAS (pages, P), 0 where a key
-    # is; writes LSE (pages, w, G, R), a natural log, and OUT (pages, w, G, R, E). A page without a
-    # key: LSE below -2e4, OUT any finite number
-    n = tl.program_id(0).to(tl.int64)
-    page = n // G
-    g = n % G
-    i = tl.program_id(1) * M + tl.arange(0, M)
-    asks = i < W
-    reader = page * (W // R) + i // R
-    row = tl.load(READERS + reader, mask=asks, other=0)
-    column = tl.arange(0, E)[None]
-    place = (row * G + g) * R + i % R                   # of the query in Q
-    q = tl.load(Q + place[:, None] * E + column, mask=asks[:, None], other=0.0)
-    j = tl.arange(0, P)
-    key = n * P + j
-    key_stop = (n + 1) * P
-    k = load_rows(K, key, key_stop, 0, 1, E)
-    v = load_rows(V, key, key_stop, 0, 1, E)
-    bias = tl.load(BIAS + page * P + j)
-    filled = bias == 0
-    s = scores(q, k, filled[None])                      # (queries, keys)
-    top = tl.maximum(tl.max(s, 1), -1e30)
-    p = tl.exp2(s - top[:, None])
-    total = tl.maximum(tl.sum(p, 1), 1.0)               # less only where no key is
-    out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    out = out / total[:, None]
-    result = (reader * G + g) * R + i % R
-    tl.store(OUT + result[:, None] * E + column, out, mask=asks[:, None])
-    ln_2 = 0.6931471805599453
-    lse = (top + tl.log2(total)) * ln_2
-    tl.store(LSE + result, lse, mask=asks)
-
-
-@jit
-def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C: constexpr):
-    # join_results: program n joins the results of one query head of one row, C at a time; as in
-    # tree_forward, top is the largest log-sum-exp so far. LSE (terms,), OUT (terms, E), float32;
-    # TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
-    n = tl.program_id(0).to(tl.int64)
-    count = tl.load(COUNT + n // H)
-    column = tl.arange(0, E)[None]
-    top = -1e30
-    total = 0.0
-    joined = tl.zeros((E,), tl.float32)
-    for start in range(0, count, C):
-        s = start + tl.arange(0, C)
-        there = s < count
-        term = tl.load(TERMS + n * S + s, mask=there, other=0)
-        lse = tl.load(LSE + term, mask=there, other=float("-inf"))
-        out = tl.load(OUT + term[:, None] * E + column, mask=there[:, None], other=0.0)
-        new = tl.maximum(top, tl.max(lse, 0))
-        shrink = tl.exp(top - new)
-        weight = tl.exp(lse - new)
-        joined = joined * shrink + tl.sum(weight[:, None] * out, 0)
-        total = total * shrink + tl.sum(weight, 0)
-        top = new
-    tl.store(JOINED + n * E + tl.arange(0, E), joined / total)
-
-
 # ================================================================== part III: the sampling engine
 # The k samples of a prompt share its keys and values, and all prompts share the instruction's. So
 # the cache is a pool of pages of 64 keys, and a page belongs to the instruction, to one prompt, or
-# to one sample. A *slot* is where one sample is decoded. The slots in use advance together, a token
-# a step: they are the *rows* of a batch, in the order of their jobs.
+# to one sample. A *job* is a prompt with those of its samples that are decoded together, a *slot*
+# where one of them is decoded. The slots in use advance together, a token a step: they are the
+# *rows* of a batch, in the order of their jobs. Every few steps is a *look* at what has ended.
 #
 # Prompts A and B with two samples each, in rows 0 (A0), 1 (A1), 2 (B0), 3 (B1), a page a part:
 #
@@ -1351,6 +1289,52 @@ def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C
 PAGE = 64                   # keys of a page
 NO_KEY = -3e4               # added to the score of a key that is not there; finite: no nan
 
+
+@torch.inference_mode()
+def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(),
+                  seed=0, kv_tokens=None, max_slots=None, share=True):
+    """Yield (prompt number, k lists of new ids) as prompts finish; equals generate_plain.
+
+    prompts: lists of ids. A list that ends in a `stop` id is complete, else it was ended at
+    max_new_tokens. kv_tokens: keys held at once (default: what 2 GiB hold on a CPU, 70% of what is
+    free on a GPU); jobs that do not fit wait. share=False keeps a copy of the prompt for each
+    sample. InputError if kv_tokens cannot hold one job."""
+    if not prompts:
+        return
+    sampling = Sampling(max_new_tokens, temperature, top_p, list(stop), seed)
+    if share:
+        instruction = prompts[0][:common_prefix(prompts)]
+        groups = [list(range(k))]                           # of samples that share their prompt
+    else:
+        instruction = []
+        groups = [[sample] for sample in range(k)]
+    jobs = [Job(number, ids, group)
+            for number, ids in enumerate(prompts)
+            for group in groups]
+    capacity = plan_capacity(model, jobs, len(instruction), max_new_tokens, kv_tokens, max_slots)
+    engine = Engine(model, instruction, sampling, capacity)
+    waiting = jobs[::-1]                                    # a stack: the next job on top
+    answers = [{} for _ in prompts]
+    finished = []                                           # at the look before
+    while waiting or engine.jobs:
+        engine.admit(waiting)
+        waiting += engine.reserve()
+        engine.compact()
+        engine.decode()
+        yield from whole_prompts(answers, finished, k)      # while a GPU is decoding
+        finished = engine.finish()
+    yield from whole_prompts(answers, finished, k)
+
+
+def whole_prompts(answers, finished, k):
+    """Note finished samples in answers, a dict for each prompt; yield the prompts that are whole:
+    (prompt number, k lists of ids)."""
+    for number, sample, ids in finished:
+        own = answers[number]
+        if sample not in own:           # a job that was put back draws its ended samples again
+            own[sample] = ids
+            if len(own) == k:
+                yield number, [own[sample] for sample in range(k)]
 
 def pages_for(tokens):
     """How many pages hold so many keys."""
@@ -1413,11 +1397,12 @@ class PagePool:
         self.free = list(range(pages))                      # always sorted
 
     def take_lowest(self, count):
-        """Claim pages for the instruction or a prompt: pages of many readers lie together ..."""
+        """Claim pages for the instruction or a prompt. The lowest: their readers are many, and so
+        they lie in a short range."""
         return [self.free.pop(0) for _ in range(count)]
 
     def take_highest(self, count):
-        """... and those of one sample at the other end, so that both ranges stay short."""
+        """Claim pages for one sample. The highest, so that the other range stays short."""
         return [self.free.pop() for _ in range(count)]
 
     def give_back(self, pages):
@@ -1474,6 +1459,43 @@ def attend_pages(q, readers, k, v, bias, lse, out):
     out.unflatten(0, (p, w)).copy_(by_reader)
 
 
+@jit
+def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
+                G: constexpr, R: constexpr, E: constexpr, P: constexpr, M: constexpr):
+    # attend_pages: program (page and key head n, M of its W = w R queries), where query i is that
+    # of reader i // R, head i % R. Q (B, G, R, E); READERS (pages, w) int64, which rows of Q; K and
+    # V (pages, G, P, E), BIAS (pages, P), 0 where a key is; writes LSE (pages, w, G, R), a natural
+    # log, and OUT (pages, w, G, R, E). A page without a key: LSE below -2e4, OUT any finite number
+    n = tl.program_id(0).to(tl.int64)
+    page = n // G
+    g = n % G
+    i = tl.program_id(1) * M + tl.arange(0, M)
+    asks = i < W
+    reader = page * (W // R) + i // R
+    row = tl.load(READERS + reader, mask=asks, other=0)
+    column = tl.arange(0, E)[None]
+    place = (row * G + g) * R + i % R                   # of the query in Q
+    q = tl.load(Q + place[:, None] * E + column, mask=asks[:, None], other=0.0)
+    j = tl.arange(0, P)
+    key = n * P + j
+    key_stop = (n + 1) * P
+    k = load_rows(K, key, key_stop, 0, 1, E)
+    v = load_rows(V, key, key_stop, 0, 1, E)
+    bias = tl.load(BIAS + page * P + j)
+    filled = bias == 0
+    s = scores(q, k, filled[None])                      # (queries, keys)
+    top = tl.maximum(tl.max(s, 1), -1e30)
+    p = tl.exp2(s - top[:, None])
+    total = tl.maximum(tl.sum(p, 1), 1.0)               # less only where no key is
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    out = out / total[:, None]
+    result = (reader * G + g) * R + i % R
+    tl.store(OUT + result[:, None] * E + column, out, mask=asks[:, None])
+    ln_2 = 0.6931471805599453
+    lse = (top + tl.log2(total)) * ln_2
+    tl.store(LSE + result, lse, mask=asks)
+
+
 def launch_page_kernel(q, readers, k, v, bias, lse, out):
     """attend_pages by page_kernel: a program for M queries of each page and key head."""
     _, G, R, E = q.shape
@@ -1503,6 +1525,32 @@ def join_results(lse, out, terms, count, dtype):
         mode="sum",
         per_sample_weights=weight)                                                 # (B H, E)
     return joined.to(dtype)
+
+
+@jit
+def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C: constexpr):
+    # join_results: program n joins the results of one query head of one row, C at a time; as in
+    # tree_forward, top is the largest log-sum-exp so far. LSE (terms,), OUT (terms, E), float32;
+    # TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
+    n = tl.program_id(0).to(tl.int64)
+    count = tl.load(COUNT + n // H)
+    column = tl.arange(0, E)[None]
+    top = -1e30
+    total = 0.0
+    joined = tl.zeros((E,), tl.float32)
+    for start in range(0, count, C):
+        s = start + tl.arange(0, C)
+        there = s < count
+        term = tl.load(TERMS + n * S + s, mask=there, other=0)
+        lse = tl.load(LSE + term, mask=there, other=float("-inf"))
+        out = tl.load(OUT + term[:, None] * E + column, mask=there[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse, 0))
+        shrink = tl.exp(top - new)
+        weight = tl.exp(lse - new)
+        joined = joined * shrink + tl.sum(weight[:, None] * out, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        top = new
+    tl.store(JOINED + n * E + tl.arange(0, E), joined / total)
 
 
 def launch_join_kernel(lse, out, terms, count, dtype):
@@ -1881,53 +1929,6 @@ class Engine:
                 for job in self.jobs
                 for slot, sample in job.slots.items()
                 if slot in done]
-
-
-@torch.inference_mode()
-def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(),
-                  seed=0, kv_tokens=None, max_slots=None, share=True):
-    """Yield (prompt number, k lists of new ids) as prompts finish; equals generate_plain.
-
-    prompts: lists of ids. A list that ends in a `stop` id is complete, else it was ended at
-    max_new_tokens. kv_tokens: keys held at once (default: what 2 GiB hold on a CPU, 70% of what is
-    free on a GPU); jobs that do not fit wait. share=False keeps a copy of the prompt for each
-    sample. InputError if kv_tokens cannot hold one job."""
-    if not prompts:
-        return
-    sampling = Sampling(max_new_tokens, temperature, top_p, list(stop), seed)
-    if share:
-        instruction = prompts[0][:common_prefix(prompts)]
-        groups = [list(range(k))]                           # of samples that share their prompt
-    else:
-        instruction = []
-        groups = [[sample] for sample in range(k)]
-    jobs = [Job(number, ids, group)
-            for number, ids in enumerate(prompts)
-            for group in groups]
-    capacity = plan_capacity(model, jobs, len(instruction), max_new_tokens, kv_tokens, max_slots)
-    engine = Engine(model, instruction, sampling, capacity)
-    waiting = jobs[::-1]                                    # a stack: the next job on top
-    answers = [{} for _ in prompts]
-    finished = []                                           # at the look before
-    while waiting or engine.jobs:
-        engine.admit(waiting)
-        waiting += engine.reserve()
-        engine.compact()
-        engine.decode()
-        yield from whole_prompts(answers, finished, k)      # while a GPU is decoding
-        finished = engine.finish()
-    yield from whole_prompts(answers, finished, k)
-
-
-def whole_prompts(answers, finished, k):
-    """Note finished samples in answers, a dict for each prompt; yield the prompts that are whole:
-    (prompt number, k lists of ids)."""
-    for number, sample, ids in finished:
-        own = answers[number]
-        if sample not in own:           # a job that was put back draws its ended samples again
-            own[sample] = ids
-            if len(own) == k:
-                yield number, [own[sample] for sample in range(k)]
 
 
 def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):

@@ -155,7 +155,7 @@ def batches(n, size, epochs, seed):
         ),
     ],
     "draw_token": [
-        ("likelier < top_p", "likelier + mine[:, 0] < top_p"),
+        ("likelier < top_p", "likelier + p_pick[:, 0] < top_p"),
         ("likelier < top_p", "likelier <= top_p"),
         ("torch.where(p_some > mine, p_some, 0)", "(p_some * (p_some > mine))"),
         ("scaled / temperature", "scaled * temperature"),
@@ -277,7 +277,7 @@ def answer_sums(logprobs, answer, n):
     "reasoning_verdict": [
         ("found[-1].lower()", "found[0].lower()"),
         (r"\b({", "({"),
-        ("if marks else text", 'if marks else ""'),
+        ("text[:marks[-1]] if", "text[marks[-1]:] if"),
         ("reasoning or text", "text"),
         (".lower() if", " if"),
     ],

@@ -30,7 +30,7 @@ MUTANTS = [
     ("model.py", "inside[some, None], hit[some, None])", "inside[some, None], -hit[some, None])",
      "test_model.py -k gradient"),
     ("model.py", "likelier < top_p", "likelier <= top_p + 0.2", "test_model.py -k nucleus"),
-    ("model.py", "torch.where(p_some > mine, p_some, 0)", "torch.where(p_some >= mine, p_some, 0)",
+    ("model.py", "torch.where(p_some > p_pick, p_some, 0)", "torch.where(p_some >= p_pick, p_some, 0)",
      "test_model.py -k nucleus"),
     ("model.py", "readers[line][reader] = row", "readers[line][0] = row",
      "test_model.py -k generation"),
