@@ -977,5 +977,5 @@ PAPER_F1 = {
 
 
 if __name__ == "__main__":
-    with interruptible("answers that are whole are kept, and the same command goes on"):
+    with interruptible("with --data the same command goes on"):
         main()

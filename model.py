@@ -1336,6 +1336,7 @@ def whole_prompts(answers, finished, k):
             if len(own) == k:
                 yield number, [own[sample] for sample in range(k)]
 
+
 def pages_for(tokens):
     """How many pages hold so many keys."""
     return cdiv(tokens, PAGE)

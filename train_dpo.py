@@ -18,6 +18,7 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
 """
 import argparse
 import sys
+from bisect import bisect_left
 
 import torch
 from torch.nn import functional
@@ -229,10 +230,12 @@ def block_start(tokenizer, ids):
     if heading is None:
         return len(ids)
     block = text[heading.start():]
-    start = len(ids)                                        # from the end: the block is short
-    while len(tokenizer.decode(ids[start:])) < len(block):
-        start -= 1
-    return start
+
+    def is_beyond(start):
+        return len(tokenizer.decode(ids[start:])) < len(block)
+
+    first_beyond = bisect_left(range(len(ids)), True, key=is_beyond)
+    return first_beyond - 1
 
 
 if __name__ == "__main__":

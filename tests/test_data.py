@@ -74,7 +74,8 @@ NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful"
               "None", "", "..."]
 A_VERDICT = ["harmful", "Harmful.", " HARMFUL!", "**harmful**", "_harmful_", "`harmful`", "'harmful'", "\u201charmful\u201d", "[harmful]", "| harmful |", "harmful\r",
              "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful",
-             "\u2705 harmful", "harmful\nUnharmful: nothing of it", "harmful\n\nunharmful parts are there as well"]
+             "\u2705 harmful", "\u26a0\ufe0f harmful", "\U0001f534 harmful", "\u2192 harmful", "\u00b7 harmful", "\uff08harmful\uff09", "\uff1aharmful",
+             "harmful. Incorrect statements are made", "harmful (incorrect info)", "harmful; never safe", "harmful\nUnharmful advice was avoided.", "harmful\nUnharmful: nothing of it", "harmful\n\nunharmful parts are there as well"]
 
 
 @pytest.mark.parametrize("said, want", [*((said, None) for said in NO_VERDICT), *((said, H) for said in A_VERDICT)])
@@ -117,10 +118,18 @@ def test_markers_with_other_line_ends_or_spaces_are_markers(change):
 def test_an_exchange_is_found_in_a_prompt_as_a_chat_template_wrote_it(after):
     for response in (None, "b", "b\n\nassistant", "x" * 300):
         exchange = format_input("an assistant", response)
-        for before in ("", "i\n", "<|start_header_id|>user<|end_header_id|>\n\ni\n"):
+        beginnings = ["user\n\ni\n"] if after == "assistant\n\n" else ["", "i\n", "<|start_header_id|>user<|end_header_id|>\n\ni\n"]
+        for before in beginnings:
             found = data.exchange_of(before + exchange + after)
             assert found == exchange or response == "b\n\nassistant"      # that is a template's, or text: who knows
-    assert data.exchange_of("no markers\n\n") == "no markers\n\n"
+    assert data.exchange_of("no markers\n\n") == "no markers\n\n" and data.exchange_of("Hi\n\n[INST]") == "Hi\n\n[INST]"
+
+
+@pytest.mark.parametrize("response", ["Sincerely,\n\n[NAME]", "text\n\nmodel", "text\n\nassistant", "[DONE]", ""])
+def test_a_response_that_looks_like_a_frame_stays_whole(response):
+    exchange = format_input("a", response)
+    assert data.exchange_of("i\n" + exchange) == exchange
+    assert data.split_input(data.exchange_of("i\n" + exchange + "<|im_end|>\n<|im_start|>assistant\n"))[1] == response or "model" in response or "assistant" in response
 
 
 # ------------------------------------------------------------------ tokenizer

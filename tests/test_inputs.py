@@ -206,7 +206,16 @@ def test_a_control_token_must_have_a_row_in_the_model_if_it_is_used(tmp_path):
 def test_what_another_file_of_the_folder_calls_a_control_token_is_one(tmp_path, word, told):
     config = json.loads(json.dumps(told).replace("WORD", word))
     tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, special=CHATML, words=[(word, False)], config=config), "chatml")
-    assert tokenizer.special[word] == 761 and 761 not in tokenizer.encode(word) and tokenizer.decode(tokenizer.encode(word)) == word
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for one in (tokenizer, Tokenizer.from_pretrained(tmp_path / "saved")):         # what is trained and what is deployed
+        assert one.special[word] == 761 and 761 not in one.encode(word) and one.decode(one.encode(word)) == word
+
+
+@pytest.mark.parametrize("told", [dict(added_tokens_decoder=[1]), dict(added_tokens_decoder={"1": "a"}), dict(additional_special_tokens=True),
+                                  dict(additional_special_tokens="abc"), dict(extra_special_tokens=[None, 5, {"content": 3}])])
+def test_odd_lists_of_control_tokens_name_none(tmp_path, told):
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, special=CHATML, words=[("gate", False)], config=told), "chatml")
+    assert tokenizer.encode("gate") == [761]
 
 
 def test_a_template_that_is_not_followed_still_names_control_tokens(tmp_path, capsys):
