@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises", "reason", "train")]   # half
+# about half of the work
+FIRST = [TESTS / f"test_{name}.py" for name in ("pipeline", "kernels", "bench", "course", "exercises", "reason",
+                                                "scale", "train")]
 
 
 def main():
