@@ -37,7 +37,7 @@ import numpy as np
 from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
                   common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
                   hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
-                  read_records, say, spelled, tell, warn, write_json)
+                  read_json, read_records, say, spelled, tell, warn, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_settings, encode_prompts,
                        generation_arguments, generation_settings, write_lines)
 from model import (Job, World, answer_logprobs, fingerprint, generate_iter, join_ranks,
@@ -487,11 +487,28 @@ def main(argv=None):
         if args.out:
             path = Path(args.out) / "results.json"
             hold(args.out)
+            tell_replaced(path, results)
             write_json(path, results + averages)
             say(f"{text}\nwrote {path}")
         else:
             print_line(text)
         tell_unused(args, results)
+
+
+def tell_replaced(path, results):
+    """Say of which other files a results.json has figures that are written over; their answers
+    stay."""
+    try:
+        before = read_json(path) if is_there(path) else []
+    except InputError:                                      # no figures that anyone could miss
+        before = []
+    known = before if isinstance(before, list) else []
+    gone = {str(result["file"]) for result in known
+            if isinstance(result, dict) and "file" in result}
+    gone -= {result["file"] for result in results}
+    if gone:
+        tell(f"{path}: the figures of {', '.join(sorted(gone))} were there and are written over; "
+             "score all files together, or choose another --out")
 
 
 def tell_unused(args, results):

@@ -299,6 +299,22 @@ def test_a_file_that_cannot_be_read_is_named_before_the_first_is_answered(place,
     assert "none.json: cannot read" in message and not out.exists()
 
 
+def test_figures_of_other_files_are_not_written_over_without_a_word(place, capsys):
+    paths = []
+    for name in ("one", "two"):
+        paths.append(place / name / "generated_predictions.jsonl")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Request: harmful"}))
+    for path, says in ((paths[0], None), (paths[0], None), (paths[1], str(paths[0]))):
+        evaluation.main(["--predictions", str(path), "--out", str(place / "figures")])
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err if says else not err
+    for odd in ("[", "[1, {}]", "{}", "5"):
+        (place / "figures/results.json").write_text(odd)
+        evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
+        assert json.loads((place / "figures/results.json").read_text())[0]["f1"] == 100
+
+
 @pytest.mark.parametrize("command", [["eval.py", "--moderate", "--model", "toy/model"], ["mine_hard.py", "--model", "toy/model", "--data", "toy/dev.json", "--out", "OUT"]])
 def test_ctrl_c_is_one_line(tmp_path, command):
     argv = [sys.executable, *(word.replace("OUT", str(tmp_path / "out")) for word in command)]
