@@ -152,7 +152,7 @@ MUTANTS = [
     ("data.py", "        check_round_trip(tokenizer)\n", "", "test_inputs.py -k loses_text"),
     ("data.py", "yield from split_at(self.words.keys() & self.late, piece)", "yield piece", "test_inputs.py -k tokenizers_package"),
     ("data.py", "known = len(token) == 1 or last_merge(token, ranks) in listed", "known = True", "test_inputs.py -k odd_vocabulary"),
-    ("data.py", "self.special[piece] = self.words.pop(piece)", "self.special[piece] = self.words[piece]", "test_inputs.py -k calls_text"),
+    ("data.py", "self.special[piece] = self.words.pop(piece)", "self.special[piece] = self.words[piece]", "test_inputs.py -k any_spelling"),
     ("data.py", "if id >= self.size:", "if id > self.size:", "test_inputs.py -k row_in_the_model"),
     ("data.py", "self.trim = trims_start", "self.trim = False", "test_inputs.py -k own_template"),
     ("data.py", "if isinstance(value, str) and REQUEST in value:", "if False:", "test_inputs.py -k said_in_one_line"),
