@@ -79,7 +79,8 @@ def split_input(text):
     prompt."""
     if not is_formatted(text):
         unix = text.replace("\r\n", "\n").lstrip()
-        near = re.sub(r"^(Human user:|AI assistant:)[ \t]+$", r"\1", unix, flags=re.MULTILINE)
+        markers = f"{HUMAN.strip()}|{ASSISTANT.strip()}"
+        near = re.sub(rf"^({markers})[ \t]+$", r"\1", unix, flags=re.MULTILINE)
         if not is_formatted(near):
             return text, None
         text = near
@@ -92,7 +93,7 @@ def split_input(text):
 # how chat templates spell control tokens, with the bars of ASCII or of full width
 MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
 # what they write after an exchange: control tokens, and the role that answers
-FRAME = re.compile(rf"(?<!AI assistant:)\n\n\s*(?:(?:{MARK}|assistant|model)\s*)+\Z")
+FRAME = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*(?:(?:{MARK}|assistant|model)\s*)+\Z")
 
 
 def exchange_of(prompt):
@@ -861,12 +862,17 @@ def vocabulary_of(path, raw):
     return found
 
 
+def read_told(folder):
+    """What special_tokens_map.json and tokenizer_config.json say together; of one field the
+    latter."""
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    return {key: value for name in names for key, value in read_object(folder / name, {}).items()}
+
+
 def control_names(folder):
     """The control tokens that a folder's other files name, whatever its tokenizer.json calls them:
     end marks and the like, and those in its chat template."""
-    named = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        named.update(read_object(folder / name, {}))
+    named = read_told(folder)
     entries = [value for key, value in named.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = named.get(key)
@@ -1131,7 +1137,7 @@ def read_chat_template(folder):
     where it has no template."""
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
-    told = {**read_object(folder / "special_tokens_map.json", {}), **read_object(config, {})}
+    told = read_told(folder)
     text = read_text(file, "utf-8") if is_there(file) else told.get("chat_template")
     if text is None:
         return {}

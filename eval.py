@@ -477,7 +477,8 @@ def main(argv=None):
             raise InputError("--moderate: one process reads the lines; start it without torchrun")
         if args.prompt is not None or args.moderate:
             return moderate_lines(args, guard)
-        benchmarks = [read_benchmark(args, path) for path in args.data]     # then nothing is amiss
+        # all files before the first is answered, which can take hours: what is wrong is said now
+        benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
         for benchmark in benchmarks:
             rows = evaluate_file(args, benchmark, guard, world)
             results += score_slices(rows, benchmark.name, args.legacy, args.fpr)
@@ -693,10 +694,11 @@ class Benchmark:
     tasks: list             # that any label is about
 
 
-def read_benchmark(args, path):
-    """The Benchmark in a file; InputError where it has no records, or none is labelled."""
-    name = args.dataset or Path(path).stem
-    records = read_records(path)[:args.limit]
+def read_benchmark(path, name=None, limit=None):
+    """The Benchmark in the first `limit` records of a file, by default called like it; InputError
+    where there is no record, or none is labelled."""
+    name = name or Path(path).stem
+    records = read_records(path)[:limit]
     golds = [labels_of(record, name) for record in records]
     return Benchmark(path, name, records, golds, labelled_tasks(path, golds))
 

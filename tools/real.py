@@ -74,10 +74,10 @@ from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, read_json, read_object,
                   read_records, split_input, tell, warn, write_json, writing)
-from eval import labelled_tasks, labels_of  # noqa: E402
+from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from real_table import hash_of  # noqa: E402
+from real_table import check_test, hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
                     verdict_first)
@@ -434,11 +434,9 @@ def claim_test(out, path):
     answered, as its file was wrong, say, holds no folder."""
     known = out / "test.json"
     asked = {"hash": hash_of(read_records(path))}
-    if known.exists() and read_object(known) != asked:
-        if any(other != known for other in out.iterdir()):
-            raise InputError(f"{out}: has answers to another test of this name; rename {path}")
-        known.unlink()
-    if not known.exists():
+    if known.exists() and any(other != known for other in out.iterdir()):
+        check_test(out, path, asked)
+    else:
         write_json(known, asked)
 
 
@@ -651,8 +649,7 @@ def report_overlap(args):
 def check_labels(args):
     """InputError where a test has no label, before hours of training rather than after them."""
     for path in test_files(args):
-        records = read_records(path)[:args.limit]
-        labelled_tasks(path, [labels_of(record, Path(path).stem) for record in records])
+        read_benchmark(path, limit=args.limit)
 
 
 if __name__ == "__main__":

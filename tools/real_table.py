@@ -192,6 +192,13 @@ def hash_of(records):
     return hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()
 
 
+def check_test(folder, test, asked):
+    """InputError where a folder's answers are to another test of this name. asked: what its
+    test.json should say, {"hash": hash_of(all records of the file `test`)}."""
+    if read_object(folder / "test.json") != asked:
+        raise InputError(f"{folder}: has answers to another test of this name; rename {test}")
+
+
 def read_guards(out, names, test, train, limit):
     """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
     model, whose seed is None. train: the records that `words` learns from; limit: how many rows of
@@ -206,9 +213,7 @@ def read_guards(out, names, test, train, limit):
             seed = folder.name.removeprefix(f"{name}_seed")
             path = folder / "eval" / dataset
             if seed.isdigit() and (path / "results.json").exists():
-                if read_object(path / "test.json") != asked:
-                    raise InputError(f"{path}: has answers to another test of this name; rename "
-                                     f"{test}")
+                check_test(path, test, asked)
                 rows = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
                 guards.setdefault(name, {})[int(seed)] = Guard(results, rows)

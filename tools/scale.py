@@ -154,7 +154,7 @@ def measure(args, folder):
     tokenizer = Tokenizer.from_pretrained(args.model)
     records = meter.run("read records", read_records, folder / "records.json")
     examples, _ = meter.run("encode", encode_records, tokenizer, records, 2048)
-    run = SimpleNamespace(out=str(folder / "out"), lr=5e-5, resume=False, no_share=False, dtype=None,
+    run = SimpleNamespace(out=str(folder / "out"), lr=5e-5, no_share=False, dtype=None,
                           max_tokens=args.max_tokens, model=args.model)
     schedule = list(train_sft.batches(len(examples), args.batch_size, 1, 0))
     meter.run("start a run", train_sft.describe_run, run, ALONE, examples, schedule)
