@@ -139,7 +139,7 @@ FILES = [
     ("records.jsonl", lines("a", "b"), "mine", "records.jsonl: line 1 is not a JSON object"),
     ("records.jsonl", lines(RECORD, {**RECORD, "output": None}), "sft", "records.jsonl: line 2 has no text in field 'output'"),
     ("records.jsonl", lines({**RECORD, "output": "  \n"}), "sft", "records.jsonl: no usable record"),
-    ("records.jsonl", lines({**RECORD, "output": "maybe"}), "eval", "records.jsonl: no row has a label .harmful, unharmful"),
+    ("records.jsonl", lines({**RECORD, "output": "maybe"}), "eval", "records.jsonl: no record has a label .harmful, unharmful"),
     ("pairs.jsonl", text(""), "dpo", "pairs.jsonl: no usable record"),
     ("pairs.jsonl", lines({**RECORD, "chosen": ["a"]}), "dpo", "pairs.jsonl: line 1 has no text in field 'chosen'"),
     ("pairs.jsonl", lines({**RECORD, "rejected": ""}), "dpo", "pairs.jsonl: no usable record"),

@@ -185,7 +185,7 @@ def test_score_from_files_and_their_mistakes(tmp_path):
     with pytest.raises(InputError, match="line 1 needs the text fields label and predict"):
         read_predictions(path, "x")
     path.write_text('{"label": "bad", "predict": ""}')
-    with pytest.raises(InputError, match="no row has a label"):
+    with pytest.raises(InputError, match="no record has a label"):
         read_predictions(path, "x")
     for p in ("0.5", '{"request": 1.5}', '{"request": NaN}', '{"request": true}', '{"Request": 0.5}'):
         path.write_text('{"label": "harmful", "predict": "", "p": %s}' % p)
@@ -455,7 +455,7 @@ def test_arguments_that_find_nothing_say_so(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
     evaluation.main(["--predictions", str(tmp_path / "p.jsonl"), "--by", "nosuch", "--fpr", "0.1"])
     said = capsys.readouterr().err
-    assert "--by nosuch: no row has this column" in said and "--fpr: no probabilities are there" in said
+    assert "--by nosuch: no record has this column" in said and "--fpr: no probabilities are there" in said
 
 
 def test_figures_are_written_before_they_are_shown(tmp_path, monkeypatch, lost):
