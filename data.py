@@ -68,32 +68,57 @@ def format_input(prompt, response=None):
     return f"{HUMAN}{prompt}{ASSISTANT}{answer}\n\n"
 
 
-def is_formatted(text):
-    """Is this an exchange as format_input writes it?"""
-    return text.startswith(HUMAN) and ASSISTANT in text
+def exchange_pattern(before, spaces, newline):
+    """What matches an exchange; its groups are the prompt and the response. A marker typed into the
+    prompt is part of it, as the last one counts; the two newlines at the end may be missing."""
+    human = HUMAN.strip() + spaces + newline
+    assistant = ASSISTANT.strip() + spaces + newline
+    blank = newline + newline
+    return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
+
+
+EXCHANGES = [exchange_pattern("", "", r"\n"),
+             exchange_pattern(r"\s*", r"[ \t]*", r"(?<!\r)\r?\n")]     # as others may spell it
+
+
+def find_exchange(text):
+    """The match of an exchange in a whole text: as format_input writes it, else with line ends of
+    Windows, spaces before it or behind its markers; None where it is no exchange."""
+    return next(filter(None, (pattern.match(text) for pattern in EXCHANGES)), None)
 
 
 def split_input(text):
-    """(prompt, response or None) of an exchange; a marker typed into the request is part of it.
-    Line ends of Windows, and spaces beside the markers, make it no other. Any other text is a
-    prompt."""
-    if not is_formatted(text):
-        unix = text.replace("\r\n", "\n").lstrip()
-        markers = f"{HUMAN.strip()}|{ASSISTANT.strip()}"
-        near = re.sub(rf"^({markers})[ \t]+$", r"\1", unix, flags=re.MULTILINE)
-        if not is_formatted(near):
-            return text, None
-        text = near
-    prompt, _, response = text.removesuffix("\n\n").rpartition(ASSISTANT)
-    if response.strip() == "None":
-        response = None
-    return prompt.removeprefix(HUMAN), response
+    """(prompt, response or None) of an exchange; any other text is a prompt."""
+    exchange = find_exchange(text)
+    if not exchange:
+        return text, None
+    prompt, response = exchange.groups()
+    return prompt, None if response.strip() == "None" else response
 
 
+def shorten(text, most):
+    """An exchange with at most so many characters of its prompt and of its response, and nothing
+    else changed; of any other text the beginning."""
+    exchange = find_exchange(text)
+    if not exchange:
+        return text[:most]
+    prompt, response = exchange.groups()
+    if response.strip() != "None":
+        response = response[:most]
+    between = text[exchange.end(1):exchange.start(2)]
+    return text[:exchange.start(1)] + prompt[:most] + between + response + text[exchange.end(2):]
+
+
+# where an exchange begins in a longer text
+HUMAN_LINE = re.compile(rf"{HUMAN.strip()}[ \t]*\r?\n")
 # how chat templates spell control tokens, with the bars of ASCII or of full width
 MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
 # what they write after an exchange: control tokens, and the role that answers
-FRAME = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*(?:(?:{MARK}|assistant|model)\s*)+\Z")
+FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
+AFTER_EXCHANGE = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*{FRAME}")
+# the same after a text that the template trimmed
+AFTER_TRIMMED = re.compile(rf"\s*(?={MARK}){FRAME}")
+ROLE_AFTER_TRIMMED = re.compile(r"(?:assistant|model)\s*\Z")
 
 
 def exchange_of(prompt):
@@ -102,14 +127,22 @@ def exchange_of(prompt):
 
     A role alone is a template's where the prompt begins with one, as if decoded without control
     tokens."""
-    if HUMAN not in prompt:
+    start = HUMAN_LINE.search(prompt)
+    if not start:
         return prompt
-    exchange = prompt[prompt.find(HUMAN):]
-    frame = FRAME.search(exchange[-200:])
-    has_roles = re.match(r"\s*(user|system)\s", prompt)
-    if not frame or not (has_roles or re.search(MARK, frame[0])):
-        return exchange
-    return exchange[:-len(frame[0])] + "\n\n"
+    before = prompt[:start.start()]
+    exchange = prompt[start.start():]
+    has_marks = re.search(MARK, before)
+    has_roles = re.match(rf"(?:{MARK}|\s)*(?:user|system)\s", before)
+    end = exchange[-200:]
+    frame = AFTER_EXCHANGE.search(end)
+    if frame and not (has_marks or has_roles or re.search(MARK, frame[0])):
+        frame = None
+    if not frame and has_marks:
+        frame = AFTER_TRIMMED.search(end)
+    if not frame and has_roles:
+        frame = ROLE_AFTER_TRIMMED.search(end)
+    return exchange[:-len(frame[0])] + "\n\n" if frame else exchange
 
 
 def parse_verdict(text):
@@ -587,34 +620,21 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
 def fit_prompt(tokenizer, record, room):
     """(ids of the record's prompt, was it cut?) in at most `room` tokens; None for the ids where
     even an empty exchange is more. Only the ends of the request and of the response are cut, the
-    longer first; of an input that is not as format_input writes it, its end."""
+    longer first; of an input that is no exchange, its end."""
     instruction = record["instruction"]
-    ids = tokenizer.prompt_ids(instruction, record["input"])
+    text = record["input"]
+    ids = tokenizer.prompt_ids(instruction, text)
     if len(ids) <= room:
         return ids, False
-    texts = split_input(record["input"])
-    is_exchange = format_input(*texts) == record["input"]
-    if not is_exchange:
-        texts = (record["input"], None)
-
-    def shortened(most):
-        """The prompt with at most so many characters of each text."""
-        request, response = texts
-        request = request[:most]
-        if response is not None:
-            response = response[:most]
-        whole = format_input(request, response) if is_exchange else request
-        return tokenizer.prompt_ids(instruction, whole)
-
     fits = 0                                    # so many characters do: of 0 it is seen at the end
-    too_many = max(len(text or "") for text in texts)       # so many do not
+    too_many = len(text)                        # so many do not
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if len(shortened(middle)) <= room:
+        if len(tokenizer.prompt_ids(instruction, shorten(text, middle))) <= room:
             fits = middle
         else:
             too_many = middle
-    ids = shortened(fits)
+    ids = tokenizer.prompt_ids(instruction, shorten(text, fits))
     return (ids if len(ids) <= room else None), True
 
 
@@ -636,7 +656,7 @@ def common_prefix(sequences):
 # alike therefore share their beginning, computed once. Words used from here on, in all files:
 #
 #   stream   tokens of several sequences in one line, T long
-#   row      a position of the stream, and what is computed there (in eval.py a record)
+#   row      a position of the stream, and what is computed there
 #   segment  neighbouring rows that belong together: the instruction, a prompt's own part, an answer
 #   forest   how segments share, one tree or several: each is followed by what continues it
 #   end      (T,) for each token the first row after all that continues it
@@ -1040,7 +1060,12 @@ EVERY_SCRIPT = (
 
 
 def check_round_trip(tokenizer):
-    """InputError unless decode(encode(text)) is the text again, for text in every script."""
+    """InputError unless decode(encode(text)) is the text again, for text in every script; and where
+    text can have the id of a control token, as it is an ordinary token as well."""
+    for word, id in tokenizer.special.items():
+        if id in tokenizer.encode(word):
+            raise InputError(f"{tokenizer.folder}: its control token {word} is an ordinary token "
+                             "as well, so that a user could type it: not known")
     text = tokenizer.spellable(EVERY_SCRIPT)
     again = tokenizer.decode(tokenizer.encode(text))
     if again != text:
@@ -1080,8 +1105,10 @@ def read_sizes(folder, vocabulary):
     config = read_object(path, {})
     size = config.get("vocab_size", math.inf)
     context = config.get("max_position_embeddings", math.inf)
-    if not all(number == math.inf or type(number) is int for number in (size, context)):
-        raise InputError(f"{path}: vocab_size and max_position_embeddings must be whole numbers")
+    for number in (size, context):
+        if number != math.inf and (type(number) is not int or number >= 2 ** 31):
+            raise InputError(f"{path}: vocab_size and max_position_embeddings must be whole "
+                             "numbers below 2^31")
     ids = [*vocabulary.tokens.values(), *vocabulary.words.values()]
     if max(ids, default=0) >= size:
         raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: "

@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,10 @@ from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, a
                   common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
                   hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
                   read_json, read_records, say, spelled, tell, warn, write_json)
-from mine_hard import (LazyModel, answer_prompts, check_settings, encode_prompts,
-                       generation_arguments, generation_settings, write_lines)
-from model import (Job, World, answer_logprobs, fingerprint, generate_iter, join_ranks,
-                   plan_capacity, read_arguments)
+from mine_hard import (LazyModel, answer_prompts, check_room, claim_answers, claim_settings,
+                       encode_prompts, generation_arguments, generation_settings, has_answers,
+                       write_lines)
+from model import World, answer_logprobs, fingerprint, generate_iter, join_ranks, read_arguments
 
 
 # ------------------------------------------------------------------ the figures
@@ -470,7 +471,7 @@ def main(argv=None):
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
-        cases = read_predictions(path, dataset, args.by)
+        cases = read_predictions(path, dataset, args.by, args.limit)
         results += score_slices(cases, dataset, args.legacy, args.fpr)
     if args.model:
         guard = LazyModel(args, args.model, world.device)
@@ -480,37 +481,60 @@ def main(argv=None):
             return moderate_lines(args, guard)
         # all files before the first is answered, which can take hours: what is wrong is said now
         benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
-        for benchmark in benchmarks:
-            cases = evaluate_file(args, benchmark, guard, world)
+        asked = [(benchmark, claim_benchmark(args, benchmark, guard, world))
+                 for benchmark in benchmarks]
+        for benchmark, prompts in asked:
+            cases = evaluate_file(args, benchmark, prompts, guard, world)
             results += score_slices(cases, benchmark.name, args.legacy, args.fpr)
     if world.rank == 0:
         averages = averages_of(results)
-        text = tables(results, averages)
         if args.out:
             path = Path(args.out) / "results.json"
             hold(args.out)
-            tell_replaced(path, results)
+            replace_figures(path, results)
             write_json(path, results + averages)
-            say(f"{text}\nwrote {path}")
+            say(f"{tables(results, averages)}\nwrote {path}")
         else:
-            print_line(text)
+            print_line(tables(results, averages))
         tell_unused(args, results)
 
 
-def tell_replaced(path, results):
-    """Say of which other files a results.json has figures that are written over; their answers
-    stay."""
+def replace_figures(path, results):
+    """Take the times from a results.json that is there, as answers that are there are not timed
+    again; say which other figures of it are written over."""
+    before = former_results(path)
+    here = {place_of(result): result for result in results}
+    lost = set()
+    for old in before:
+        new = here.get(place_of(old), old)
+        for name in old.keys() - new.keys():
+            if name in TIMES:
+                new[name] = old[name]
+            else:
+                lost.add(name)
+    gone = {str(old["file"]) for old in before} - {result["file"] for result in results}
+    if gone:
+        tell(f"{path}: the figures of {', '.join(sorted(gone))} were there and are written over; "
+             "score all files together, or choose another --out")
+    if lost:
+        tell(f"{path}: {', '.join(sorted(lost))} were there and are written over, as this command "
+             "does not ask for them")
+
+
+def former_results(path):
+    """The results of single files in a results.json; none where it is not there, or no such
+    file."""
     try:
         before = read_json(path) if is_there(path) else []
     except InputError:                                      # no figures that anyone could miss
         before = []
     known = before if isinstance(before, list) else []
-    gone = {str(result["file"]) for result in known
-            if isinstance(result, dict) and "file" in result}
-    gone -= {result["file"] for result in results}
-    if gone:
-        tell(f"{path}: the figures of {', '.join(sorted(gone))} were there and are written over; "
-             "score all files together, or choose another --out")
+    return [old for old in known if isinstance(old, dict) and "file" in old]
+
+
+def place_of(result):
+    """What tells the results of a results.json apart."""
+    return tuple(str(result.get(name)) for name in ("file", "task", "n", "slice"))
 
 
 def tell_unused(args, results):
@@ -541,7 +565,8 @@ def moderate_lines(args, guard):
     options = {name: getattr(args, name) for name in names}
     if sys.stdout is None or sys.stdin is None and args.prompt is None:
         raise InputError("standard input or output is closed")
-    check_longest(guard, args)                              # before the first line is waited for
+    longest, _ = guard.tokenizer.limit(args.max_length, args.max_new_tokens)
+    check_room(guard, longest, 1, args.max_new_tokens, args.kv_tokens)      # before any line
     if args.prompt is not None:
         exchange = {"prompt": args.prompt, "response": args.response}
         groups = [[json.dumps(exchange)]]
@@ -552,15 +577,6 @@ def moderate_lines(args, guard):
         for verdict in judge_lines(lines, number, guard, options):
             print_line(json.dumps(verdict))                 # ASCII, whatever the output's encoding
         number += len(lines)
-
-
-def check_longest(guard, args):
-    """InputError unless the longest exchange and its answer find room, so that none that comes
-    later ends the stream."""
-    limit, _ = guard.tokenizer.limit(args.max_length, args.max_new_tokens)
-    longest = Job(0, [0] * limit, [0])
-    shared = limit - 1                  # as if all but one token had keys: that takes most pages
-    plan_capacity(guard.model, [longest], shared, args.max_new_tokens, args.kv_tokens, None)
 
 
 def print_line(text):
@@ -704,15 +720,46 @@ def read_benchmark(path, name=None, limit=None):
     return Benchmark(path, name, records, golds, labelled_tasks(path, golds))
 
 
-def evaluate_file(args, benchmark, guard, world):
-    """Answer a Benchmark; returns its cases for `score`, in the order of the file."""
-    records = benchmark.records
-    prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
+def claim_benchmark(args, benchmark, guard, world):
+    """The prompts of a Benchmark (lists of ids), whose folder is taken for answers to them.
+
+    InputError where it holds answers of another model or with other settings; or answers without
+    reasoning (--fast) where these are to have some, or with it where not."""
+    prompts, _ = encode_prompts(guard.tokenizer, benchmark.records, args.max_length,
+                                args.max_new_tokens)
     out = Path(args.out) / benchmark.name
+    fast = out / "fast.json"
+    reasoned = has_answers(out / "answers.jsonl")
+    answers_fast = is_there(fast) and is_there(out / "generated_predictions.jsonl") and not reasoned
+    if args.fast:
+        holds_other = reasoned
+        kind = "with"
+    else:
+        holds_other = answers_fast
+        kind = "without"
+    if holds_other:
+        raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
+                         "choose another --out")
     if world.rank == 0:
         hold(args.out)
-    claim_kind(args, guard, prompts, out, world)
-    resumed = not args.fast and any(out.glob("answers.jsonl*"))
+    settings = answer_settings(args, guard)
+    if args.fast:
+        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, answers_fast, world)
+    else:
+        claim_answers(prompts, out / "answers.jsonl", world, settings, args)
+    return prompts
+
+
+def answer_settings(args, guard):
+    """What the answers to a benchmark are made with: greedy, but where several vote."""
+    return generation_settings(args, guard, temperature=1.0 if args.k > 1 else 0)
+
+
+def evaluate_file(args, benchmark, prompts, guard, world):
+    """Answer a Benchmark; returns its cases for `score`, in the order of the file."""
+    records = benchmark.records
+    out = Path(args.out) / benchmark.name
+    resumed = not args.fast and has_answers(out / "answers.jsonl")
     if not resumed:
         guard.model                                         # read before the clock starts
     start = time.time()
@@ -731,6 +778,8 @@ def evaluate_file(args, benchmark, guard, world):
     add_forced(cases, guard, prompts, world)
     if args.scores and not args.fast:
         add_probabilities(cases, guard, prompts, benchmark.tasks, world)
+    elif resumed:
+        keep_probabilities(cases, out / "generated_predictions.jsonl")
     if world.rank == 0:
         lines = [line_of_prediction(record, case) for record, case in zip(records, cases)]
         write_lines(out / "generated_predictions.jsonl", lines)
@@ -743,24 +792,6 @@ def line_of_prediction(record, case):
     more = {name: case[name] for name in ("forced", "p") if name in case}
     return {"prompt": record["instruction"] + "\n" + record["input"],
             "label": record["output"], "predict": case["text"], **more}
-
-
-def claim_kind(args, guard, prompts, out, world):
-    """Refuse to put answers with reasoning and those of --fast, or --fast of two models, into one
-    folder. (answer_prompts does so for answers with reasoning.)"""
-    fast = out / "fast.json"
-    if args.fast:
-        holds_other = any(out.glob("answers.jsonl*"))
-        kind = "with"
-    else:
-        holds_other = is_there(fast)
-        kind = "without"
-    if holds_other:
-        raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
-                         "choose another --out")
-    if args.fast:
-        settings = generation_settings(args, guard, temperature=0)
-        check_settings(fast, {**settings, "prompts": fingerprint(prompts)}, world.rank)
 
 
 def slice_of(record, column):
@@ -777,8 +808,7 @@ def fast_answers(guard, prompts, world):
 def reasoned_answers(args, guard, prompts, path, world):
     """Of each prompt: text, tokens, verdict (with --k the majority's), all texts, and where they
     were timed latency_ms, by generation. An answer without an end has no verdict."""
-    temperature = 1.0 if args.k > 1 else 0
-    settings = generation_settings(args, guard, temperature)
+    settings = answer_settings(args, guard)
     seconds = {}
     answers = []
     for line in answer_prompts(guard, prompts, path, world, settings, args, seconds):
@@ -831,16 +861,28 @@ def add_probabilities(cases, guard, prompts, tasks, world):
             case.setdefault("p", {})[task] = p
 
 
-def read_predictions(path, dataset, column=None):
-    """Rows for `score` from a file of {"prompt", "label", "predict"} lines; column: see --by."""
+def keep_probabilities(cases, path):
+    """Set p of each case as the predictions that are there have it, so that --scores need not be
+    asked again."""
+    if is_there(path):
+        for case, (place, line) in zip(cases, parse_records(path)):
+            if isinstance(line, dict) and line.get("predict") == case["text"] and "p" in line:
+                case["p"] = probabilities(line["p"], f"{path}: {place}")
+
+
+def read_predictions(path, dataset, column=None, limit=None):
+    """Cases for `score` from the first `limit` lines {"prompt", "label", "predict"} of a file;
+    column: see --by."""
     cases = []
-    for place, line in parse_records(path):
+    for place, line in islice(parse_records(path), limit):
         fields = line if isinstance(line, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("label", "predict")):
-            raise InputError(f"{path}: {place} needs the text fields label and predict")
-        prompt = str(line.get("prompt") or "")
-        gold = labels_of({"input": exchange_of(prompt), "output": line["label"]}, dataset)
-        text = line["predict"]
+        prompt = fields.get("prompt") or ""
+        label = fields.get("label")
+        text = fields.get("predict")
+        if not all(isinstance(told, str) for told in (prompt, label, text)):
+            raise InputError(f"{path}: {place} needs the text fields label and predict, and prompt "
+                             "is text where it is there")
+        gold = labels_of({"input": exchange_of(prompt), "output": label}, dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                **slice_of(line, column)}
         if isinstance(line.get("forced"), dict):        # an answer without an end: add_forced
@@ -871,6 +913,7 @@ def labels_of(record, dataset):
 
 
 # ------------------------------------------------------------------ tables
+TIMES = ("ms_per_query", "latency_ms_p50", "latency_ms_p95")        # as cost_figures has them
 TITLES = {
     "request": "prompt harmfulness",
     "response": "response harmfulness",

@@ -28,8 +28,8 @@ from pathlib import Path
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
                   interruptible, is_there, on_terminal, parse_records, parse_verdict, read_object,
                   read_records, reading, say, warn, write_json, write_whole)
-from model import (Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of, pick_dtype,
-                   read_arguments, weights_hash)
+from model import (Job, Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of,
+                   pick_dtype, plan_capacity, read_arguments, weights_hash)
 
 
 # ------------------------------------------------------------------ the method
@@ -164,7 +164,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
     with reading(out):
-        holds_samples = any(out.glob("samples*"))
+        holds_samples = any(out.glob("samples*.jsonl")) or any(out.glob("samples*.parts/*.jsonl"))
     if holds_samples and not args.resume:
         raise InputError(f"{out}: already holds samples; add --resume to continue, "
                          "or choose another --out")
@@ -176,14 +176,20 @@ def main(argv=None):
         records += some
         sources += [Path(path).stem] * len(some)
     check_labels(args.data, records)
-    answers = []
+    if world.rank == 0:
+        hold(out)
+    asked = []
     for number, folder in enumerate(args.model):
         name = "samples.jsonl" if len(args.model) == 1 else f"samples-{number}.jsonl"
         guard = LazyModel(args, folder, world.device)
         prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
-        lines = answer_prompts(guard, prompts, out / name, world, settings, args)
-        answers.append((folder, {line["prompt"]: line["samples"] for line in lines}))
+        claim_answers(prompts, out / name, world, settings, args)
+        asked.append((guard, prompts, out / name, settings))
+    answers = []
+    for guard, prompts, path, settings in asked:            # which can take hours each
+        lines = answer_prompts(guard, prompts, path, world, settings, args)
+        answers.append((guard.folder, {line["prompt"]: line["samples"] for line in lines}))
     if world.rank == 0:
         hard, count = select(records, sources, answers,
                              args.judge, args.pair, args.gamma, args.seed)
@@ -276,27 +282,51 @@ def encode_prompts(tokenizer, records, max_length, max_new_tokens):
     return prompts, [cut or lost for cut, lost in zip(cuts, lossy)]
 
 
-def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
-    """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
-
-    guard: a LazyModel, whose weights are read only if something is left to do. settings: see
-    generation_settings; InputError where the file that is there was made with others, or nobody
-    knows with which. seconds: a dict that gets, for each prompt answered now, the time since its
-    block began."""
-    folder = Path(f"{path}.parts")
+def claim_answers(prompts, path, world, settings, args):
+    """Take path and its folder for the answers to these prompts, which answer_prompts writes there.
+    InputError where others are there, made with other settings or nobody knows with which, or
+    another process writes there."""
+    folder = parts_of(path)
     if is_there(path) and not is_there(folder / "settings.json"):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
                          "gone; choose another --out")
     if world.rank == 0:
         hold(folder)
-    size = args.block or (8192 if world.device.type == "cuda" else 256)
-    settings = {**settings, "block": size, "prompts": fingerprint(prompts)}
-    check_settings(folder / "settings.json", settings, world.rank)
+    settings = {**settings, "block": block_size(args, world), "prompts": fingerprint(prompts)}
+    claim_settings(folder / "settings.json", settings, has_answers(path), world)
+
+
+def parts_of(path):
+    """The folder of the blocks of a file of answers."""
+    return Path(f"{path}.parts")
+
+
+def has_answers(path):
+    """Did answer_prompts answer anything into path before?"""
+    return is_there(path) or any(parts_of(path).glob("*.jsonl"))
+
+
+def block_size(args, world):
+    """How many prompts are answered together."""
+    return args.block or (8192 if world.device.type == "cuda" else 256)
+
+
+def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
+    """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
+
+    guard: a LazyModel, whose weights are read only if something is left to do. settings: see
+    generation_settings and claim_answers. seconds: a dict that gets, for each prompt answered now,
+    the time since its block began."""
+    claim_answers(prompts, path, world, settings, args)
+    size = block_size(args, world)
     blocks = {first: prompts[first:first + size] for first in range(0, len(prompts), size)}
-    parts = {first: folder / f"{first:08d}.jsonl" for first in blocks}
+    parts = {first: parts_of(path) / f"{first:08d}.jsonl" for first in blocks}
     if not Path(path).exists():
         mine = list(blocks)[world.rank::world.ranks]
         todo = [first for first in mine if not is_whole(parts[first], len(blocks[first]))]
+        if todo:
+            longest = max(map(len, prompts))
+            check_room(guard, longest, settings["k"], settings["max_new_tokens"], args.kv_tokens)
         left = sum(len(blocks[first]) for first in todo)
         meter = Meter(left, f"{path}: ", world, seconds)
         for first in todo:
@@ -312,6 +342,14 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
         for part in parts.values():
             part.unlink(missing_ok=True)
     return lines
+
+
+def check_room(guard, longest, k, max_new_tokens, kv_tokens):
+    """InputError unless k answers to a prompt of `longest` tokens find room in --kv-tokens: said
+    before the first block, or line of a stream, and not when the longest comes."""
+    job = Job(0, [0] * longest, list(range(k)))
+    cached = longest - 1                # as if all but one token had keys: that takes most pages
+    plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
 
 
 def is_whole(part, count):
@@ -331,6 +369,9 @@ def read_answers(path, count, k):
     if len(lines) != count or not all(whole):
         raise InputError(f"{path}: is damaged: it should have {k} answers to each of {count} "
                          f"prompts, in order; {advice}")
+    for line in lines:
+        for sample in line["samples"]:                      # as the parser of today reads it
+            sample["verdict"] = parse_verdict(sample["text"])
     return lines
 
 
@@ -367,6 +408,14 @@ def describe(tokenizer, ids):
     text = tokenizer.decode(ids)
     finish = "stop" if ids[-1] in tokenizer.stop else "length"
     return {"text": text, "finish": finish, "tokens": len(ids), "verdict": parse_verdict(text)}
+
+
+def claim_settings(path, settings, has_answers, world):
+    """check_settings, but where nothing is answered yet others are forgotten."""
+    if world.rank == 0 and not has_answers:
+        path.unlink(missing_ok=True)
+    world.wait()
+    check_settings(path, settings, world.rank)
 
 
 def check_settings(path, settings, rank=0):

@@ -2042,13 +2042,14 @@ def config_fault(c):
             return f"{name} is {size!r}, not a whole number from 1 to {most}"
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         return "heads must be a multiple of key/value heads, and head_dim even"
-    if type(c.max_position_embeddings) is not int or c.max_position_embeddings < 1:
-        return f"max_position_embeddings is {c.max_position_embeddings!r}"
+    context = c.max_position_embeddings
+    if type(context) is not int or not 0 < context < 2 ** 31:
+        return f"max_position_embeddings is {context!r}, not a whole number from 1 to 2^31 - 1"
     if type(c.tie_word_embeddings) is not bool:
         return f"tie_word_embeddings is {c.tie_word_embeddings!r}, neither true nor false"
     for name in ("rms_norm_eps", "rope_theta"):
         number = getattr(c, name)
-        if type(number) not in (int, float) or not 0 < number < math.inf:
+        if type(number) not in (int, float) or not 0 < number <= torch.finfo(torch.float64).max:
             return f"{name} is {number!r}, not a number above 0"
     frequencies = rope_frequencies(c)
     if not (frequencies > 0).all() or not frequencies.isfinite().all():
@@ -2263,5 +2264,13 @@ def read_arguments(p, argv, **demo):
         p.set_defaults(data=corpus or ["toy/train_*.json"])
         p.set_defaults(**demo)
         args = p.parse_args(argv)
+    if args.model:                                          # DIR/ is DIR
+        several = isinstance(args.model, list)
+        args.model = list(map(without_slash, args.model)) if several else without_slash(args.model)
     choose_kernels(args.kernels)
     return args
+
+
+def without_slash(folder):
+    """A folder's name as it is compared and remembered."""
+    return str(Path(folder))

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
 from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, on_terminal, pack,
-                  parse_records, read_json, read_records, say, write_json, write_whole, writing)
+                  parse_records, read_object, read_records, say, write_json, write_whole, writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
                    fingerprint, join_ranks, name_of, pick_dtype, read_arguments, read_tensors,
                    weight_files)
@@ -385,7 +385,11 @@ def resume(folder, model, optimizer):
             tensor = dist.tensor.distribute_tensor(tensor.to(into.device), into.device_mesh,
                                                    into.placements)
         into.copy_(tensor)
-    return read_json(folder / "state.json")["step"]
+    step = read_object(folder / "state.json").get("step")
+    if type(step) is not int:
+        raise InputError(f"{folder}/state.json has no step; remove the folder to go on from the "
+                         "checkpoint before it")
+    return step
 
 
 # ------------------------------------------------------------------ a run and its log

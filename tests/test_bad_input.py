@@ -213,7 +213,8 @@ def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch
 @pytest.mark.parametrize("file, spoil, says", [
     ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors: damaged or cut short"),
     ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors: no such file"),
-    ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON")])
+    ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON"),
+    ("state.json", text("{}"), "state.json has no step")])
 def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, says):
     spoil(interrupted(place, monkeypatch) / file)
     assert says in fails(capsys, run, place, "sft", "--resume", "--batch-size", 2)

@@ -125,6 +125,22 @@ def test_an_exchange_is_found_in_a_prompt_as_a_chat_template_wrote_it(after):
     assert data.exchange_of("no markers\n\n") == "no markers\n\n" and data.exchange_of("Hi\n\n[INST]") == "Hi\n\n[INST]"
 
 
+@pytest.mark.parametrize("before, after", [
+    ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\ni\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("<|im_start|>user\ni\n", "<|im_end|>\n<|im_start|>assistant\n"), ("<s>[INST] i\n", " [/INST]"), ("user\n\ni\n", "assistant\n\n"),
+    ("<|begin_of_text|>user\n\ni\n", "assistant\n\n")])
+def test_an_exchange_is_found_where_the_template_trimmed_it_too(before, after):
+    for response in (None, "b", "an assistant", "x" * 300):
+        exchange = format_input("an assistant", response)
+        assert data.exchange_of(before + exchange.strip() + after) == data.exchange_of(before + exchange + after) == exchange
+    assert data.exchange_of("i\n" + format_input("a", "see [INST]").strip()).endswith("see [INST]")     # no template wrote before it
+
+
+def test_an_exchange_whose_end_is_missing_is_one():
+    assert data.split_input("Human user:\nhi\n\nAI assistant:\n\n") == ("hi", "\n") and data.split_input("Human user:\nhi\n\nAI assistant:\n") == ("hi", "")
+    assert data.split_input(format_input("a\n\nAI assistant:\nb", "c\r\n").replace("\n", "\r\n"))[1] == "c\r\r\n"
+
+
 @pytest.mark.parametrize("response", ["Sincerely,\n\n[NAME]", "text\n\nmodel", "text\n\nassistant", "[DONE]", ""])
 def test_a_response_that_looks_like_a_frame_stays_whole(response):
     exchange = format_input("a", response)
@@ -302,9 +318,19 @@ def test_truncation_cuts_the_users_text_and_nothing_else(tokenizer):
     assert fit_prompt(tokenizer, record, len(whole)) == (whole, False) and cut
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("change", [lambda text: text, lambda text: text.replace("\n", "\r\n"), lambda text: " " + text, lambda text: text.replace(":\n", ": \n")])
+def test_of_an_exchange_in_another_spelling_the_texts_are_cut_and_the_markers_stay(tokenizer, change, end):
+    for response in ("sure thing", None):                                  # a long request, and the verdict is about the response
+        whole = change(format_input("gate " * 400, response).removesuffix("\n\n")) + end
+        ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": whole}, 120)
+        text = tokenizer.decode(ids).removeprefix("user\n\nSort.\n").removesuffix("assistant\n\n")
+        head, tail = whole.split("gate ", 1)[0], whole.rsplit("gate ", 1)[1]
+        assert cut and 100 < len(ids) <= 120 and text.startswith(head + "gate gate ") and text.endswith(tail) and len(text) < 600
+
+
 @pytest.mark.parametrize("input", [
-    "gate " * 400, "Human user:\n" + "gate " * 400, f"Human user:\n{'gate ' * 400}\n\nAI assistant:\nNone", " " + format_input("gate " * 400),
-    "Human user:\nx\n\nAI assistant:\n None \n\n" + "gate " * 400])
+    "gate " * 400, "Human user:\n" + "gate " * 400, "Human user:\nx\n\nAI assistant:\n None \n\n" + "gate " * 400])
 def test_a_record_in_another_format_is_cut_at_its_end_and_not_rewritten(tokenizer, input):
     ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": input}, 120)
     text = tokenizer.decode(ids).removeprefix("user\n\nSort.\n").removesuffix("assistant\n\n")

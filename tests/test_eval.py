@@ -444,6 +444,43 @@ def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
         evaluation.main(["--model", "toy/model", "--fast", *options, str(tmp_path / "b")])
 
 
+def test_scoring_again_loses_neither_probabilities_nor_times(guard, tmp_path, capsys):
+    data = tmp_path / "two.json"
+    data.write_text(json.dumps([{"instruction": "i", "input": text, "output": word} for text, word in (("a", H), ("b", U))]))
+    command = ["--model", guard, "--data", str(data), "--max-new-tokens", "2", "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "o")]
+    evaluation.main([*command, "--scores"])
+    first = json.loads((tmp_path / "o/results.json").read_text())[0]
+    assert {"auprc", "ms_per_query", "latency_ms_p50"} <= first.keys()
+    capsys.readouterr()
+    evaluation.main([*command, "--fpr", "0.5"])
+    again = json.loads((tmp_path / "o/results.json").read_text())[0]
+    assert {name: again[name] for name in first} == first and "threshold" in again and not capsys.readouterr().err
+    evaluation.main(command)
+    assert "results.json: recall_at_threshold, threshold were there and are written over" in capsys.readouterr().err
+
+
+def test_all_folders_are_checked_before_the_first_file_is_answered(guard, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": "i", "input": "a", "output": H}]))
+    options = ["--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "o"), "--max-new-tokens"]
+    evaluation.main(["--model", guard, "--data", str(tmp_path / "two.json"), *options, "2"])
+    with pytest.raises(InputError, match="two.*settings.json: was made with max_new_tokens = 2, not 3"):
+        evaluation.main(["--model", guard, "--data", str(tmp_path / "one.json"), str(tmp_path / "two.json"), *options, "3"])
+    assert not (tmp_path / "o/one/answers.jsonl").exists()
+    evaluation.main(["--model", guard, "--data", str(tmp_path / "one.json"), *options, "4", "--fast"])     # it was claimed, and not answered
+
+
+def test_predictions_are_limited_and_their_prompts_are_text(tmp_path):
+    line = {"prompt": "a", "label": H, "predict": f"Request: {H}"}
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for _ in range(3)))
+    evaluation.main(["--predictions", str(path), "--limit", "2", "--out", str(tmp_path / "o")])
+    assert json.loads((tmp_path / "o/results.json").read_text())[0]["n"] == 2
+    path.write_text(json.dumps({**line, "prompt": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(InputError, match="and prompt is text"):
+        read_predictions(path, "x")
+
+
 def test_figures_that_no_file_has_must_be_shown(tmp_path, monkeypatch, lost):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
     monkeypatch.setattr("sys.stdout", lost)

@@ -239,6 +239,15 @@ def test_a_control_token_of_the_template_must_be_in_the_vocabulary(tmp_path):
     refused(r"the vocabulary has no control token <\|(end|start)_header_id\|>; try another --format", Tokenizer.from_pretrained, folder, "llama3")
 
 
+@pytest.mark.parametrize("special, says", [(True, "are merged, but not all"), (False, "its control token ## is an ordinary token as well")])
+def test_a_control_token_that_a_user_could_type_is_refused(tmp_path, special, says):
+    def change(raw):                                                               # an id that two characters have as they stand
+        entry = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+        raw["added_tokens"].append(dict(entry, id=raw["model"]["vocab"]["##"], content="##", special=special))
+    folder = write_folder(tmp_path, special=CHATML, template="{% for m in messages %}## {{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}## assistant\n", change=change)
+    refused(says, Tokenizer.from_pretrained, folder)
+
+
 @pytest.mark.parametrize("field", ["lstrip", "rstrip", "single_word"])
 def test_a_control_token_that_swallows_spaces_must_not_be_used(tmp_path, field):
     def change(which):
@@ -328,7 +337,8 @@ def test_jinja_is_read_as_transformers_reads_it(tmp_path, capsys):
     ("tokenizer_config.json", '{"chat_template": 5}', "neither a text nor a list"), ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "neither a text"),
     ("tokenizer_config.json", '{"chat_template": "x", "bos_token": 5}', "bos_token is 5, which is no text"), ("special_tokens_map.json", "[]", "is not a JSON object"),
     ("config.json", "[]", "config.json: is not a JSON object"), ("config.json", '{"vocab_size": "761"}', "must be whole numbers"),
-    ("config.json", '{"vocab_size": 761, "max_position_embeddings": null}', "must be whole numbers")])
+    ("config.json", '{"vocab_size": 761, "max_position_embeddings": null}', "must be whole numbers"),
+    ("config.json", '{"vocab_size": 761, "max_position_embeddings": 1%s}' % ("0" * 400), "must be whole numbers below 2.31")])
 def test_odd_files_beside_the_tokenizer_are_named(tmp_path, file, text, says):
     (write_folder(tmp_path, special=CHATML) / file).write_text(text)
     refused(says, Tokenizer.from_pretrained, tmp_path)
@@ -459,8 +469,8 @@ NUMBERS = [
     ("hidden_size", [32.0, "32", True, 0, -32, 10 ** 18, None, float("nan")], "hidden_size is .*, not a whole number"),
     ("num_hidden_layers", [2.0, 0, 10 ** 9], "num_hidden_layers is .*, not a whole number from 1 to 1000"),
     ("num_key_value_heads", [3, 8], "heads must be a multiple"), ("head_dim", [7, 8.0, -8, "8"], "head_dim"),
-    ("rms_norm_eps", ["1e-5", None, -1, 0, True, float("nan")], "rms_norm_eps is .*, not a number above 0"),
-    ("rope_theta", [0, -1, None, "x", float("inf")], "rope_theta is .*, not a number above 0"), ("max_position_embeddings", [0, -1], "max_position_embeddings is"),
+    ("rms_norm_eps", ["1e-5", None, -1, 0, True, float("nan"), 10 ** 400], "rms_norm_eps is .*, not a number above 0"),
+    ("rope_theta", [0, -1, None, "x", float("inf")], "rope_theta is .*, not a number above 0"), ("max_position_embeddings", [0, -1, 10 ** 400], "max_position_embeddings is"),
     ("tie_word_embeddings", ["false", 1], "tie_word_embeddings is .*, neither true nor false"),
     ("torch_dtype", ["int8", "float8_e4m3fn", "bf16", "auto", 5, "Float32"], "dtype '.*' is unknown"), ("dtype", ["int4"], "dtype 'int4' is unknown"),
     ("rope_scaling", [{"factor": 2}, {"rope_type": "dynamic"}, [1], "llama3"], "rope scaling .* is unknown"),

@@ -3,6 +3,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import mine_hard
+from conftest import ROOT
 from data import InputError
 from mine_hard import judge, judge_all, judge_by_field, pick_pair, sample_weights, select
 from model import World
@@ -193,12 +196,55 @@ def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
         return [{"prompt": first + i, "samples": [sample]} for i in range(len(prompts))]
 
     monkeypatch.setattr(mine_hard, "answer_block", answer)
+    monkeypatch.setattr(mine_hard, "check_room", lambda *_: None)
     for device in ("cpu", "cuda"):
         world = World(torch.device(device))
-        guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None)
-        lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {"k": 1}, args)
+        guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None, kv_tokens=None)
+        lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {"k": 1, "max_new_tokens": 1}, args)
         assert [line["prompt"] for line in lines] == list(range(300))
     assert sizes == [256, 44, 300]
+
+
+def test_room_for_the_longest_prompt_is_found_before_the_first_block(tmp_path):
+    record = {"instruction": "i", "output": "harmful"}
+    (tmp_path / "d.json").write_text(json.dumps([{**record, "input": "a"}, {**record, "input": "b"}, {**record, "input": "gate " * 900}]))
+    options = ["--data", tmp_path / "d.json", "--block", 1]
+    with pytest.raises(InputError, match=r"--kv-tokens 600: a prompt of \d+ tokens and its samples may need \d+"):
+        mine(tmp_path / "a", *options, "--kv-tokens", 600)
+    assert not list((tmp_path / "a").rglob("*.jsonl"))
+    mine(tmp_path / "a", *options, "--max-new-tokens", 2)                          # nothing was answered: other settings may be
+
+
+def test_of_several_models_the_last_is_checked_before_the_first_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(mine_hard, "answer_block", None)
+    with pytest.raises(InputError, match="nowhere"):
+        mine(tmp_path / "a", "--model", "toy/model", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no file of weights|model.safetensors|cannot read"):
+        shutil.copytree("toy/model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+        mine(tmp_path / "a", "--model", "toy/model", tmp_path / "bare")
+
+
+def test_two_miners_do_not_write_into_one_folder(tmp_path):
+    code = "import sys, time; from data import hold; hold(sys.argv[1]); print(flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is writing there"):
+            mine(tmp_path / "a", "--model", "toy/model", "toy/model")              # files of other names, but hard.jsonl
+        other.kill()
+
+
+def test_a_slash_after_a_folders_name_makes_it_no_other(tmp_path):
+    whole = mine(tmp_path / "a")
+    assert mine(tmp_path / "a", "--resume", "--model", "./toy/model/") == whole
+
+
+def test_verdicts_are_read_as_the_parser_of_today_reads_them(tmp_path):
+    mine(tmp_path / "a", "--max-new-tokens", 2)
+    path = tmp_path / "a/samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["samples"][0].update(text="Request: harmful", verdict={"request": "unharmful"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert mine_hard.read_answers(path, 7, 2)[0]["samples"][0]["verdict"]["request"] == "harmful"
 
 
 def test_without_data_the_demo_names_what_it_needs(tmp_path, monkeypatch):

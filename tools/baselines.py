@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, parse_json,  # noqa: E402
                   parse_verdict, read_records, split_input, write_whole)
 from eval import labels_of  # noqa: E402
-from mine_hard import LazyModel, answer_prompts, check_settings, write_lines  # noqa: E402
+from mine_hard import (LazyModel, answer_prompts, check_settings, generation_settings,  # noqa: E402
+                       write_lines)
 from model import World, pick_device  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
@@ -116,9 +117,8 @@ def run_guard(args, path, dataset, guard):
     questions = guard_questions(records, dataset)
     prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
                for _, _, texts in questions]
-    settings = {"model": args.guard, **guard.hashes, "data": str(path), "template": args.template, "seed": 0,
-                "k": 1, "temperature": 0, "max_new_tokens": args.max_new_tokens or 32,
-                **{key: getattr(args, key) for key in ("limit", "max_length", "dtype")}}
+    settings = generation_settings(args, guard, temperature=0, data=str(path), template=args.template)
+    settings["max_new_tokens"] = args.max_new_tokens or 32
     lines = answer_prompts(guard, prompts, file, World(guard.device), settings, args)
     said, named = {}, Counter()
     for (i, task, _), line in zip(questions, lines):
@@ -330,7 +330,7 @@ def parse_arguments(argv):
     p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
     p.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], help="of LLaMA Guard")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.set_defaults(block=256, kv_tokens=None, no_share=False, format=None)      # for answer_prompts
+    p.set_defaults(block=256, kv_tokens=None, no_share=False, format=None, k=1, seed=0)     # for answer_prompts
     args = p.parse_args(argv)
     if bool(args.guard) == bool(args.url) or bool(args.url) != bool(args.model):
         p.error("give either --guard DIR, or --url ADDRESS and --model NAME")

@@ -54,7 +54,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
+from data import (HUMAN_LINE, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, warn, write_json)
 from eval import TITLES, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
@@ -423,11 +423,13 @@ def read_answers(path):
 def record_of_prediction(line, dataset):
     """The record whose `output` is this answer, and its gold labels; line: as eval.py writes it."""
     prompt = str(line.get("prompt") or "")
-    at = prompt.find("\n" + HUMAN)
-    if at < 0:                                              # an input that is no exchange
-        at = prompt.find("\n")
-    instruction = prompt[:max(at, 0)]                       # none where there is one line alone
-    record = {"instruction": instruction, "input": prompt[at + 1:], "output": line["predict"]}
+    exchange = HUMAN_LINE.search(prompt)
+    if exchange:
+        start = exchange.start()
+    else:                                                   # an input that is no exchange
+        start = prompt.find("\n") + 1
+    instruction = prompt[:start].removesuffix("\n")         # none where there is one line alone
+    record = {"instruction": instruction, "input": prompt[start:], "output": line["predict"]}
     label = {"input": record["input"], "output": str(line.get("label"))}
     return {**record, "gold": labels_of(label, dataset)}
 

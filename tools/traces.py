@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
+from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
                   exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, write_json)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import labels_of  # noqa: E402
@@ -34,7 +34,7 @@ def read_traces(path, counts):
         if isinstance(line.get("forced"), dict):            # eval.py: an answer without an end
             counts["without an end"] += 1
             continue
-        if HUMAN not in line["prompt"]:
+        if not HUMAN_LINE.search(line["prompt"]):
             counts["without a request"] += 1
             continue
         text = exchange_of(line["prompt"])
