@@ -1259,6 +1259,14 @@ def _(rng):
     holds(len(got) == 2 and np.abs(np.array(got) - want).max() < 0.32 * np.std(figures),
           f"bootstrap({cells}) is about {want.round(1)}, not {got}")
     holds(bootstrap(tuple(cells)) == got, "the same seed gives the same interval")
+    errors = []                         # of a sample of 2000, over many tables: small on average
+    for _ in range(12):
+        cells = rng.integers(20, 60, 4)
+        tp, fp, fn, _ = rng.multinomial(sum(cells), cells / sum(cells), 8000).T
+        figures = 200 * tp / (2 * tp + fp + fn)
+        off = np.array(bootstrap(tuple(cells.tolist()))) - np.percentile(figures, [2.5, 97.5])
+        errors.append(np.abs(off).mean() / np.std(figures))
+    holds(np.mean(errors) < 0.1, "the ends of the interval vary: fewer resamplings than 2000?")
     holds(np.isfinite(bootstrap((0, 0, 0, 9))).all(), "no positives: still a number")
 
 
@@ -1295,6 +1303,11 @@ def _(rng):
               f"rate {rate}: a lower threshold keeps the rate too")
     holds(wrong(threshold_for(hit.tolist(), score.tolist(), 1.0)) == (~hit).sum(),
           "rate 1: everything may be above")
+    hundred = rng.permutation(np.arange(100) / 100)
+    for percent in (7, 14, 28, 29, 57, 58):             # 0.29 * 100 is below 29
+        t = threshold_for([False] * 100, hundred.tolist(), percent / 100)
+        holds((hundred >= t).sum() == percent, f"100 negatives, rate {percent / 100}: {percent} "
+              f"may be above, not {(hundred >= t).sum()}")
 
 
 @case("weighted_average")

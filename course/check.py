@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import json
 import os
 import re
 import signal
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / part) for part in ("", "tests", "course")]
 sys.dont_write_bytecode = True
 
-from exercises import BY_NAME, SCRIPTS, exercises_of, find, is_blank, lines_of, parse  # noqa: E402
+from exercises import (BY_NAME, SCRIPTS, exercises_of, extras, find, is_blank,  # noqa: E402
+                       lines_of, parse, top_names)
 from rules import refusals  # noqa: E402
 
 SECONDS = 20                                            # that a test may take, as in grading
@@ -41,6 +43,14 @@ def hint(exercise, number):
             hints = re.findall(r"<summary>Hint \d</summary>\s*(.*?)\s*</details>", section[1], re.S)
             return hints[number - 1]
     return "There is none."
+
+
+def known_names(file):
+    """The names at top level of a script as it was handed out, whose definitions are not theirs."""
+    handed = ROOT / "course/names.json"
+    if not handed.exists():                                 # this is no student's copy
+        return top_names((ROOT / file).read_text(encoding="utf-8"))
+    return set(json.loads(handed.read_text(encoding="utf-8"))[file])
 
 
 # ------------------------------------------------------------------ one exercise
@@ -105,7 +115,9 @@ def state(exercise):
     node = find(parse(source), exercise.name)
     if node is None or is_blank(node):
         return "blank", [f"{exercise.name} in {exercise.file} is not written yet"]
-    against = refusals([lines_of(source, exercise.name)], exercise.forbidden)
+    text = lines_of(source, exercise.name)
+    against = refusals([text, *extras(known_names(exercise.file), source, text)],
+                       exercise.forbidden)
     if against:
         return "refused", [f"of {exercise.name}, {reason}" for reason in against]
     told = {}

@@ -268,15 +268,32 @@ def used(node):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
-def extras(ours, theirs, text):
+def top_names(source):
+    """The names that a script binds at top level."""
+    return set().union(*map(bound, parse(source).body))
+
+
+def parse_the_rest(source):
+    """The tree of a script in which each statement at top level that does not parse by itself is
+    left out: one broken function must not cost others their helpers."""
+    lines = source.split("\n")
+    starts = [i for i, line in enumerate(lines)
+              if re.match(r"[^\s#)\]}]", line) and not (i and lines[i - 1].startswith("@"))]
+    for start, stop in zip(starts, [*starts[1:], len(lines)]):
+        if parse("\n".join(lines[start:stop])) is None:
+            lines[start:stop] = [""] * (stop - start)       # the others keep their places
+    return parse("\n".join(lines))
+
+
+def extras(known, theirs, text):
     """What a student's function needs beside itself, as text: the statements at top level of their
-    file that bind a name which ours has not, and which `text`, or another of these, reads."""
-    tree = parse(theirs)
+    file that bind a name which is not known (of our file: top_names), and which `text`, or another
+    of these, reads."""
+    tree = parse(theirs) or parse_the_rest(theirs)
     function = parse(text)
     if tree is None or function is None:
         return []
-    known = set().union(*map(bound, parse(ours).body))
-    kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
+    kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     own = [node for node in tree.body if isinstance(node, kinds) and bound(node) - known]
     binds = {}                                              # name -> the statements that bind it
     for node in own:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import sandbox
 from exercises import (DAY_ONE, EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of, extras, find,
-                       is_blank, lines_of, parse, splice)
+                       is_blank, lines_of, parse, splice, top_names)
 from make_assignment import copy_parts
 from rules import refusals
 
@@ -84,7 +84,7 @@ def read_script(path):
         os.close(number)
     if len(data) > LARGEST:
         raise Refused(f"refused: {path.name} has more than {LARGEST} bytes")
-    return data.decode("utf-8", errors="replace")
+    return data.decode("utf-8", errors="replace").removeprefix("\ufeff")       # a byte order mark
 
 
 # ------------------------------------------------------------------ one exercise
@@ -132,7 +132,7 @@ def student_function(exercise_file, name, read):
     if tree and is_blank(find(tree, name.split(".")[-1])):
         return None
     ours = (ROOT / exercise_file).read_text(encoding="utf-8")
-    return text, extras(ours, source, text)
+    return text, extras(top_names(ours), source, text)
 
 
 def grade_one(exercise, read, seed, seconds):
@@ -219,6 +219,27 @@ def feedback(name, results, exercises, seed):
                               f"Next: `python course/check.py {e.name}`, and `--hint 1`.", ""]
     lines += [f"Random cases: seed {seed}. Questions marked by hand are not in here.", ""]
     return "\n".join(lines)
+
+
+def names_of(folders):
+    """A name for each student's folder: the end of its path, as much as tells them apart."""
+    paths = [Path(folder).resolve().parts[1:] for folder in folders]
+    names = []
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def write_tables(args, graded, exercises):
+    """Write the points of all who are graded so far where --table and --json ask for them."""
+    if args.table:
+        write_table(args.table, graded, exercises)
+    if args.json:
+        points = {name: {key: r.points for key, r in results.items()}
+                  for name, results in graded.items()}
+        Path(args.json).write_text(json.dumps(points, indent=2) + "\n")
 
 
 def write_table(path, graded, exercises):
@@ -327,9 +348,11 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # which leaves no folder behind
     if args.self_check:
         return self_check(some, args.seed, args.seconds) > 0
+    names = names_of(students)
+    if len(set(names)) < len(names):
+        p.error("a folder is given twice")
     graded = {}
-    for student in students:
-        name = Path(student).resolve().name
+    for name, student in zip(names, students):
         if len(students) > 1:
             print(f"\n==== {name}")
         graded[name] = grade(student, some, args.seed, args.seconds, len(args.only or []) == 1)
@@ -337,12 +360,7 @@ def main(argv=None):
             path = Path(args.feedback) / f"{name}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(feedback(name, graded[name], some, args.seed), encoding="utf-8")
-    if args.table:
-        write_table(args.table, graded, some)
-    if args.json:
-        points = {name: {key: r.points for key, r in results.items()}
-                  for name, results in graded.items()}
-        Path(args.json).write_text(json.dumps(points, indent=2) + "\n")
+        write_tables(args, graded, some)                    # now: the next may be interrupted
     return 0
 
 

@@ -11,10 +11,11 @@ that are not named. Hints and answers are in files of their own. `python course/
 it.
 """
 import argparse
+import json
 import shutil
 from pathlib import Path
 
-from exercises import EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of
+from exercises import EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises_of, top_names
 from rules import published
 
 COURSE = ROOT / "course"
@@ -132,6 +133,8 @@ def make(out, sets):
         here = [e.name for e in EXERCISES if e.file == file and e.name in names]
         source = (ROOT / file).read_text(encoding="utf-8")
         (out / file).write_text(blank(source, here), encoding="utf-8")
+    known = {file: sorted(top_names((ROOT / file).read_text(encoding="utf-8"))) for file in SCRIPTS}
+    (out / "course/names.json").write_text(json.dumps(known), encoding="utf-8")     # for check.py
     for number in sets:
         text, hints = handout(number)
         (out / f"course/set{number}.md").write_text(text, encoding="utf-8")

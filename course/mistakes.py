@@ -256,6 +256,7 @@ def answer_sums(logprobs, answer, n):
         ("[2.5, 97.5]", "[5, 95]"),
         ("multinomial(n, rates", "multinomial(2000, rates"),
         ("default_rng(0)", "default_rng()"),
+        ("rates, 2000)", "rates, 100)"),
     ],
     "auprc": [
         ("np.argsort(-np.asarray(score)", "np.argsort(np.asarray(score)"),
@@ -267,6 +268,7 @@ def answer_sums(logprobs, answer, n):
         ("falling[allowed], 2", "falling[max(allowed - 1, 0)], 2"),
         ("np.nextafter(falling[allowed], 2)", "falling[allowed]"),
         ("int(rate * len(falling) + 1e-9)", "int(np.ceil(rate * len(falling)))"),
+        ("int(rate * len(falling) + 1e-9)", "int(rate * len(falling))"),
         ("if allowed >= len(falling)", "if not len(falling)"),
     ],
     "weighted_average": [

@@ -25,7 +25,7 @@ import train_dpo
 import train_sft
 from conftest import ROOT
 from exercises import (BY_NAME, EXERCISES, SCRIPTS, SETS, blank, exercises_of, extras, find,
-                       is_blank, lines_of, parse, splice)
+                       is_blank, lines_of, parse, splice, top_names)
 from mistakes import BY_HAND, CHEATS
 
 HANDOUTS = {n: (ROOT / f"course/set{n}.md").read_text(encoding="utf-8") for n in SETS}
@@ -210,6 +210,10 @@ def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_pa
     path.write_text(splice(path.read_text(), "sft_loss", wrong))
     done = run("-B", tmp_path / "copy/course/check.py")
     assert "1 points  refused" in done.stdout and done.stdout.count("points  blank") == 4
+    right = "import copy\n\n\ndef sft_loss(logprobs, count):\n    return copy.copy(-logprobs.sum() / count)"
+    path.write_text(splice(path.read_text(), "sft_loss", right))
+    done = run("-B", tmp_path / "copy/course/check.py", "sft_loss")      # what grading would refuse, a helper
+    assert "importing `copy` is not allowed" in done.stdout and "1 points  refused" in done.stdout
     done = run("-B", tmp_path / "copy/course/check.py", "sft_loss", "--hint", "2")
     assert done.stdout.startswith("By `count`")
     done = run("-B", tmp_path / "copy/course/day_one.py")
@@ -322,11 +326,20 @@ def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
     theirs = ("import math\nimport os\nimport re\n\n\ndef helper():\n    return os\n\n\n"
               "def unused():\n    return 1\n\n\ndef plain():\n    pass\n")
     own = "@staticmethod\ndef other(x):\n    return helper()"
-    more = extras(SOURCE, theirs, own)
+    more = extras(top_names(SOURCE), theirs, own)
     assert more == ["import os", "def helper():\n    return os"]
+    typed = theirs.replace("def helper", "ONE: int = 1\n\n\ndef helper").replace("return os", "return os, ONE")
+    for theirs in (typed, typed + "\n\ndef broken(:\n    pass\n", "class Slip\n    x = 1\n\n\n" + typed):
+        found = extras(top_names(SOURCE), theirs, own)      # whatever else in the file does not parse
+        assert found == ["import os", "ONE: int = 1", "def helper():\n    return os, ONE"]
     spliced = splice(SOURCE, "Thing.other", own, more)
     assert "    @staticmethod\n    def other(x):\n        return helper()\n\n\ndef last" in spliced
     assert spliced.index("def helper") < spliced.index("class Thing") and ast.parse(spliced)
+
+
+def test_students_whose_folders_have_one_name_are_told_apart():
+    names = grade.names_of(["class/alice/guard", "class/bob/guard"])
+    assert names == ["alice-guard", "bob-guard"] and grade.names_of(["a/x", "b/y"]) == ["x", "y"]
 
 
 def test_rules_refuse_what_they_publish_and_let_honest_code_pass():

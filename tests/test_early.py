@@ -258,6 +258,13 @@ def test_script_reads_records_and_answers(tmp_path, capsys):
                         "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "early.json").read_text())
     assert again["tasks"] == summary["tasks"]
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines[0]["forced"] = {"request": "harmful"}                # an answer without an end: it counts as no verdict
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    early_verdict.main(["--model", "toy/model", "--data", str(answers), "--dtype", "float32",
+                        "--out", str(tmp_path / "again")])
+    again = [json.loads(line) for line in open(tmp_path / "again" / "early.jsonl")]
+    assert again[0]["tasks"] == {} and len(again) == 12 and all(line["tasks"] for line in again[1:])
 
 
 def test_script_says_in_one_line_what_it_cannot_read(tmp_path):

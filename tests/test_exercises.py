@@ -1382,6 +1382,20 @@ def test_bootstrap__interval():
     check("the same call again", evaluation.bootstrap((60, 20, 20, 100)), got)
 
 
+def test_bootstrap__resamplings():
+    off = []                                # of the ends, in standard deviations of F1
+    for cells, low, high, deviation in (((60, 20, 20, 100), 67.07, 82.02, 3.86),
+                                        ((30, 10, 25, 60), 50.67, 73.68, 5.85),
+                                        ((90, 40, 15, 30), 70.19, 82.26, 3.08),
+                                        ((25, 25, 25, 25), 37.21, 61.26, 6.15),
+                                        ((50, 5, 30, 80), 65.08, 81.82, 4.27),
+                                        ((40, 30, 10, 10), 56.14, 75.76, 5.0)):
+        got = evaluation.bootstrap(cells)
+        off += [abs(got[0] - low) / deviation, abs(got[1] - high) / deviation]
+    holds(np.mean(off) < 0.1, f"the ends of six intervals are off by {np.mean(off):.2f} standard "
+          "deviations of F1; 2000 resamplings are off by 0.05")
+
+
 def test_bootstrap__edges():
     check("nothing is positive: tp 0, fp 0, fn 0, tn 9", evaluation.bootstrap((0, 0, 0, 9)), [0, 0])
     check("all is right: tp 9", evaluation.bootstrap((9, 0, 0, 0)), [100, 100])
@@ -1426,6 +1440,14 @@ def test_threshold_for__keeps_the_rate():
         first = negatives[9 - allowed]
         check("... the threshold", t, float(np.nextafter(first, 2)),
               f"the next float above {first}, the first negative too many", 0)
+
+
+def test_threshold_for__a_rate_that_floats_do_not_hold():
+    negatives = [i / 100 for i in range(100)]
+    for percent in (7, 29, 57, 58):                             # 0.29 * 100 is 28.999999999999996
+        t = evaluation.threshold_for([False] * 100, negatives, percent / 100)
+        check(f"negatives 0.00 .. 0.99, rate {percent / 100}: negatives at or above the threshold",
+              sum(x >= t for x in negatives), percent)
 
 
 def test_threshold_for__edges():

@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import Executor, Future
 
 import certificate
 import numpy as np
@@ -153,6 +154,20 @@ def test_records_needed_compares_sizes_by_the_same_seeds():
 
 
 # ------------------------------------------------------------------ from end to end
+class InThisProcess(Executor):
+    """A pool that does what it is given at once, here."""
+    def __init__(self, *_):
+        pass
+
+    def submit(self, work, *arguments):
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reason, "BASE_RECORDS", 240)
     out = tmp_path / "out"
@@ -194,5 +209,12 @@ def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     shutil.move(tmp_path / "base", out / "base")
     with pytest.raises(SystemExit):
         reason.main([*small, "--sizes", "7"])
+    monkeypatch.setattr(reason, "ProcessPoolExecutor", InThisProcess)
+    original = reason.run_cell
+    monkeypatch.setattr(reason, "run_cell", lambda cell, *more: 1 / 0 if cell.training == "labels" else original(cell, *more))
+    with pytest.raises(InputError, match="1 cells failed .above.; the same command tries them again"):
+        reason.main([*small, "--steps", "2", "--seeds", "102", "--trainings", "labels", "shuffled"])
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert {key[2:] for key in reason.read_results(results)} - {key[2:] for key in first} == {(102, "shuffled")}     # it went on
     reason.main(["table", "--out", str(out)])
     assert sorted(path.name for path in out.iterdir()) == ["base", "reason.svg", "results.jsonl"]

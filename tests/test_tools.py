@@ -198,6 +198,26 @@ def test_answer_rows_asks_what_is_missing_and_drops_half_a_line(tmp_path):
         answer_rows(path, {0: "?"}, answer)
 
 
+def test_answers_that_come_while_a_failed_run_ends_are_kept(tmp_path):
+    path, asked = tmp_path / "a.jsonl", threading.Barrier(3)
+
+    def answer(row):
+        asked.wait(20)                                                  # all three are on their way
+        if row == 0:
+            raise InputError("HTTP 401")
+        time.sleep(0.3)
+        return {"text": "paid for"}
+
+    with pytest.raises(InputError, match="401"):
+        answer_rows(path, dict.fromkeys(range(3), "?"), answer, workers=3)
+    assert sorted(json.loads(line)["row"] for line in path.read_text().splitlines()) == [1, 2]
+
+
+def test_a_block_is_found_behind_letters_that_change_their_length():
+    text = "\u0130stanbul " * 9 + "\nAnswers:\nRequest: harmful"
+    assert text[synthesize.block_start(text):].startswith("Answers:") and synthesize.block_start("none") == 0
+
+
 def test_answer_rows_keeps_what_it_has_when_rows_stay_open(tmp_path, capsys):
     path, broken = tmp_path / "a.jsonl", {1, 3}
 

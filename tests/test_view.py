@@ -158,15 +158,30 @@ def test_what_does_not_belong_together_is_refused(mined, tmp_path):
     folder, data = mined
     records = json.loads(data.read_text())
     data.write_text(json.dumps(records[::-1]))
-    with pytest.raises(InputError, match="is not of --data"):
+    with pytest.raises(InputError, match="or not of --data"):
         rows_of_mining(folder, [data])
     data.write_text(json.dumps(records[:2]))
-    with pytest.raises(InputError, match="is not of --data"):
+    with pytest.raises(InputError, match="not of --data"):
         rows_of_mining(folder, [data])
     with pytest.raises(InputError, match="not in the samples"):
-        match_pairs([{"chosen": "a", "rejected": "b"}], [{"samples": [sample("a")]}])
+        match_pairs([{"chosen": "a", "rejected": "b", "input": "x"}], [{"prompt": 0, "samples": [sample("a")]}], {})
     with pytest.raises(InputError, match="neither answers"):
         view.main([str(tmp_path / "nothing")])
+
+
+def test_of_prompts_with_the_same_answers_a_pair_belongs_to_its_own():
+    pair = {"chosen": "a", "rejected": "b", "input": "y"}
+    lines = [{"prompt": n, "samples": [sample("a"), sample("b")]} for n in (0, 1)]
+    assert match_pairs([pair], lines, {0: {"input": "x"}, 1: {"input": "y"}}) == {1: pair}
+    assert match_pairs([pair], lines, {}) == {0: pair}                             # nobody knows
+
+
+def test_answers_of_another_script_beside_the_predictions_have_no_samples(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"row": 0, "text": "Request: harmful"}\n')
+    path = tmp_path / "generated_predictions.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Request: harmful"}) + "\n")
+    row, = rows_of_predictions(path)
+    assert len(row["samples"]) == 1 and row["said"]["request"] == "harmful"
 
 
 # ------------------------------------------------------------------ the page

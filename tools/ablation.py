@@ -480,7 +480,7 @@ def parse_arguments(argv):
     p.add_argument("--train", type=at_least(1), default=2400, help="training records")
     p.add_argument("--test", type=at_least(1), default=240, help="test records")
     p.add_argument("--dev", type=at_least(1), default=120, help="dev records, on which settings are chosen")
-    p.add_argument("--mine", type=at_least(1), default=136, help="prompts that are mined")
+    p.add_argument("--mine", type=at_least(1), default=136, help="prompts that are mined, about")
     p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
     p.add_argument("--jobs", type=at_least(1), default=os.cpu_count(),
                    help="tasks at a time, a thread each")

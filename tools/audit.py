@@ -40,7 +40,7 @@ def audit(paths):
         rows = defaultdict(list)
         for i, record in enumerate(records):
             rows[record["input"]].append(i)
-        steps = [len(re.findall("Reasoning Step", r["output"])) for r in records]
+        steps = [len(re.findall(r"^[#* \t]*Reasoning Step\b", r["output"], re.I | re.M)) for r in records]
         findings = {
             "inputs that occur again": [i for same in rows.values() for i in same[1:]],
             "inputs with two labels": [i for same in rows.values() for i in same
@@ -68,7 +68,8 @@ def shingles(text, n=3):
 
 def near_prompts(prompts, others, share=0.5):
     """{number of a prompt: number of the other that is most like it}, where they share at least this
-    much: (shingles that both have) / (shingles that either has), 1 where they have the same words."""
+    much: (shingles that both have) / (shingles that either has), 1 where they have the same words in
+    the same order."""
     sets = [shingles(text) for text in others]
     holders = defaultdict(list)                             # shingle -> the others that have it
     for number, some in enumerate(sets):

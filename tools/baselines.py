@@ -230,13 +230,19 @@ def answer_rows(path, rows, answer, workers=4, patience=10):
     with (open(path, "a", encoding="utf-8", errors="backslashreplace") as file,
           ThreadPoolExecutor(workers) as pool):
         waiting = {pool.submit(answer, row): row for row in rows if row not in done}
+
+        def keep(future):
+            """Write an answer that came."""
+            row = waiting[future]
+            done[row] = {"row": row, "asked": asked[row], **future.result()}
+            file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
+            file.flush()
+
         try:
             for n, future in enumerate(as_completed(waiting), 1):
                 row = waiting[future]
                 try:
-                    done[row] = {"row": row, "asked": asked[row], **future.result()}
-                    file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
-                    file.flush()
+                    keep(future)
                 except Unanswered as error:
                     lost.append(row)
                     print(f"row {row}: no answer ({error})", file=sys.stderr)
@@ -246,6 +252,9 @@ def answer_rows(path, rows, answer, workers=4, patience=10):
                     print(f"\r{n} of {len(waiting)} rows asked ", end="", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
+            for future, row in waiting.items():             # what came while the end was waited for
+                if row not in done and not future.cancelled() and not future.exception():
+                    keep(future)
     if lost:
         raise InputError(f"{len(lost)} rows without an answer; run again to continue")
     return {row: done[row] for row in rows}

@@ -59,7 +59,8 @@ from data import (HUMAN_LINE, VERDICTS, InputError, Pack, Tokenizer, at_least,  
 from eval import TITLES, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import Llama, answer_logprobs, join_ranks, pick_dtype, read_arguments  # noqa: E402
-from plot import COLOURS, GREY, legend, line, text, write_svg  # noqa: E402
+import plot  # noqa: E402
+from plot import COLOURS, GREY, legend, write_svg  # noqa: E402
 
 # ------------------------------------------------------------------ a trace and its sentences
 HEADING = re.compile(r"^[ \t]*[#*]+[ \t]*Task[ \t]*(\d)\b.*$", re.I | re.M)
@@ -389,7 +390,8 @@ def main(argv=None):
     prompts, _ = encode_prompts(tokenizer, records, args.max_length, 0)
     model = Llama.from_pretrained(args.model, world.device, pick_dtype(world.device, args.dtype))
     answers = [record["output"] for record in records]
-    readings, forms = early_verdicts(model, tokenizer, prompts, answers, world, args.max_tokens)
+    ended = ["" if record.get("forced") else record["output"] for record in records]
+    readings, forms = early_verdicts(model, tokenizer, prompts, ended, world, args.max_tokens)
     if not any(readings):
         raise InputError(f"{args.data}: no answer has steps, a verdict, and a closing sentence "
                          f"that both verdicts end")
@@ -421,7 +423,8 @@ def read_answers(path):
 
 
 def record_of_prediction(line, dataset):
-    """The record whose `output` is this answer, and its gold labels; line: as eval.py writes it."""
+    """The record whose `output` is this answer, its gold labels, and `forced` where it had no end,
+    so that no verdict of it counts; line: as eval.py writes it."""
     prompt = str(line.get("prompt") or "")
     exchange = HUMAN_LINE.search(prompt)
     if exchange:
@@ -431,7 +434,7 @@ def record_of_prediction(line, dataset):
     instruction = prompt[:start].removesuffix("\n")         # none where there is one line alone
     record = {"instruction": instruction, "input": prompt[start:], "output": line["predict"]}
     label = {"input": record["input"], "output": str(line.get("label"))}
-    return {**record, "gold": labels_of(label, dataset)}
+    return {**record, "gold": labels_of(label, dataset), "forced": line.get("forced")}
 
 
 def report(summary, forms):
@@ -448,8 +451,8 @@ def report(summary, forms):
 # ------------------------------------------------------------------ the picture
 def draw(summary, title, path):
     """Two panels, P by steps read and by steps left; a line and a band for each task."""
-    parts = [text(60, 20, "P(the answer's own verdict | steps so far)", size=14),
-             text(60, 38, f"{title}; hollow: the sentence is not known there", size=11),
+    parts = [plot.text(60, 20, "P(the answer's own verdict | steps so far)", size=14),
+             plot.text(60, 38, f"{title}; hollow: the sentence is not known there", size=11),
              *legend(60, 60, [f"{TITLES[task]}, n = {some['n']}"
                               for task, some in summary.items()])]
     most = max(point["steps"] for some in summary.values() for point in some["said"])
@@ -471,21 +474,21 @@ def panel(x, y, summary, name, first, last, label):
 
     parts = []
     for p in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(line([(x, up(p)), (x + width, up(p))]))
-        parts.append(text(x - 8, up(p) + 4, f"{p:.4g}", "end", 11))
+        parts.append(plot.line([(x, up(p)), (x + width, up(p))]))
+        parts.append(plot.text(x - 8, up(p) + 4, f"{p:.4g}", "end", 11))
     bottom = up(0)
     for step in range(first, last + 1):
         at = across(step)
-        parts.append(line([(at, bottom), (at, bottom + 4)], GREY))
-        parts.append(text(at, bottom + 18, step, "middle", 11))
-    parts.append(text(x + width / 2, bottom + 38, label, "middle", 11))
+        parts.append(plot.line([(at, bottom), (at, bottom + 4)], GREY))
+        parts.append(plot.text(at, bottom + 18, step, "middle", 11))
+    parts.append(plot.text(x + width / 2, bottom + 38, label, "middle", 11))
     for some, colour in zip(summary.values(), COLOURS):
         places = [across(point["steps"]) for point in some[name]]
         low = [up(point["ci95"][0]) for point in some[name]]
         high = [up(point["ci95"][1]) for point in some[name]]
         mean = [up(point["mean"]) for point in some[name]]
         parts.append(band(places, low, high, colour))
-        parts.append(line(zip(places, mean), colour, 2))
+        parts.append(plot.line(zip(places, mean), colour, 2))
         held = [point["mean"] for point in some[name.replace("said", "held")]]
         for at, p, known in zip(places, mean, held):
             inside = colour if known >= 0.5 else "none"

@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 
-from data import Tokenizer
+from data import InputError, Tokenizer
 
 ROWS = 4                # sequences, pairs or prompts
 
@@ -95,6 +95,8 @@ def trl(b, pairs, **options):
             clock["reference"] += b.now() - began
             return result
 
+    if size > ROWS and size % ROWS:
+        raise InputError(f"--batch-size {size}: TRL's micro-batches have {ROWS}; take a multiple")
     rows = 1 if packing else min(ROWS, size)                       # a packed row holds about four sequences
     each = max(1, size // (ROWS if packing else rows))             # micro-batches in a step
     config = partial(SFTConfig, learning_rate=5e-5)

@@ -281,11 +281,13 @@ def figures_of(out, name, seeds, task):
 
 def seconds_of(folder):
     """What seconds.txt of an arm's folder adds up to: its training and all its tests. Mining has a
-    folder of its own; what was killed at once left no time."""
+    folder of its own; answers to dev.json choose a parent, and are no test; what was killed at once
+    left no time."""
     path = folder / "seconds.txt"
     if not path.exists():
         return 0.0
-    return sum(float(entry.split()[0]) for entry in path.read_text().splitlines())
+    entries = path.read_text().splitlines()
+    return sum(float(entry.split()[0]) for entry in entries if not entry.endswith("dev.json"))
 
 
 def contrasts(names):

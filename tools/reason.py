@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -307,7 +308,8 @@ def run_in_time(cell, deadline, *arguments):
 
 
 def run_grid(args):
-    """Run the cells that results.jsonl lacks, and add their lines as they come."""
+    """Run the cells that results.jsonl lacks, and add their lines as they come; returns how many
+    failed."""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
     drop_half_line(path)
@@ -325,12 +327,18 @@ def run_grid(args):
     deadline = args.started + 60 * args.minutes
     left = len(todo)
     fresh = multiprocessing.get_context("spawn")
+    failed = 0
     with ProcessPoolExecutor(args.jobs, fresh, prepare_worker, (os.getpid(),)) as pool:
-        futures = [pool.submit(run_in_time, cell, deadline, base, args.steps, args.test,
-                               args.device)
-                   for cell in todo]
+        futures = {pool.submit(run_in_time, cell, deadline, base, args.steps, args.test,
+                               args.device): cell
+                   for cell in todo}
         try:
             for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, Exception) and not isinstance(error, BrokenProcessPool):
+                    print(f"failed: {futures[future]}: {error!r}", file=sys.stderr, flush=True)
+                    failed += 1                             # the others go on
+                    continue
                 lines = future.result()
                 if lines:
                     left -= 1
@@ -339,6 +347,7 @@ def run_grid(args):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     print(f"{left} of {len(todo)} cells are left" if left else "all cells are done")
+    return failed
 
 
 def append(path, lines, left):
@@ -562,8 +571,7 @@ def main(argv=None):
     args.started = time.time()
     if any(n % 2 for n in [*args.sizes, args.test]):
         p.error("--sizes and --test: records come in pairs, so these are even numbers")
-    if args.do == "run":
-        run_grid(args)
+    failed = run_grid(args) if args.do == "run" else 0
     results = read_results(args.out / "results.jsonl")
     if not results:
         raise InputError(f"{args.out / 'results.jsonl'}: no cell is done yet")
@@ -571,6 +579,8 @@ def main(argv=None):
     check_lines(args.out / "results.jsonl", results, first["settings"], first["base"])
     print("\n".join(report(results)))
     picture(results, args.out / "reason.svg")
+    if failed:
+        raise InputError(f"{failed} cells failed (above); the same command tries them again")
 
 
 if __name__ == "__main__":

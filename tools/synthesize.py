@@ -105,9 +105,15 @@ def question(prompt, response, labels):
 CONCLUSION = r"^\W*Conclusion\b"
 
 
+def block_start(text):
+    """Where the last "answers:" of a text begins, in any case; 0 where it has none."""
+    places = [found.start() for found in re.finditer("answers:", text, re.I)]
+    return places[-1] if places else 0
+
+
 def sections(text):
     """{task number: its part of the trace}; 0 is what stands before the first heading."""
-    body = text[:max(0, text.lower().rfind("answers:")) or None]
+    body = text[:block_start(text) or None]
     parts = re.split(r"^#+ *Task *(\d)\b.*$", body, flags=re.M)
     return dict(zip([0, *map(int, parts[1::2])], parts[::2]))
 
@@ -127,7 +133,7 @@ def check(answer, response, labels, most=10):
         return "empty"
     if answer["finish"] != "stop":
         return "cut off"
-    block = text[max(0, text.lower().rfind("answers:")):]
+    block = text[block_start(text):]
     if not re.match(r"answers:\s*\n([^\n]+\n){2}[^\n]+$", block.rstrip(), re.I):
         return "no closing block of three lines"
     verdict, there = parse_verdict(block), ["request"] if response is None else list(VERDICTS)
@@ -164,7 +170,7 @@ def output_of(text, labels, unlabelled):
     for name, word in labels.items():
         if word or unlabelled == "none":
             verdict[name] = word
-    return text[:text.lower().rfind("answers:")].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
+    return text[:block_start(text)].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
 
 
 def synthesize(args, exchanges, path):

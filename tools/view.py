@@ -116,7 +116,8 @@ def rows_of_predictions(path):
         text = fields["predict"]
         exchange = exchange_of(str(fields.get("prompt") or ""))
         gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
-        samples = all_samples[number]["samples"] if number < len(all_samples) else []
+        beside = all_samples[number] if number < len(all_samples) else {}
+        samples = beside.get("samples", [])                 # baselines.py has none: one answer each
         if text not in [sample["text"] for sample in samples]:
             finish = "length" if isinstance(fields.get("forced"), dict) else "stop"
             samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
@@ -146,15 +147,15 @@ def rows_of_mining(folder, data=None):
     hard = read_beside(folder / "hard.jsonl")
     lines = [line for path in sorted(folder.glob("samples*.jsonl"))
              for _, line in parse_records(path)]
-    pairs = match_pairs(hard, lines)
     records = read_mined(folder, data) if data else {}
+    pairs = match_pairs(hard, lines, records)
     rows = []
     for place, line in enumerate(lines):
         pair = pairs.get(place)
         number = line["prompt"]
         if data:
             record = records.get(number)
-            if record is None or pair and pair["input"] != record["input"]:
+            if record is None:
                 raise InputError(f"{folder}: prompt {number} is not of --data; name all files "
                                  "that were mined, in the same order")
             gold = gold_verdict(record)
@@ -176,21 +177,25 @@ def rows_of_mining(folder, data=None):
     return rows
 
 
-def match_pairs(hard, lines):
+def match_pairs(hard, lines, records):
     """{place of a line of samples: its pair}. Pairs stand in the order of the samples: each belongs
-    to the next line that holds both of its texts."""
+    to the next line that holds both of its texts and, where records {prompt: record} are known, is
+    of its input."""
     pairs = {}
     place = 0
     for pair in hard:
         while place < len(lines):
             texts = [sample["text"] for sample in lines[place]["samples"]]
+            record = records.get(lines[place]["prompt"], pair)
             place += 1
-            if pair["chosen"] in texts and pair["rejected"] in texts:
+            holds_both = pair["chosen"] in texts and pair["rejected"] in texts
+            if holds_both and record["input"] == pair["input"]:
                 pairs[place - 1] = pair
                 break
         else:
-            raise InputError("hard.jsonl holds a pair that is not in the samples; select it again "
-                             "with mine_hard.py --resume")
+            raise InputError("hard.jsonl holds a pair that is not in the samples, or not of --data: "
+                             "select it again with mine_hard.py --resume, and name all files that "
+                             "were mined, in the same order")
     return pairs
 
 
