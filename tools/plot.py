@@ -167,7 +167,8 @@ def main(argv=None):
     if args.metrics:
         curves(read_runs(args.metrics), args.out / "curves.svg")
     if args.results:
-        bars([(Path(path).resolve().parent.name, read_json(path)) for path in args.results], args.out / "f1.svg")
+        names = [Path(path).resolve().parent.name.removeprefix("eval_") for path in args.results]
+        bars(list(zip(names, map(read_json, args.results))), args.out / "f1.svg")
 
 
 if __name__ == "__main__":

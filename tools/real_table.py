@@ -9,6 +9,7 @@
 """
 import hashlib
 import json
+import re
 import sys
 from functools import lru_cache
 from itertools import product
@@ -392,13 +393,18 @@ def draw_picture(rows, path):
     x = LEFT
     for (test, task), some in by_place(rows).items():
         size = some[0]["n"]
-        parts.append(text(x, TOP - 26, test))
+        parts.append(text(x, TOP - 26, spoken(test)))
         parts.append(text(x, TOP - 10, f"{TITLES[task]}, n = {size}", size=11))
         parts += panel(x, bottom, names, some)
         x += WIDTH + GAP
     label = "F1 in percent, with its 95% interval; the line: throughout"
     parts.append(text(LEFT, bottom + 36, label, size=11))
     write_svg(path, x, bottom + 46, parts)
+
+
+def spoken(test):
+    """The name of a test's file without its numbers: 0_8_toxic_chat is toxic chat."""
+    return re.sub(r"^(\d+_)+", "", test).replace("_", " ")
 
 
 def panel(x, bottom, names, rows):
