@@ -38,7 +38,7 @@ CONTRASTS = [
     ("hs_dpo", "parent"), ("continued", "parent"), ("chosen", "parent"),
     ("hs_dpo", "continued"), ("hs_dpo", "chosen"), ("continued", "chosen")]
 # key of a result -> head of its column
-FIGURES = {"f1": "F1", "false_positive_rate": "FPR", "auprc": "AUPRC",
+FIGURES = {"f1": "F1", "recall": "recall", "false_positive_rate": "FPR", "auprc": "AUPRC",
            "best_f1": "F1 at the best threshold",
            "recall_at_1": "recall at 1% FPR", "recall_at_5": "at 5%", "ece": "ECE",
            "unparsable": "no verdict", "tokens_per_query": "tokens a query"}
