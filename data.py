@@ -77,14 +77,14 @@ def exchange_pattern(before, spaces, newline):
     return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
 
 
-EXCHANGES = [exchange_pattern("", "", r"\n"),
-             exchange_pattern(r"\s*", r"[ \t]*", r"(?<!\r)\r?\n")]     # as others may spell it
+AS_WRITTEN = exchange_pattern("", "", r"\n")
+# as others may spell it: with line ends of Windows, some spaces before it or behind its markers
+AS_SPELLED = exchange_pattern(r"\s{0,20}", r"[ \t]{0,20}", r"(?<!\r)\r?\n")
 
 
 def find_exchange(text):
-    """The match of an exchange in a whole text: as format_input writes it, else with line ends of
-    Windows, spaces before it or behind its markers; None where it is no exchange."""
-    return next(filter(None, (pattern.match(text) for pattern in EXCHANGES)), None)
+    """The match of an exchange in a whole text, or None where it is none."""
+    return AS_WRITTEN.match(text) or AS_SPELLED.match(text)
 
 
 def split_input(text):
@@ -97,14 +97,13 @@ def split_input(text):
 
 
 def shorten(text, most):
-    """An exchange with at most so many characters of its prompt and of its response, and nothing
-    else changed; of any other text the beginning."""
+    """An exchange with at most so many characters of its prompt and of its response (of none, the
+    word None), and nothing else changed; of any other text the beginning."""
     exchange = find_exchange(text)
     if not exchange:
         return text[:most]
     prompt, response = exchange.groups()
-    if response.strip() != "None":
-        response = response[:most]
+    response = "None" if response.strip() == "None" else response[:most]
     between = text[exchange.end(1):exchange.start(2)]
     return text[:exchange.start(1)] + prompt[:most] + between + response + text[exchange.end(2):]
 
@@ -112,7 +111,7 @@ def shorten(text, most):
 # where an exchange begins in a longer text
 HUMAN_LINE = re.compile(rf"{HUMAN.strip()}[ \t]*\r?\n")
 # how chat templates spell control tokens, with the bars of ASCII or of full width
-MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
+MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]"
 # what they write after an exchange: control tokens, and the role that answers
 FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
 AFTER_EXCHANGE = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*{FRAME}")
@@ -125,15 +124,15 @@ def exchange_of(prompt):
     """The exchange in a prompt as predictions are saved with it: without the instruction before it,
     and what a chat template wrote after it. The whole prompt where it holds none.
 
-    A role alone is a template's where the prompt begins with one, as if decoded without control
-    tokens."""
+    A role alone is a template's where the prompt begins with control tokens, or with a role, as if
+    decoded without them."""
     start = HUMAN_LINE.search(prompt)
     if not start:
         return prompt
     before = prompt[:start.start()]
     exchange = prompt[start.start():]
-    has_marks = re.search(MARK, before)
-    has_roles = re.match(rf"(?:{MARK}|\s)*(?:user|system)\s", before)
+    has_marks = re.match(rf"\s*(?:{MARK})", before)
+    has_roles = re.match(rf"(?:{MARK}|\s)*(?:user|system)\n", before)
     end = exchange[-200:]
     frame = AFTER_EXCHANGE.search(end)
     if frame and not (has_marks or has_roles or re.search(MARK, frame[0])):

@@ -207,6 +207,9 @@ def f1_figures(pairs, task):
             "tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
 
+TIMES = ("ms_per_query", "latency_ms_p50", "latency_ms_p95")        # what is not the same again
+
+
 def cost_figures(cases):
     """Tokens and milliseconds a query, where all cases know them. ms is the time of the file
     divided by its records, a mean; latency_ms is each case's own: median and 95th percentile. Of
@@ -479,7 +482,7 @@ def main(argv=None):
             raise InputError("--moderate: one process reads the lines; start it without torchrun")
         if args.prompt is not None or args.moderate:
             return moderate_lines(args, guard)
-        # all files before the first is answered, which can take hours: what is wrong is said now
+        # all files and folders before the first is answered, which can take hours
         benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
         asked = [(benchmark, claim_benchmark(args, benchmark, guard, world))
                  for benchmark in benchmarks]
@@ -502,23 +505,24 @@ def main(argv=None):
 def replace_figures(path, results):
     """Take the times from a results.json that is there, as answers that are there are not timed
     again; say which other figures of it are written over."""
-    before = former_results(path)
     here = {place_of(result): result for result in results}
+    gone = set()
     lost = set()
-    for old in before:
-        new = here.get(place_of(old), old)
+    for old in former_results(path):
+        new = here.get(place_of(old))
+        if new is None:
+            gone.add(" ".join(filter(None, place_of(old))))
+            continue
         for name in old.keys() - new.keys():
-            if name in TIMES:
-                new[name] = old[name]
-            else:
+            if name not in TIMES:
                 lost.add(name)
-    gone = {str(old["file"]) for old in before} - {result["file"] for result in results}
+            elif old.get("n") == new["n"]:
+                new[name] = old[name]
     if gone:
-        tell(f"{path}: the figures of {', '.join(sorted(gone))} were there and are written over; "
+        tell(f"{path}: the figures of {'; '.join(sorted(gone))} were there and are written over; "
              "score all files together, or choose another --out")
     if lost:
-        tell(f"{path}: {', '.join(sorted(lost))} were there and are written over, as this command "
-             "does not ask for them")
+        tell(f"{path}: {', '.join(sorted(lost))} were there and are written over")
 
 
 def former_results(path):
@@ -533,8 +537,8 @@ def former_results(path):
 
 
 def place_of(result):
-    """What tells the results of a results.json apart."""
-    return tuple(str(result.get(name)) for name in ("file", "task", "n", "slice"))
+    """What tells the results of a results.json apart, as texts."""
+    return tuple(str(result.get(name, "")) for name in ("file", "dataset", "task", "slice"))
 
 
 def tell_unused(args, results):
@@ -729,13 +733,13 @@ def claim_benchmark(args, benchmark, guard, world):
                                 args.max_new_tokens)
     out = Path(args.out) / benchmark.name
     fast = out / "fast.json"
-    reasoned = has_answers(out / "answers.jsonl")
-    answers_fast = is_there(fast) and is_there(out / "generated_predictions.jsonl") and not reasoned
+    is_reasoned = has_answers(out / "answers.jsonl")
+    is_fast = is_there(fast) and is_there(out / "generated_predictions.jsonl") and not is_reasoned
     if args.fast:
-        holds_other = reasoned
+        holds_other = is_reasoned
         kind = "with"
     else:
-        holds_other = answers_fast
+        holds_other = is_fast
         kind = "without"
     if holds_other:
         raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
@@ -744,7 +748,7 @@ def claim_benchmark(args, benchmark, guard, world):
         hold(args.out)
     settings = answer_settings(args, guard)
     if args.fast:
-        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, answers_fast, world)
+        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, is_fast, world)
     else:
         claim_answers(prompts, out / "answers.jsonl", world, settings, args)
     return prompts
@@ -863,11 +867,14 @@ def add_probabilities(cases, guard, prompts, tasks, world):
 
 def keep_probabilities(cases, path):
     """Set p of each case as the predictions that are there have it, so that --scores need not be
-    asked again."""
-    if is_there(path):
-        for case, (place, line) in zip(cases, parse_records(path)):
+    asked again; nothing where they are damaged, as they are about to be written anew."""
+    try:
+        before = [line for _, line in parse_records(path)] if is_there(path) else []
+        for case, line in zip(cases, before):
             if isinstance(line, dict) and line.get("predict") == case["text"] and "p" in line:
-                case["p"] = probabilities(line["p"], f"{path}: {place}")
+                case["p"] = probabilities(line["p"], path)
+    except InputError as error:
+        tell(f"{error}; its probabilities are not kept")
 
 
 def read_predictions(path, dataset, column=None, limit=None):
@@ -913,7 +920,6 @@ def labels_of(record, dataset):
 
 
 # ------------------------------------------------------------------ tables
-TIMES = ("ms_per_query", "latency_ms_p50", "latency_ms_p95")        # as cost_figures has them
 TITLES = {
     "request": "prompt harmfulness",
     "response": "response harmfulness",

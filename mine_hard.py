@@ -185,9 +185,12 @@ def main(argv=None):
         prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
         claim_answers(prompts, out / name, world, settings, args)
+        if asked and prompts == asked[-1][1]:
+            prompts = asked[-1][1]                          # of one tokenizer: held once
         asked.append((guard, prompts, out / name, settings))
     answers = []
-    for guard, prompts, path, settings in asked:            # which can take hours each
+    while asked:                                            # one model is in memory at a time
+        guard, prompts, path, settings = asked.pop(0)
         lines = answer_prompts(guard, prompts, path, world, settings, args)
         answers.append((guard.folder, {line["prompt"]: line["samples"] for line in lines}))
     if world.rank == 0:
@@ -315,9 +318,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     """Answer prompts (lists of ids) into path, a JSON line each, and return the lines as dicts.
 
     guard: a LazyModel, whose weights are read only if something is left to do. settings: see
-    generation_settings and claim_answers. seconds: a dict that gets, for each prompt answered now,
-    the time since its block began."""
-    claim_answers(prompts, path, world, settings, args)
+    generation_settings; path is claimed with them (claim_answers). seconds: a dict that gets, for
+    each prompt answered now, the time since its block began."""
     size = block_size(args, world)
     blocks = {first: prompts[first:first + size] for first in range(0, len(prompts), size)}
     parts = {first: parts_of(path) / f"{first:08d}.jsonl" for first in blocks}
@@ -326,7 +328,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
         todo = [first for first in mine if not is_whole(parts[first], len(blocks[first]))]
         if todo:
             longest = max(map(len, prompts))
-            check_room(guard, longest, settings["k"], settings["max_new_tokens"], args.kv_tokens)
+            together = 1 if args.no_share else settings["k"]
+            check_room(guard, longest, together, settings["max_new_tokens"], args.kv_tokens)
         left = sum(len(blocks[first]) for first in todo)
         meter = Meter(left, f"{path}: ", world, seconds)
         for first in todo:
@@ -346,7 +349,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
 
 def check_room(guard, longest, k, max_new_tokens, kv_tokens):
     """InputError unless k answers to a prompt of `longest` tokens find room in --kv-tokens: said
-    before the first block, or line of a stream, and not when the longest comes."""
+    before the first block, or line of a stream, and not when the longest comes. (A page may be
+    asked for that is not needed then.)"""
     job = Job(0, [0] * longest, list(range(k)))
     cached = longest - 1                # as if all but one token had keys: that takes most pages
     plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
@@ -410,10 +414,10 @@ def describe(tokenizer, ids):
     return {"text": text, "finish": finish, "tokens": len(ids), "verdict": parse_verdict(text)}
 
 
-def claim_settings(path, settings, has_answers, world):
-    """check_settings, but where nothing is answered yet others are forgotten."""
-    if world.rank == 0 and not has_answers:
-        path.unlink(missing_ok=True)
+def claim_settings(path, settings, answered, world):
+    """check_settings, but where nothing is answered yet these take the place of others."""
+    if world.rank == 0 and not answered:
+        write_json(path, settings)
     world.wait()
     check_settings(path, settings, world.rank)
 

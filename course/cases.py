@@ -1266,7 +1266,7 @@ def _(rng):
         figures = 200 * tp / (2 * tp + fp + fn)
         off = np.array(bootstrap(tuple(cells.tolist()))) - np.percentile(figures, [2.5, 97.5])
         errors.append(np.abs(off).mean() / np.std(figures))
-    holds(np.mean(errors) < 0.1, "the ends of the interval vary: fewer resamplings than 2000?")
+    holds(np.mean(errors) < 0.1, "the ends of the interval vary: far fewer resamplings than 2000?")
     holds(np.isfinite(bootstrap((0, 0, 0, 9))).all(), "no positives: still a number")
 
 

@@ -45,11 +45,16 @@ def hint(exercise, number):
     return "There is none."
 
 
+def read(file):
+    """The text of a script, without the byte order mark that some editors write."""
+    return (ROOT / file).read_text(encoding="utf-8-sig")
+
+
 def known_names(file):
     """The names at top level of a script as it was handed out, whose definitions are not theirs."""
     handed = ROOT / "course/names.json"
     if not handed.exists():                                 # this is no student's copy
-        return top_names((ROOT / file).read_text(encoding="utf-8"))
+        return top_names(read(file))
     return set(json.loads(handed.read_text(encoding="utf-8"))[file])
 
 
@@ -99,7 +104,7 @@ def where(error):
 def slip_in(file):
     """What keeps Python from reading a script, as a line; "" where nothing does."""
     try:
-        ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        ast.parse(read(file))
     except SyntaxError as error:
         return f"{file}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
     except UnicodeDecodeError as error:
@@ -111,7 +116,7 @@ def slip_in(file):
 
 def state(exercise):
     """("done", "blank", "wrong" or "refused", lines to show)."""
-    source = (ROOT / exercise.file).read_text(encoding="utf-8")
+    source = read(exercise.file)
     node = find(parse(source), exercise.name)
     if node is None or is_blank(node):
         return "blank", [f"{exercise.name} in {exercise.file} is not written yet"]

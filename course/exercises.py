@@ -274,14 +274,21 @@ def top_names(source):
 
 
 def parse_the_rest(source):
-    """The tree of a script in which each statement at top level that does not parse by itself is
-    left out: one broken function must not cost others their helpers."""
+    """The tree of a script in which what does not parse at top level is left out: one broken
+    function must not cost others their helpers. A statement may have several lines that begin at
+    the margin (a text, a decorator): it is the shortest piece from its first line on that parses."""
     lines = source.split("\n")
-    starts = [i for i, line in enumerate(lines)
-              if re.match(r"[^\s#)\]}]", line) and not (i and lines[i - 1].startswith("@"))]
-    for start, stop in zip(starts, [*starts[1:], len(lines)]):
-        if parse("\n".join(lines[start:stop])) is None:
-            lines[start:stop] = [""] * (stop - start)       # the others keep their places
+    starts = [i for i, line in enumerate(lines) if re.match(r"[^\s#)\]}]", line)]
+    bounds = [*starts, len(lines)]
+    at = 0
+    while at < len(starts):
+        ends = range(at + 1, min(at + 60, len(bounds)))
+        end = next((end for end in ends if parse("\n".join(lines[bounds[at]:bounds[end]]))), None)
+        if end:
+            at = end
+        else:
+            lines[bounds[at]:bounds[at + 1]] = [""] * (bounds[at + 1] - bounds[at])
+            at += 1                                         # the others keep their places
     return parse("\n".join(lines))
 
 

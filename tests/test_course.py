@@ -332,6 +332,9 @@ def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
     for theirs in (typed, typed + "\n\ndef broken(:\n    pass\n", "class Slip\n    x = 1\n\n\n" + typed):
         found = extras(top_names(SOURCE), theirs, own)      # whatever else in the file does not parse
         assert found == ["import os", "ONE: int = 1", "def helper():\n    return os, ONE"]
+    text = 'NOTES = """\\\ndef helper():\n    return 7\n"""\n\n\n'                   # no code, though it looks like it
+    found = extras(top_names(SOURCE), text + "@lru_cache(\n    9,\n)\n" + theirs[theirs.index("def helper"):] + "\n\ndef broken(:\n", own)
+    assert found == ["@lru_cache(\n    9,\n)\ndef helper():\n    return os, ONE"]
     spliced = splice(SOURCE, "Thing.other", own, more)
     assert "    @staticmethod\n    def other(x):\n        return helper()\n\n\ndef last" in spliced
     assert spliced.index("def helper") < spliced.index("class Thing") and ast.parse(spliced)

@@ -326,7 +326,7 @@ def test_of_an_exchange_in_another_spelling_the_texts_are_cut_and_the_markers_st
         ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": whole}, 120)
         text = tokenizer.decode(ids).removeprefix("user\n\nSort.\n").removesuffix("assistant\n\n")
         head, tail = whole.split("gate ", 1)[0], whole.rsplit("gate ", 1)[1]
-        assert cut and 100 < len(ids) <= 120 and text.startswith(head + "gate gate ") and text.endswith(tail) and len(text) < 600
+        assert cut and 100 < len(ids) <= 120 and text.startswith(head + "gate gate ") and text.rstrip().endswith(tail.rstrip()) and len(text) < 600
 
 
 @pytest.mark.parametrize("input", [
@@ -335,6 +335,19 @@ def test_a_record_in_another_format_is_cut_at_its_end_and_not_rewritten(tokenize
     ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": input}, 120)
     text = tokenizer.decode(ids).removeprefix("user\n\nSort.\n").removesuffix("assistant\n\n")
     assert cut and 100 < len(ids) <= 120 and input.startswith(text) and len(text) > 100
+
+
+@pytest.mark.parametrize("input", [format_input("hi", "None" + " " * 9000), " " * 9000 + format_input("hi"), format_input("hi").replace(":\n", ":" + " " * 9000 + "\n")])
+def test_no_text_of_a_user_is_too_long_for_a_prompt(tokenizer, input):
+    ids, cut = fit_prompt(tokenizer, {"instruction": "Sort.", "input": input}, 200)
+    assert cut and len(ids) <= 200
+
+
+def test_an_instruction_that_speaks_of_marks_or_systems_is_no_template():
+    for before in ("see <s> tags\n", "system prompt: sort\n"):
+        for response in ("which model", "text\n\nmodel", "[/INST]"):
+            exchange = format_input("a", response)
+            assert data.exchange_of(before + exchange) == exchange and data.exchange_of(before + exchange.strip()) == exchange.strip()
 
 
 def test_records_that_cannot_fit_are_left_out_and_counted(tokenizer, capsys):

@@ -457,6 +457,16 @@ def test_scoring_again_loses_neither_probabilities_nor_times(guard, tmp_path, ca
     assert {name: again[name] for name in first} == first and "threshold" in again and not capsys.readouterr().err
     evaluation.main(command)
     assert "results.json: recall_at_threshold, threshold were there and are written over" in capsys.readouterr().err
+    predictions = tmp_path / "o/two/generated_predictions.jsonl"
+    predictions.write_text(predictions.read_text()[:-9])                           # they follow from the answers
+    evaluation.main(command)
+    said = capsys.readouterr().err
+    assert "line 2 is not valid JSON" in said and "; its probabilities are not kept" in said
+    assert len(read_predictions(predictions, "two")) == 2
+    evaluation.main([*command, "--dataset", "other", "--by", "output"])
+    assert "results.json: the figures of " in capsys.readouterr().err
+    evaluation.main([*command, "--dataset", "other"])
+    assert f"{data} other request output=harmful; " in capsys.readouterr().err     # what was scored apart, too
 
 
 def test_all_folders_are_checked_before_the_first_file_is_answered(guard, tmp_path):

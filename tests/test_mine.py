@@ -1,10 +1,12 @@
 """Judging, pairing, weighting, and a file that does not depend on interruptions."""
 import json
 import os
+import gc
 import random
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,7 +201,7 @@ def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
     monkeypatch.setattr(mine_hard, "check_room", lambda *_: None)
     for device in ("cpu", "cuda"):
         world = World(torch.device(device))
-        guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None, kv_tokens=None)
+        guard, args = SimpleNamespace(folder="m"), SimpleNamespace(block=None, kv_tokens=None, no_share=False)
         lines = mine_hard.answer_prompts(guard, [[1]] * 300, tmp_path / device, world, {"k": 1, "max_new_tokens": 1}, args)
         assert [line["prompt"] for line in lines] == list(range(300))
     assert sizes == [256, 44, 300]
@@ -212,6 +214,9 @@ def test_room_for_the_longest_prompt_is_found_before_the_first_block(tmp_path):
     with pytest.raises(InputError, match=r"--kv-tokens 600: a prompt of \d+ tokens and its samples may need \d+"):
         mine(tmp_path / "a", *options, "--kv-tokens", 600)
     assert not list((tmp_path / "a").rglob("*.jsonl"))
+    with pytest.raises(InputError, match="a prompt of"):                           # 2 answers side by side, or one by one
+        mine(tmp_path / "a", *options, "--kv-tokens", 1100)
+    mine(tmp_path / "b", *options, "--kv-tokens", 1100, "--no-share")
     mine(tmp_path / "a", *options, "--max-new-tokens", 2)                          # nothing was answered: other settings may be
 
 
@@ -219,18 +224,35 @@ def test_of_several_models_the_last_is_checked_before_the_first_answers(tmp_path
     monkeypatch.setattr(mine_hard, "answer_block", None)
     with pytest.raises(InputError, match="nowhere"):
         mine(tmp_path / "a", "--model", "toy/model", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no file of weights|model.safetensors|cannot read"):
-        shutil.copytree("toy/model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree("toy/model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(InputError, match="bare/model.safetensors"):
         mine(tmp_path / "a", "--model", "toy/model", tmp_path / "bare")
+
+
+def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    original, models = mine_hard.answer_block, []
+
+    def watch(guard, *more):
+        models.append(weakref.ref(guard.model))
+        gc.collect()
+        assert sum(model() is not None for model in models) == 1
+        return original(guard, *more)
+
+    monkeypatch.setattr(mine_hard, "answer_block", watch)
+    shutil.copytree("toy/model", tmp_path / "other")
+    mine_hard.main([*map(str, ARGS), "--block", "7", "--model", "toy/model", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
+    assert len(models) == 2
 
 
 def test_two_miners_do_not_write_into_one_folder(tmp_path):
     code = "import sys, time; from data import hold; hold(sys.argv[1]); print(flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another process is writing there"):
-            mine(tmp_path / "a", "--model", "toy/model", "toy/model")              # files of other names, but hard.jsonl
-        other.kill()
+        try:
+            with pytest.raises(InputError, match="another process is writing there"):
+                mine(tmp_path / "a", "--model", "toy/model", "toy/model")          # files of other names, but hard.jsonl
+        finally:
+            other.kill()
 
 
 def test_a_slash_after_a_folders_name_makes_it_no_other(tmp_path):

@@ -16,7 +16,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, out
 
 def prompt_of(record):
     """The user's request of a record."""
-    return split_input(record["input"])[0]
+    return split_input(record["input"])[0].replace("\r\n", "\n")
 
 
 def output_of(place, record):

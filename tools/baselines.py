@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, parse_json,  # noqa: E402
                   parse_verdict, read_records, split_input, write_whole)
 from eval import labels_of  # noqa: E402
-from mine_hard import (LazyModel, answer_prompts, check_settings, generation_settings,  # noqa: E402
-                       write_lines)
+from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
+                       generation_settings, write_lines)
 from model import World, pick_device  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
@@ -119,7 +119,9 @@ def run_guard(args, path, dataset, guard):
                for _, _, texts in questions]
     settings = generation_settings(args, guard, temperature=0, data=str(path), template=args.template)
     settings["max_new_tokens"] = args.max_new_tokens or 32
-    lines = answer_prompts(guard, prompts, file, World(guard.device), settings, args)
+    world = World(guard.device)
+    claim_answers(prompts, file, world, settings, args)
+    lines = answer_prompts(guard, prompts, file, world, settings, args)
     said, named = {}, Counter()
     for (i, task, _), line in zip(questions, lines):
         word, categories = parse_guard(line["samples"][0]["text"])

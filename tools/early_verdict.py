@@ -428,7 +428,7 @@ def record_of_prediction(line, dataset):
     prompt = str(line.get("prompt") or "")
     exchange = HUMAN_LINE.search(prompt)
     if exchange:
-        start = exchange.start()
+        start = prompt.rfind("\n", 0, exchange.start()) + 1
     else:                                                   # an input that is no exchange
         start = prompt.find("\n") + 1
     instruction = prompt[:start].removesuffix("\n")         # none where there is one line alone

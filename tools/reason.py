@@ -309,7 +309,7 @@ def run_in_time(cell, deadline, *arguments):
 
 def run_grid(args):
     """Run the cells that results.jsonl lacks, and add their lines as they come; returns how many
-    failed."""
+    failed. (An InputError is a mistake in the command, and ends all of them.)"""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
     drop_half_line(path)

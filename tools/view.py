@@ -117,7 +117,7 @@ def rows_of_predictions(path):
         exchange = exchange_of(str(fields.get("prompt") or ""))
         gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
         beside = all_samples[number] if number < len(all_samples) else {}
-        samples = beside.get("samples", [])                 # baselines.py has none: one answer each
+        samples = as_read_today(beside.get("samples", []))  # of baselines.py none
         if text not in [sample["text"] for sample in samples]:
             finish = "length" if isinstance(fields.get("forced"), dict) else "stop"
             samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
@@ -136,6 +136,12 @@ def rows_of_predictions(path):
     return rows
 
 
+def as_read_today(samples):
+    """Samples with the verdicts that the parser of today reads in their texts, as mine_hard.py and
+    eval.py do."""
+    return [{**sample, "verdict": parse_verdict(sample["text"])} for sample in samples]
+
+
 def read_beside(path):
     """The values of a JSON-lines file, or [] where there is none."""
     return [value for _, value in parse_records(path)] if path.exists() else []
@@ -145,8 +151,8 @@ def rows_of_mining(folder, data=None):
     """The rows of mine_hard.py's folder. data: the files of the mined records, or None."""
     folder = Path(folder)
     hard = read_beside(folder / "hard.jsonl")
-    lines = [line for path in sorted(folder.glob("samples*.jsonl"))
-             for _, line in parse_records(path)]
+    lines = [{**line, "samples": as_read_today(line["samples"])}
+             for path in sorted(folder.glob("samples*.jsonl")) for _, line in parse_records(path)]
     records = read_mined(folder, data) if data else {}
     pairs = match_pairs(hard, lines, records)
     rows = []
