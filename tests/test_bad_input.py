@@ -126,7 +126,7 @@ FILES = [
     ("model/model.safetensors", tensors(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": w["model.norm.weight"].clone()})), "sft",
      "tensor model.layers.0.self_attn.q_proj.bias is not part of a LLaMA"),
     ("model/model.safetensors", sharded, "mine", "b.safetensors: damaged or cut short"),
-    ("model/model.safetensors", without_shard, "eval", "b.safetensors: no such file"),
+    ("model/model.safetensors", without_shard, "eval", "b.safetensors: cannot read: No such file"),
     ("model/model.safetensors", move("pytorch_model.bin"), "sft", "model.safetensors: no such file; .* safetensors"),
     ("model/model.safetensors", text(POINTER), "sft", "model.safetensors: damaged or cut short .* fetch"),
     ("model/model.safetensors", text(""), "dpo", "model.safetensors: damaged or cut short"),
@@ -148,7 +148,7 @@ FILES = [
     ("pairs.jsonl", lines(RECORD, {**RECORD, "weight": float("nan")}), "dpo", "pairs.jsonl: a weight is nan"),
     ("pairs.jsonl", lines({**RECORD, "sample_weight": None}), "dpo", "pairs.jsonl: a weight is None"),
     ("out", text("not a folder"), "sft", "place/out: cannot write: File exists"), ("out", text(""), "dpo", "place/out: cannot write: File exists"),
-    ("out", text(""), "mine", "out/samples.jsonl.*: cannot write: "), ("out", text(""), "eval", "out.*: cannot write: ")]
+    ("out", text(""), "mine", "out: cannot write: "), ("out", text(""), "eval", "out.*: cannot write: ")]
 
 
 @pytest.mark.parametrize("file, spoil, stage, says", FILES, ids=[f"{n}-{row[0]}" for n, row in enumerate(FILES)])

@@ -340,7 +340,7 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
             real.main(["table", "--data", str(data), "--out", str(out), "--tests", str(namesake)])
     odd = tmp_path / "later" / "odd.json"                   # its labels are mended, then it is answered
     odd.write_text(tests[0].read_text().replace('"harmful"', '"bad"').replace('"unharmful"', '"good"'))
-    with pytest.raises(InputError, match="odd.json: no row has a label"):       # before anything is trained
+    with pytest.raises(InputError, match="odd.json: no record has a label"):       # before anything is trained
         real.main(["arm", "labels_1x", *options, "--seed", "9", "--tests", str(odd)])
     assert not list(out.glob("*_seed9"))
     write_json(out / "r_sft_seed3/eval/odd/test.json", {"hash": "of the odd one"})
