@@ -2,7 +2,7 @@
 
     python tools/real.py table --data DATA --out OUT
 
-    Guard                       what one guard said to the rows of one test, for one seed
+    Guard                       what one guard said to one test, for one seed
     throughout, words_guard     guards without a model, on the same tests
     f1_draws, ...               a figure and its resamplings by prompt, the same for all guards
     make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
@@ -45,29 +45,29 @@ FIGURES = {"f1": "F1", "recall": "recall", "false_positive_rate": "FPR", "auprc"
 
 
 # ------------------------------------------------------------------ figures, and what they could be
-def f1_draws(rows, task):
-    """F1 in percent, (2001,): of the rows, then of 2000 resamplings of their prompts. A row has
-    prompt, gold and verdict; rows of one prompt are drawn together."""
-    rows, positive, prompt, drawn = labelled(rows, task)
-    right = np.array([row["gold"][task] == row["verdict"][task] for row in rows])
+def f1_draws(cases, task):
+    """F1 in percent, (2001,): of the cases (eval.py), then of 2000 resamplings of their prompts. A
+    case has prompt, gold and verdict; those of one prompt are drawn together."""
+    cases, positive, prompt, drawn = labelled(cases, task)
+    right = np.array([case["gold"][task] == case["verdict"][task] for case in cases])
     tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
     wrong = drawn @ np.bincount(prompt, ~right)
     return 200 * tp / np.maximum(2 * tp + wrong, 1)         # 2 tp + fp + fn = 2 tp + all wrong
 
 
-def fpr_draws(rows, task):
+def fpr_draws(cases, task):
     """The false-positive rate in percent, (2001,), of the same resamplings: no verdict is one."""
-    rows, positive, prompt, drawn = labelled(rows, task)
-    wrong = np.array([row["gold"][task] != row["verdict"][task] for row in rows])
+    cases, positive, prompt, drawn = labelled(cases, task)
+    wrong = np.array([case["gold"][task] != case["verdict"][task] for case in cases])
     fp = drawn @ np.bincount(prompt, wrong & ~positive)
     negatives = drawn @ np.bincount(prompt, ~positive)
     return 100 * fp / np.maximum(negatives, 1)
 
 
-def auprc_draws(rows, task):
+def auprc_draws(cases, task):
     """AUPRC in percent, (2001,), of the same resamplings (eval.py, auprc: the same letters); None
-    unless all rows have p."""
-    counts = by_threshold(rows, task)
+    unless all cases have p."""
+    counts = by_threshold(cases, task)
     if counts is None:
         return None
     tp, flagged = counts
@@ -76,10 +76,10 @@ def auprc_draws(rows, task):
     return 100 * area / np.maximum(tp[:, -1], 1)
 
 
-def best_f1_draws(rows, task):
+def best_f1_draws(cases, task):
     """F1 in percent, (2001,), of the same resamplings at the threshold on p that is best for it:
-    what a guard's ranking allows, as the rows themselves choose. None unless all rows have p."""
-    counts = by_threshold(rows, task)
+    what a guard's ranking allows, as the test itself chooses. None unless all cases have p."""
+    counts = by_threshold(cases, task)
     if counts is None:
         return None
     tp, flagged = counts
@@ -87,29 +87,29 @@ def best_f1_draws(rows, task):
     return f1.max(1)
 
 
-def by_threshold(rows, task):
-    """(tp, flagged), each (2001, thresholds): how many rows, positive or all, have a p at or above
-    each threshold, from the highest on, in every resampling. None unless all rows have p."""
-    rows, positive, prompt, drawn = labelled(rows, task)
-    if not all(task in row.get("p", {}) for row in rows):
+def by_threshold(cases, task):
+    """(tp, flagged), each (2001, thresholds): how many cases, positive or all, have a p at or above
+    each threshold, from the highest on, in every resampling. None unless all cases have p."""
+    cases, positive, prompt, drawn = labelled(cases, task)
+    if not all(task in case.get("p", {}) for case in cases):
         return None
-    p = np.array([row["p"][task] for row in rows])
+    p = np.array([case["p"][task] for case in cases])
     order = np.argsort(-p, kind="stable")
-    is_last = np.append(np.diff(p[order]) != 0, True)       # last row of each threshold
-    times = drawn[:, prompt[order]]                         # (2001, n): how often each row is drawn
+    is_last = np.append(np.diff(p[order]) != 0, True)       # last of each threshold
+    times = drawn[:, prompt[order]]                         # (2001, n): how often each case is drawn
     tp = np.cumsum(times * positive[order], 1)
     flagged = np.cumsum(times, 1)
     return tp[:, is_last], flagged[:, is_last]
 
 
-def labelled(rows, task):
-    """Of the rows labelled for a task: (they, which are positive (n,), the number of each one's
-    prompt (n,), how often a resampling draws each prompt (2001, prompts))."""
-    rows = [row for row in rows if row["gold"][task]]
+def labelled(cases, task):
+    """Of the cases that are labelled for a task: (they, which are positive (n,), the number of each
+    one's prompt (n,), how often a resampling draws each prompt (2001, prompts))."""
+    cases = [case for case in cases if case["gold"][task]]
     numbers = {}
-    prompt = [numbers.setdefault(row["prompt"], len(numbers)) for row in rows]
-    positive = [row["gold"][task] == VERDICTS[task][0] for row in rows]
-    return rows, np.array(positive), np.array(prompt), resamplings(len(numbers))
+    prompt = [numbers.setdefault(case["prompt"], len(numbers)) for case in cases]
+    positive = [case["gold"][task] == VERDICTS[task][0] for case in cases]
+    return cases, np.array(positive), np.array(prompt), resamplings(len(numbers))
 
 
 @lru_cache(8)
@@ -126,13 +126,13 @@ def interval(draws):
 
 # ------------------------------------------------------------------ guards without a model
 def throughout(records, dataset):
-    """Rows for eval.score of the guard that always gives the positive verdict."""
+    """Cases for eval.score of the guard that always gives the positive verdict."""
     verdict = {task: positive for task, (positive, _) in VERDICTS.items()}
-    return [row_of(record, dataset, verdict) for record in records]
+    return [case_of(record, dataset, verdict) for record in records]
 
 
 def words_guard(records, dataset, train):
-    """Rows for eval.score of logistic regression on the words of prompt and response.
+    """Cases for eval.score of logistic regression on the words of prompt and response.
 
     train: records whose outputs are verdicts. A task is learned from the records that have one."""
     known = [words_in(record) for record in train]
@@ -147,14 +147,14 @@ def words_guard(records, dataset, train):
             own = features([known[i] for i in some], vocabulary)
             weights, bias = logistic(own, is_positive)
             p[task] = torch.sigmoid(tested @ weights + bias).tolist()
-    rows = []
+    cases = []
     for i, record in enumerate(records):
         own = {task: values[i] for task, values in p.items()}
         verdict = dict.fromkeys(VERDICTS)
         for task, value in own.items():
             verdict[task] = VERDICTS[task][0 if value > 0.5 else 1]
-        rows.append({**row_of(record, dataset, verdict), "p": own})
-    return rows
+        cases.append({**case_of(record, dataset, verdict), "p": own})
+    return cases
 
 
 def words_in(record):
@@ -166,8 +166,8 @@ def words_in(record):
     return found | {f"response {word}" for word in words_of(response)}
 
 
-def row_of(record, dataset, verdict):
-    """A row for eval.score and f1_draws."""
+def case_of(record, dataset, verdict):
+    """A case for eval.score and f1_draws."""
     return {"file": dataset, "text": "", "tokens": 0, "prompt": prompt_of(record),
             "gold": labels_of(record, dataset), "verdict": verdict}
 
@@ -179,12 +179,12 @@ DRAWS = {"f1": f1_draws, "false_positive_rate": fpr_draws, "auprc": auprc_draws,
 
 
 class Guard:
-    """What one guard said to the rows of one test, for one seed: {task: its result of eval.score},
+    """What one guard said to one test, for one seed: {task: its result of eval.score},
     {figure: {task: its draws}}."""
 
-    def __init__(self, results, rows):
+    def __init__(self, results, cases):
         self.results = {result["task"]: result for result in results if "dataset" in result}
-        self.draws = {figure: {task: draws_of(rows, task) for task in self.results}
+        self.draws = {figure: {task: draws_of(cases, task) for task in self.results}
                       for figure, draws_of in DRAWS.items()}
 
 
@@ -202,8 +202,8 @@ def check_test(folder, test, asked):
 
 def read_guards(out, names, test, train, limit):
     """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
-    model, whose seed is None. train: the records that `words` learns from; limit: how many rows of
-    the test were asked, None for all."""
+    model, whose seed is None. train: the records that `words` learns from; limit: how many records
+    of the test were asked, None for all."""
     dataset = Path(test).stem
     records = read_records(test)
     asked = {"hash": hash_of(records)}
@@ -215,27 +215,27 @@ def read_guards(out, names, test, train, limit):
             path = folder / "eval" / dataset
             if seed.isdigit() and (path / "results.json").exists():
                 check_test(path, test, asked)
-                rows = read_answers(path / dataset, records, dataset)
+                cases = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
-                guards.setdefault(name, {})[int(seed)] = Guard(results, rows)
+                guards.setdefault(name, {})[int(seed)] = Guard(results, cases)
     said = {"throughout": throughout(records, dataset),
             "words": words_guard(records, dataset, train)}
-    for name, rows in said.items():
-        guards[name] = {None: Guard(score(rows, dataset), rows)}
+    for name, cases in said.items():
+        guards[name] = {None: Guard(score(cases, dataset), cases)}
     return guards
 
 
 def read_answers(folder, records, dataset):
-    """A row for each record, with p where eval.py knew it."""
+    """A case for each record, with p where eval.py knew it."""
     answers = read_predictions(folder / "generated_predictions.jsonl", dataset)
     if len(answers) != len(records):
-        raise InputError(f"{folder}: {len(answers)} answers to a test of {len(records)} rows; "
+        raise InputError(f"{folder}: {len(answers)} answers to a test of {len(records)} records; "
                          "is it another file of this name?")
-    rows = []
+    cases = []
     for record, answer in zip(records, answers):
         known = {"p": answer["p"]} if "p" in answer else {}
-        rows.append({**row_of(record, dataset, answer["verdict"]), **known})
-    return rows
+        cases.append({**case_of(record, dataset, answer["verdict"]), **known})
+    return cases
 
 
 # ------------------------------------------------------------------ the table
