@@ -775,7 +775,7 @@ def evaluate_file(args, benchmark, prompts, guard, world):
     cases = []
     for record, gold, answer in zip(records, benchmark.golds, answers):
         case = {"file": str(benchmark.path), "gold": gold,
-               **slice_of(record, args.by), **answer}
+                **slice_of(record, args.by), **answer}
         if not resumed:
             case["ms"] = milliseconds
         cases.append(case)
@@ -891,7 +891,7 @@ def read_predictions(path, dataset, column=None, limit=None):
                              "is text where it is there")
         gold = labels_of({"input": exchange_of(prompt), "output": label}, dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
-               **slice_of(line, column)}
+                **slice_of(line, column)}
         if isinstance(line.get("forced"), dict):        # an answer without an end: add_forced
             case["forced"] = {name: line["forced"].get(name) for name in VERDICTS}
             case["verdict"] = dict.fromkeys(VERDICTS)

@@ -374,9 +374,13 @@ def read_answers(path, count, k):
         raise InputError(f"{path}: is damaged: it should have {k} answers to each of {count} "
                          f"prompts, in order; {advice}")
     for line in lines:
-        for sample in line["samples"]:                      # as the parser of today reads it
-            sample["verdict"] = parse_verdict(sample["text"])
+        line["samples"] = as_read_today(line["samples"])
     return lines
+
+
+def as_read_today(samples):
+    """Samples with the verdicts that the parser of today reads in their texts."""
+    return [{**sample, "verdict": parse_verdict(sample["text"])} for sample in samples]
 
 
 def is_answered(line, number, k):

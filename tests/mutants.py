@@ -195,7 +195,7 @@ MUTANTS = [
     ("data.py", "if id in tokenizer.encode(word):", "if False:", "test_inputs.py -k could_type"),
     ("mine_hard.py", "if world.rank == 0 and not answered:", "if False:", "test_mine.py -k longest_prompt"),
     ("mine_hard.py", "            check_room(guard, longest", "            (guard, longest", "test_mine.py -k longest_prompt"),
-    ("mine_hard.py", 'sample["verdict"] = parse_verdict(sample["text"])', "pass", "test_mine.py -k parser_of_today"),
+    ("mine_hard.py", 'line["samples"] = as_read_today(line["samples"])', "pass", "test_mine.py -k parser_of_today"),
     ("mine_hard.py", "    if world.rank == 0:\n        hold(out)\n", "", "test_mine.py -k two_miners"),
     ("eval.py", "            if name not in TIMES:", "            if True:", "test_eval.py -k neither_probabilities"),
     ("eval.py", "    elif resumed:\n        keep_", "    elif False:\n        keep_", "test_eval.py -k neither_probabilities"),

@@ -36,7 +36,7 @@ from data import (VERDICTS, InputError, exchange_of, gold_verdict, parse_records
                   parse_verdict, read_json, read_records, split_input, warn, write_whole)
 from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
 from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
-from mine_hard import judge  # noqa: E402
+from mine_hard import as_read_today, judge  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("view.html")
 MISTAKES = {
@@ -134,12 +134,6 @@ def rows_of_predictions(path):
         rows.append(row)
     warn(stale, f"answers are not those of {folder / 'early.jsonl'}: no P beside their steps")
     return rows
-
-
-def as_read_today(samples):
-    """Samples with the verdicts that the parser of today reads in their texts, as mine_hard.py and
-    eval.py do."""
-    return [{**sample, "verdict": parse_verdict(sample["text"])} for sample in samples]
 
 
 def read_beside(path):
