@@ -73,31 +73,63 @@ def ticks(low, high, logarithmic=False):
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def panel(x, y, width, height, title, unit, runs, low=None, high=None):
-    """Axes at (x, y) and one curve a run: runs is [(name, steps, values)]; low, high: fixed ends of the axis."""
-    values = [v for _, _, some in runs for v in some]
-    bottom, top = min(values) if low is None else low, max(values) if high is None else high
-    logarithmic = low is None and 20 * bottom < top < 10 ** 4 * bottom
-    if top <= bottom:
-        bottom, top = bottom - 0.5, top + 0.5
-    if not logarithmic and low is None:
-        bottom, top = bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)
-    scale = math.log if logarithmic else float
-    first, last = min(s[0] for _, s, _ in runs), max(s[-1] for _, s, _ in runs)
-    across = lambda step: x + width * (step - first) / max(last - first, 1)
-    up = lambda v: y + height * (1 - (scale(v) - scale(bottom)) / (scale(top) - scale(bottom)))
+class Axis:
+    """Values from low to high, drawn from pixel `start` to pixel `end`."""
+
+    def __init__(self, low, high, start, end, logarithmic=False):
+        self.low, self.high, self.start, self.end, self.logarithmic = low, high, start, end, logarithmic
+
+    def __call__(self, value):
+        """The pixel of a value."""
+        scale = math.log if self.logarithmic else float
+        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return self.start + (self.end - self.start) * share
+
+    def ticks(self):
+        return ticks(self.low, self.high, self.logarithmic)
+
+
+def value_axis(values, start, end):
+    """The axis that shows all of `values`: logarithmic where they span a factor of 20 to 10,000."""
+    low, high = min(values), max(values)
+    if 20 * low < high < 10 ** 4 * low:
+        return Axis(low, high, start, end, logarithmic=True)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    room = 0.05 * (high - low)
+    return Axis(low - room, high + room, start, end)
+
+
+def step_axis(runs, start, end):
+    """The axis from the first step of any run to the last of any."""
+    first = min(steps[0] for _, steps, _ in runs)
+    last = max(steps[-1] for _, steps, _ in runs)
+    return Axis(first, max(last, first + 1), start, end)
+
+
+def panel(x, y, width, height, title, unit, runs, ends=None):
+    """Axes at (x, y) and one curve a run: runs is [(name, steps, values)]; ends: (low, high) of a fixed axis."""
+    right, bottom = x + width, y + height
+    up = Axis(*ends, bottom, y) if ends else value_axis([v for _, _, values in runs for v in values], bottom, y)
+    across = step_axis(runs, x, right)
+
     parts = [text(x, y - 12, title, size=13)]
-    for v in ticks(bottom, top, logarithmic):
-        parts += [line([(x, up(v)), (x + width, up(v))]), text(x - 6, up(v) + 4, f"{v:.4g}", "end", 11)]
-    for step in sorted({first, *(int(s) for s in ticks(first, max(last, first + 1)) if first < s and s == int(s))}):
-        parts += [line([(across(step), y + height), (across(step), y + height + 4)], GREY),
-                  text(across(step), y + height + 17, step, "middle", 11)]
-    parts += [line([(x, y + height), (x + width, y + height)], GREY),
-              text(x + width / 2, y + height + 34, "optimizer step", "middle", 11),
-              text(x - 46, y + height / 2, unit + (", logarithmic" if logarithmic else ""), "middle", 11, turn=True)]
-    for (_, steps, some), colour in zip(runs, cycle(COLOURS)):
-        parts.append(line([(across(s), up(v)) for s, v in zip(steps, some)], colour, 1.8))
-    return parts + (legend(x + 8 * len(title) + 20, y - 12, [name for name, _, _ in runs]) if len(runs) > 1 else [])
+    for v in up.ticks():
+        parts.append(line([(x, up(v)), (right, up(v))]))
+        parts.append(text(x - 6, up(v) + 4, f"{v:.4g}", "end", 11))
+    whole_steps = [int(step) for step in across.ticks() if step == int(step) and step > across.low]
+    for step in [across.low, *whole_steps]:
+        parts.append(line([(across(step), bottom), (across(step), bottom + 4)], GREY))
+        parts.append(text(across(step), bottom + 17, step, "middle", 11))
+    parts.append(line([(x, bottom), (right, bottom)], GREY))
+    parts.append(text(x + width / 2, bottom + 34, "optimizer step", "middle", 11))
+    parts.append(text(x - 46, y + height / 2, unit + (", logarithmic" if up.logarithmic else ""), "middle", 11, turn=True))
+
+    for (_, steps, values), colour in zip(runs, cycle(COLOURS)):
+        parts.append(line([(across(s), up(v)) for s, v in zip(steps, values)], colour, 1.8))
+    if len(runs) > 1:
+        parts += legend(x + 8 * len(title) + 20, y - 12, [name for name, _, _ in runs])
+    return parts
 
 
 # ------------------------------------------------------------------ the two pictures
@@ -116,44 +148,64 @@ def read_runs(paths):
 
 def curves(runs, path):
     """Loss of the runs on answers, then loss, margin and accuracy of the runs on pairs: a panel each."""
-    kinds = [[run for run in runs if ("margin" in run[1][0]) == pairs] for pairs in (False, True)]
-    shown = [("R-SFT: loss", "nats a token", kinds[0], "loss", {}), ("HS-DPO: loss", "nats", kinds[1], "loss", {}),
-             ("HS-DPO: margin", "beta x log-ratio, nats", kinds[1], "margin", {}),
-             ("HS-DPO: accuracy", "share of pairs", kinds[1], "accuracy", dict(low=0.0, high=1.0))]
-    shown, parts = [row for row in shown if row[2]], []
-    for n, (title, unit, some, key, ends) in enumerate(shown):
+    answers = [run for run in runs if "margin" not in run[1][0]]
+    pairs = [run for run in runs if "margin" in run[1][0]]
+    panels = [("R-SFT: loss", "nats a token", answers, "loss", None),
+              ("HS-DPO: loss", "nats", pairs, "loss", None),
+              ("HS-DPO: margin", "beta x log-ratio, nats", pairs, "margin", None),
+              ("HS-DPO: accuracy", "share of pairs", pairs, "accuracy", (0.0, 1.0))]
+    panels = [one for one in panels if one[2]]
+
+    parts = []
+    for n, (title, unit, some, key, ends) in enumerate(panels):
+        row, column = divmod(n, 2)
         lines = [(name, [r["step"] for r in rows], [r[key] for r in rows]) for name, rows in some]
-        parts += panel(70 + 420 * (n % 2), 40 + 240 * (n // 2), 330, 160, title, unit, lines, **ends)
-    write_svg(path, 420 * min(2, len(shown)), 20 + 240 * -(-len(shown) // 2), parts)
+        parts += panel(70 + 420 * column, 40 + 240 * row, 330, 160, title, unit, lines, ends)
+    write_svg(path, 420 * min(2, len(panels)), 20 + 240 * math.ceil(len(panels) / 2), parts)
+
+
+def bar(y, thick, across, result, colour):
+    """One F1 from the left end of the axis, its interval above it, both as figures to the right."""
+    left, f1, (low, high) = across.start, across(result["f1"]), map(across, result["ci95"])
+    middle = y + thick / 2
+    figures = f"{result['f1']:.2f}  ({result['ci95'][0]:.1f} - {result['ci95'][1]:.1f})"
+    return [f'<rect x="{left}" y="{y}" width="{f1 - left:.1f}" height="{thick - 3}" '
+            f'fill="{colour}" fill-opacity="0.45"/>',
+            line([(low, middle - 1.5), (high, middle - 1.5)], colour, 2),
+            line([(low, middle - 5), (low, middle + 2)], colour, 2),
+            line([(high, middle - 5), (high, middle + 2)], colour, 2),
+            text(across.end + 12, y + thick - 5, figures)]
 
 
 def bars(results, path):
     """results: [(name, rows of results.json)]. A group for each data set and task, a bar for each name."""
-    groups = list(dict.fromkeys((r["task"], r["dataset"]) for _, rows in results for r in rows if "dataset" in r and "slice" not in r))
-    groups.sort(key=lambda group: list(TITLES).index(group[0]))
+    groups = {}                                                    # (task, dataset): [(colour, row)]
+    for (_, rows), colour in zip(results, cycle(COLOURS)):
+        for row in rows:
+            if "dataset" in row and "slice" not in row:
+                groups.setdefault((row["task"], row["dataset"]), []).append((colour, row))
     if not groups:
         raise InputError("the results hold no data set")
-    x, width, y, thick = 330, 390, 40, 16
-    across = lambda v: x + width * v / 100
-    parts, start = legend(x, 18, [name for name, _ in results]), y - 6
-    for task, dataset in groups:
-        found = [(colour, r) for (_, rows), colour in zip(results, cycle(COLOURS)) for r in rows
-                 if (r["task"], r.get("dataset")) == (task, dataset) and "slice" not in r]
+
+    across = Axis(0, 100, 330, 720)                                # F1 in percent
+    top, thick = 34, 16
+    parts = legend(across.start, 18, [name for name, _ in results])
+    y = top + 6
+    for task, dataset in sorted(groups, key=lambda group: list(TITLES).index(group[0])):
+        found = groups[task, dataset]
         middle = y + thick * len(found) / 2 + 4
-        parts.append(text(x - 10, middle, f"{dataset}: {TITLES[task]}, n = {found[0][1]['n']}", "end"))
-        for colour, r in found:
-            (low, high), at = r["ci95"], y + thick / 2
-            parts += [f'<rect x="{x}" y="{y}" width="{across(r["f1"]) - x:.1f}" height="{thick - 3}" '
-                      f'fill="{colour}" fill-opacity="0.45"/>',
-                      line([(across(low), at - 1.5), (across(high), at - 1.5)], colour, 2),
-                      *(line([(across(v), at - 5), (across(v), at + 2)], colour, 2) for v in (low, high)),
-                      text(x + width + 12, y + thick - 5, f"{r['f1']:.2f}  ({low:.1f} - {high:.1f})")]
+        parts.append(text(across.start - 10, middle, f"{dataset}: {TITLES[task]}, n = {found[0][1]['n']}", "end"))
+        for colour, row in found:
+            parts += bar(y, thick, across, row, colour)
             y += thick
         y += 12
-    grid = [p for v in range(0, 101, 20) for p in (line([(across(v), start), (across(v), y)]),
-                                                   text(across(v), y + 16, v, "middle", 11))]
-    label = text(x + width / 2, y + 36, "F1 in percent, with its 95% interval", "middle", 11)
-    write_svg(path, x + width + 150, y + 46, [*grid, *parts, label])
+
+    grid = []
+    for v in range(0, 101, 20):
+        grid.append(line([(across(v), top), (across(v), y)]))
+        grid.append(text(across(v), y + 16, v, "middle", 11))
+    label = text(across(50), y + 36, "F1 in percent, with its 95% interval", "middle", 11)
+    write_svg(path, across.end + 150, y + 46, [*grid, *parts, label])
 
 
 def main(argv=None):
