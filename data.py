@@ -7,8 +7,8 @@
     the tokenizer                   text -> ids, and control tokens apart from text
     examples                        records -> a prompt and its answers, as ids
     the tree packer                 examples -> packs, in which what is shared stands once
-    machinery                       vocabulary files, chat templates; errors and files of all
-                                    scripts; the drawing
+    machinery                       prompts of saved predictions; vocabulary files, chat templates;
+                                    errors and files of all scripts; the drawing
 
 This file is read first and imports nothing of ours. Simpler than elsewhere: one user turn and one
 answer; no system prompt; byte-level BPE only.
@@ -64,8 +64,8 @@ LABEL_COLUMNS = ("prompt_harm_label", "response_refusal_label", "response_harm_l
 def format_input(prompt, response=None):
     """The exchange as the paper writes it: HUMAN, the prompt, ASSISTANT, the response, and two
     newlines. A response of None is the word None; an empty one stays empty."""
-    answer = "None" if response is None else response
-    return f"{HUMAN}{prompt}{ASSISTANT}{answer}\n\n"
+    shown = "None" if response is None else response
+    return f"{HUMAN}{prompt}{ASSISTANT}{shown}\n\n"
 
 
 def exchange_pattern(before, spaces, newline):
@@ -108,42 +108,6 @@ def shorten(text, most):
     return text[:exchange.start(1)] + prompt[:most] + between + response + text[exchange.end(2):]
 
 
-# where an exchange begins in a longer text
-HUMAN_LINE = re.compile(rf"{HUMAN.strip()}[ \t]*\r?\n")
-# how chat templates spell control tokens, with the bars of ASCII or of full width
-MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]"
-# what they write after an exchange: control tokens, and the role that answers
-FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
-AFTER_EXCHANGE = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*{FRAME}")
-# the same after a text that the template trimmed
-AFTER_TRIMMED = re.compile(rf"\s*(?={MARK}){FRAME}")
-ROLE_AFTER_TRIMMED = re.compile(r"(?:assistant|model)\s*\Z")
-
-
-def exchange_of(prompt):
-    """The exchange in a prompt as predictions are saved with it: without the instruction before it,
-    and what a chat template wrote after it. The whole prompt where it holds none.
-
-    A role alone is a template's where the prompt begins with control tokens, or with a role, as if
-    decoded without them."""
-    start = HUMAN_LINE.search(prompt)
-    if not start:
-        return prompt
-    before = prompt[:start.start()]
-    exchange = prompt[start.start():]
-    has_marks = re.match(rf"\s*(?:{MARK})", before)
-    has_roles = re.match(rf"(?:{MARK}|\s)*(?:user|system)\n", before)
-    end = exchange[-200:]
-    frame = AFTER_EXCHANGE.search(end)
-    if frame and not (has_marks or has_roles or re.search(MARK, frame[0])):
-        frame = None
-    if not frame and has_marks:
-        frame = AFTER_TRIMMED.search(end)
-    if not frame and has_roles:
-        frame = ROLE_AFTER_TRIMMED.search(end)
-    return exchange[:-len(frame[0])] + "\n\n" if frame else exchange
-
-
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
@@ -182,12 +146,12 @@ def answers_heading(text):
 
 # what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
 # brackets, colons, bullets, arrows, marks without width, check marks, coloured signs
-HARMLESS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c-\u3011"
+NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c-\u3011"
             r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
             r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
             r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
-CROSSES = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
-# what takes a verdict back, right after it; the latter if the line ends so
+CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
+# what takes a verdict back, right after it; the second line of these only where no word follows
 DOUBTS = (r"(?:or|nor|no|not|false|none|0)\b"
           r"|(?:is )?(?:nope|never|n|false|incorrect|wrong|untrue)\b(?!.*\w)")
 
@@ -207,7 +171,7 @@ def verdict_word(said, words):
     other = words[1] if word == words[0] else words[0]
     # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
     # whatever else does could negate it
-    negated = re.search(f"[^{HARMLESS}]", before) or re.search(f"[{CROSSES}]", rest)
+    negated = re.search(f"[^{NEUTRAL_SIGNS}]", before) or re.search(f"[{CROSS_SIGNS}]", rest)
     # harmful-ish, harmful's, harmful/unharmful, harmful|x; but not the slash of a tag, harmful</b>
     joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
     # "harmful or ...", "harmful: no"
@@ -274,6 +238,8 @@ def is_blank(value):
 def output_of_columns(place, record):
     """{"output": an Answers block} by the label columns of a record, blank where none has a label;
     {} where there are no such columns. InputError where a label is none of the known words."""
+    if not any(column in record for column in LABEL_COLUMNS):
+        return {}
     labels = []
     for column, words in zip(LABEL_COLUMNS, VERDICTS.values()):
         value = record.get(column)
@@ -283,8 +249,6 @@ def output_of_columns(place, record):
             labels.append(value.strip().lower())
         else:
             raise InputError(f"{place}: {column} is {value!r}, neither {words[0]} nor {words[1]}")
-    if not any(column in record for column in LABEL_COLUMNS):
-        return {}
     return {"output": format_answers(*labels) if any(labels) else ""}
 
 
@@ -363,8 +327,8 @@ class Tokenizer:
         except ValueError as error:
             raise InputError(f"{folder}: the tokenizer's regular expression: {error}") from None
         self.ids = [tokens.get(token) for token in ranks]           # tiktoken's rank -> id
-        self.text = {id: token for token, id in tokens.items()}     # id -> bytes
-        self.text.update({id: word.encode() for word, id in vocabulary.words.items()})
+        self.spelling = {id: token for token, id in tokens.items()}         # id -> bytes
+        self.spelling.update({id: word.encode() for word, id in vocabulary.words.items()})
         self.words = vocabulary.words
         self.late = vocabulary.late
         self.special = vocabulary.special
@@ -409,8 +373,8 @@ class Tokenizer:
         return self.encode(text) + self.stop[:1]
 
     def encode(self, text):
-        """Ids of plain text; a character that the vocabulary cannot spell becomes U+FFFD and is
-        counted in `lost`."""
+        """Ids of plain text; a character that the vocabulary cannot spell becomes `substitute` and
+        is counted in `lost`."""
         ids = []
         for piece in self.split_words(self.spellable(text)):
             if piece in self.words:
@@ -451,14 +415,14 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of ids; control tokens have none."""
-        spelled = b"".join(self.text.get(id, b"") for id in ids)
+        spelled = b"".join(self.spelling.get(id, b"") for id in ids)
         return spelled.decode("utf-8", errors="replace")
 
-    def limit(self, max_length, answer=0):
-        """(how many tokens a sequence may have, why): --max-length, or less where the model's
-        context is smaller: an answer that is to follow is left its tokens of it, but at most a
-        quarter."""
-        room = self.context - int(min(answer, self.context / 4))
+    def limit(self, max_length, new_tokens=0):
+        """(how many tokens a sequence may have, why): --max-length, or what the model's context
+        leaves where that is less. An answer of new_tokens that is to follow is taken off the
+        context, or a quarter of it if that is less."""
+        room = self.context - int(min(new_tokens, self.context / 4))
         if room < max_length:
             return room, f"the model's context of {self.context} tokens"
         return max_length, f"--max-length {max_length}"
@@ -492,10 +456,10 @@ class Tokenizer:
         if not ends:
             raise InputError(f"{self.folder}: the vocabulary has no control token "
                              f"{template.ends[0]}; try another --format")
-        self.end = ends[0]
-        self.use_control(self.before + self.after + self.end)
-        others = [mark for mark in STOPS if mark in self.special and mark != self.end]
-        ids = [self.special[mark] for mark in (self.end, *others)]
+        self.end_mark = ends[0]
+        self.use_control(self.before + self.after + self.end_mark)
+        others = [mark for mark in STOPS if mark in self.special and mark != self.end_mark]
+        ids = [self.special[mark] for mark in (self.end_mark, *others)]
         self.stop = [id for id in ids if id < self.size]
 
     def use_control(self, text):
@@ -510,7 +474,7 @@ class Tokenizer:
         for piece in split_at({*self.special, *self.words}, text):
             if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
                 self.special[piece] = self.words.pop(piece)
-                del self.text[self.special[piece]]
+                del self.spelling[self.special[piece]]
             id = self.special.get(piece, 0)
             if id >= self.size:
                 raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
@@ -555,7 +519,7 @@ class Tokenizer:
         others = sorted(word for word in self.special if not CONTROL.fullmatch(word))
         if others:
             config["additional_special_tokens"] = others
-        config["eos_token"] = self.end
+        config["eos_token"] = self.end_mark
         config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "generation_config.json",
@@ -577,7 +541,7 @@ class Example:
     never fed."""
     prompt: list
     answers: list
-    root: int = 0           # how many first tokens all prompts with this instruction share
+    root_length: int = 0    # how many first tokens all prompts with this instruction share
 
 
 def encode_records(tokenizer, records, max_length, answers=("output",)):
@@ -605,9 +569,9 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
         cuts += cut
         lossy += tokenizer.lost > 0
     for group in same_instruction.values():
-        root = common_prefix([example.prompt for example in group])
+        root_length = common_prefix([example.prompt for example in group])
         for example in group:
-            example.root = root
+            example.root_length = root_length
     warn(cuts, f"prompts cut inside the user's text ({why})")
     warn(len(records) - len(kept), f"records left out ({why})")
     warn(lossy, "records with characters that are not in the vocabulary, replaced")
@@ -625,8 +589,8 @@ def fit_prompt(tokenizer, record, room):
     ids = tokenizer.prompt_ids(instruction, text)
     if len(ids) <= room:
         return ids, False
-    fits = 0                                    # so many characters do: of 0 it is seen at the end
-    too_many = len(text)                        # so many do not
+    fits = 0                                    # a length that fits: of 0 that is checked last
+    too_many = len(text)                        # one that does not
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         if len(tokenizer.prompt_ids(instruction, shorten(text, middle))) <= room:
@@ -655,9 +619,9 @@ def common_prefix(sequences):
 # alike therefore share their beginning, computed once. Words used from here on, in all files:
 #
 #   stream   tokens of several sequences in one line, T long
-#   row      a position of the stream, and what is computed there
+#   row      a place in the stream, 0 .. T - 1, and what is computed there
 #   segment  neighbouring rows that belong together: the instruction, a prompt's own part, an answer
-#   forest   how segments share, one tree or several: each is followed by what continues it
+#   forest   one or more trees of segments: a segment is followed by those that continue it
 #   end      (T,) for each token the first row after all that continues it
 #   to see   row i sees the key of row j  iff  j <= i < end[j]; this one rule is the whole mask
 #   pack     a stream with its `end`, and which of its rows are scored against which next token
@@ -677,7 +641,7 @@ class Pack:
     end: torch.Tensor           # (T,) see above
     rows: torch.Tensor          # (N,) the rows that predict
     targets: torch.Tensor       # (N,) the token each should predict
-    answer: torch.Tensor        # (N,) the answer a pair belongs to, counted through pack's examples
+    answer: torch.Tensor        # (N,) which answer each pair is of, counted through pack's examples
 
     def to(self, device):
         """Move all but `end`, which is read on the host."""
@@ -686,8 +650,7 @@ class Pack:
 
 
 def send(x, device):
-    """x, which lies on the host, on `device` (None: where it is). The host goes on while a GPU
-    copies."""
+    """Bring x from the host to `device` (None: leave it), without waiting for a GPU's copy."""
     device = torch.device(device or x.device)
     return x.to(device, non_blocking=device.type == "cuda")
 
@@ -732,7 +695,7 @@ def to_forests(examples, share):
         answers = list(enumerate(example.answers, number))
         number += len(answers)
         if share:
-            root = example.prompt[:example.root]
+            root = example.prompt[:example.root_length]
             branches = [(example.prompt, answers)]
         else:
             root = []
@@ -804,6 +767,43 @@ def deal(packs, rank, ranks):
 
 
 # ================================================================== machinery
+# ------------------------------------------------------------------ prompts of saved predictions
+# where an exchange begins in a longer text
+HUMAN_LINE = re.compile(rf"{HUMAN.strip()}[ \t]*\r?\n")
+# how chat templates spell control tokens, with the bars of ASCII or of full width
+MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]"
+# what they write after an exchange: control tokens, and the role that answers
+FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
+AFTER_EXCHANGE = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*{FRAME}")
+# the same after a text that the template trimmed
+AFTER_TRIMMED = re.compile(rf"\s*(?={MARK}){FRAME}")
+ROLE_AFTER_TRIMMED = re.compile(r"(?:assistant|model)\s*\Z")
+
+
+def exchange_of(prompt):
+    """The exchange inside the `prompt` of a saved prediction: without the instruction before it,
+    and without what a chat template wrote after it. The whole prompt where it holds none.
+
+    A role alone is a template's where the prompt begins with control tokens, or with a role, as if
+    decoded without them."""
+    start = HUMAN_LINE.search(prompt)
+    if not start:
+        return prompt
+    before = prompt[:start.start()]
+    exchange = prompt[start.start():]
+    has_marks = re.match(rf"\s*(?:{MARK})", before)
+    has_roles = re.match(rf"(?:{MARK}|\s)*(?:user|system)\n", before)
+    tail = exchange[-200:]
+    frame = AFTER_EXCHANGE.search(tail)
+    if frame and not (has_marks or has_roles or re.search(MARK, frame[0])):
+        frame = None
+    if not frame and has_marks:
+        frame = AFTER_TRIMMED.search(tail)
+    if not frame and has_roles:
+        frame = ROLE_AFTER_TRIMMED.search(tail)
+    return exchange[:-len(frame[0])] + "\n\n" if frame else exchange
+
+
 # ------------------------------------------------------------------ vocabulary files
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after every digit was split off: a digit ends a run of spaces as the end of text does

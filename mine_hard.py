@@ -7,8 +7,9 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, with verdicts)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: with --resume and others of
-these no model is loaded. Not the released code's rules, unless asked: see --judge, --pair.
+hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: change one of these, add
+--resume, and no model is loaded. The rules are the paper's; for the released code's see --judge
+and --pair.
 
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
@@ -43,7 +44,7 @@ def judge(verdict, gold):
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
 
-def judge_all(samples, gold):
+def judge_by_all_fields(samples, gold):
     """[is it correct?, for each sample] under `judge`; an unfinished answer never is."""
     return [judge(s["verdict"], gold) and s["finish"] == "stop" for s in samples]
 
@@ -92,14 +93,14 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
     """(lines of hard.jsonl, a Counter of outcomes) from all models' answers.
 
     sources: the file of each record. answers: [(model, {number of the record: its samples})].
-    judging, pairing: --judge ("all": judge_all, "field": judge_by_field) and --pair. A prompt is
-    hard if it has correct and incorrect answers; an input that is hard twice is taken once, from
-    the model named first, there from the lower number. A line has instruction, input, chosen,
-    rejected (by pick_pair, with a random.Random of seed, model and number), k_correct, k_incorrect,
-    source, and weight, by sample_weights over all lines; lines stand in the order in which they
-    were found. Counted, once for every model and prompt: "all right", "hard", "all wrong"; and
-    "answers without verdict", the samples whose three verdicts are all None."""
-    judge_samples = {"all": judge_all, "field": judge_by_field}[judging]
+    judging, pairing: --judge ("all" or "field", judge_by_...) and --pair. A prompt is hard if it
+    has correct and incorrect answers; an input that is hard twice is taken once, from the model
+    named first, there from the lower number. A line has instruction, input, chosen, rejected (by
+    pick_pair, with a random.Random of seed, model and number), k_correct, k_incorrect, source, and
+    weight, by sample_weights over all lines; lines stand in the order in which they were found.
+    Counted, once for every model and prompt: "all right", "hard", "all wrong"; and "answers without
+    verdict", the samples whose three verdicts are all None."""
+    judge_samples = {"all": judge_by_all_fields, "field": judge_by_field}[judging]
     hard = {}
     count = Counter()
     for model, by_number in answers:
@@ -265,9 +266,9 @@ class LazyModel:
 
 
 def encode_prompts(tokenizer, records, max_length, max_new_tokens):
-    """([ids of each record's prompt], [is text of it missing?]): cut so that the model's context
-    has room for the answer (Tokenizer.limit), or a character replaced that is not in the
-    vocabulary. InputError where not even an empty exchange fits."""
+    """(ids of each record's prompt; for each, was anything lost?). Lost: the text was cut to leave
+    the answer its room in the model's context (Tokenizer.limit), or a character was replaced that
+    is not in the vocabulary. InputError where not even an empty exchange fits."""
     prompts = []
     cuts = []
     lossy = []
@@ -290,7 +291,7 @@ def claim_answers(prompts, path, world, settings, args):
     InputError where others are there, made with other settings or nobody knows with which, or
     another process writes there."""
     folder = parts_of(path)
-    if is_there(path) and not is_there(folder / "settings.json"):
+    if has_answers(path) and not is_there(folder / "settings.json"):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
                          "gone; choose another --out")
     if world.rank == 0:
@@ -320,6 +321,7 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     guard: a LazyModel, whose weights are read only if something is left to do. settings: see
     generation_settings; path is claimed with them (claim_answers). seconds: a dict that gets, for
     each prompt answered now, the time since its block began."""
+    seconds = {} if seconds is None else seconds
     size = block_size(args, world)
     blocks = {first: prompts[first:first + size] for first in range(0, len(prompts), size)}
     parts = {first: parts_of(path) / f"{first:08d}.jsonl" for first in blocks}
@@ -331,9 +333,9 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
             together = 1 if args.no_share else settings["k"]
             check_room(guard, longest, together, settings["max_new_tokens"], args.kv_tokens)
         left = sum(len(blocks[first]) for first in todo)
-        meter = Meter(left, f"{path}: ", world, seconds)
+        meter = Meter(left, f"{path}: ", world)
         for first in todo:
-            lines = answer_block(guard, blocks[first], first, settings, args, meter)
+            lines = answer_block(guard, blocks[first], first, settings, args, meter, seconds)
             write_lines(parts[first], lines)
         world.wait()                                        # all blocks exist
         if world.rank == 0:
@@ -348,9 +350,9 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
 
 
 def check_room(guard, longest, k, max_new_tokens, kv_tokens):
-    """InputError unless k answers to a prompt of `longest` tokens find room in --kv-tokens: said
-    before the first block, or line of a stream, and not when the longest comes. (A page may be
-    asked for that is not needed then.)"""
+    """InputError unless k answers to a prompt of `longest` tokens fit in --kv-tokens. Asked before
+    anything is answered, so that a run does not fail at its longest prompt hours later. Reads the
+    weights. (A page may be asked for that is not needed then.)"""
     job = Job(0, [0] * longest, list(range(k)))
     cached = longest - 1                # as if all but one token had keys: that takes most pages
     plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
@@ -393,21 +395,22 @@ def is_answered(line, number, k):
             and all(isinstance(sample, dict) and sample.keys() >= fields for sample in samples))
 
 
-def answer_block(guard, prompts, first, settings, args, meter):
-    """The lines of one block, whose first prompt has number `first`,
-    in the order of its prompts."""
+def answer_block(guard, prompts, first, settings, args, meter, seconds):
+    """The lines of one block, whose first prompt has number `first`, in the order of its prompts;
+    seconds: as answer_prompts gives it back."""
     names = ("k", "max_new_tokens", "temperature", "top_p", "seed")
     options = {name: settings[name] for name in names if name in settings}
     tokenizer = guard.tokenizer
     answered = generate_iter(guard.model, prompts, stop=tokenizer.stop, kv_tokens=args.kv_tokens,
                              share=not args.no_share, **options)
     lines = [None] * len(prompts)
-    meter.begin_block()
+    began = time.time()
     for number, answers in answered:
         samples = [describe(tokenizer, ids) for ids in answers]
         lines[number] = dict(prompt=first + number, model=settings["model"], seed=settings["seed"],
                              samples=samples)
-        meter.add(first + number, sum(map(len, answers)))
+        seconds[first + number] = time.time() - began
+        meter.add(sum(map(len, answers)))
     return lines
 
 
@@ -427,7 +430,7 @@ def claim_settings(path, settings, answered, world):
 
 
 def check_settings(path, settings, rank=0):
-    """Remember what a file is made with; refuse to continue it with something else."""
+    """Write down what a file is made with; where that is there and says otherwise, InputError."""
     if not is_there(path):
         if rank == 0:
             write_json(path, settings)
@@ -452,21 +455,16 @@ def write_lines(path, lines):
 class Meter:
     """Progress on one console line: prompts done, tokens a second, time left."""
 
-    def __init__(self, total, label, world, seconds=None):
+    def __init__(self, total, label, world):
         self.total = total
         self.label = label
         self.world = world
         self.done = 0
         self.tokens = 0
         self.start = time.time()
-        self.seconds = {} if seconds is None else seconds   # of a prompt: since its block began
 
-    def begin_block(self):
-        self.block_began = time.time()
-
-    def add(self, number, tokens):
-        """The prompt of this number is answered, with so many tokens."""
-        self.seconds[number] = time.time() - self.block_began
+    def add(self, tokens):
+        """A prompt is answered, with so many tokens."""
         self.done += 1
         self.tokens += tokens
         left = self.total - self.done

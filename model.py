@@ -11,16 +11,17 @@ on CUDA RMSNorm and draw_token, hand over to twins: take each for the plain func
 Part II has fast twins; each names the plain function that it must equal:
     TokenLogprobs                   log-probabilities without ever holding all logits
     TileAttention                   attention in plain products, tile by tile
-    Triton kernels                  both on CUDA; rotations, draw_token
+    Triton kernels                  on CUDA the two above, apply_rope and draw_token
 Part III decodes many samples at once:
     generate_iter                   admit, reserve, compact, decode, finish
     number_reads, PagePool          a paged cache of keys and values that shares prompts
+    attend_pages, join_results      attention over it
     Engine                          what generate_iter calls, in the same order
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 
 Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
 G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
-(kernels: rows of a tile); x' is x.T
+(kernels: rows of a tile); kernels: C and M, how much a program takes at a time; x' is x.T
 """
 import argparse
 import atexit
@@ -57,7 +58,7 @@ class LlamaConfig:
     num_attention_heads: int            # H
     num_key_value_heads: int            # G, divides H
     head_dim: int = None                # E
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-5          # (from_json: 1e-6 where the file has none)
     rope_theta: float = 10000.0
     rope_scaling: dict = None           # None, or the Llama 3.1 / 3.2 fields
     tie_word_embeddings: bool = False
@@ -65,7 +66,9 @@ class LlamaConfig:
     torch_dtype: str = "float32"        # how save_pretrained stores the weights
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        sizes = (self.hidden_size, self.num_attention_heads)
+        if not self.head_dim and all(type(n) is int and n > 0 for n in sizes):
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_json(cls, path):
@@ -74,7 +77,8 @@ class LlamaConfig:
         raw = read_object(path)
         check_llama(path, raw)
         raw.setdefault("rms_norm_eps", 1e-6)                # as transformers has it
-        raw.update(read_rope(path, raw), torch_dtype=read_dtype(path, raw))
+        raw.update(read_rope(path, raw))
+        raw["torch_dtype"] = read_dtype(path, raw)
         raw["tie_word_embeddings"] = raw.get("tie_word_embeddings") or False
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
                                       or raw.get("num_attention_heads"))
@@ -237,7 +241,7 @@ def token_logprobs_at_once(hidden, head, targets):
 def rope(x, cos, sin):
     """What apply_rope computes, on CUDA by its twin of part II: x (T, H, E), cos and sin
     (T, 1, E/2) -> (T, H, E)."""
-    if use_triton(x) and x.shape[-1] in KERNEL_WIDTHS:
+    if use_kernels(x) and x.shape[-1] in KERNEL_WIDTHS:
         return KernelRope.apply(x, cos, sin)
     return apply_rope(x, cos, sin)
 
@@ -245,7 +249,7 @@ def rope(x, cos, sin):
 def attention(q, k, v, plan):
     """What attention_by_mask computes, by one of its fast twins of part II, for tokens that have a
     query: q (T - skip, H, E), k and v (T, G, E) -> (T - skip, H, E)."""
-    if use_triton(q) and q.shape[-1] in KERNEL_WIDTHS:
+    if use_kernels(q) and q.shape[-1] in KERNEL_WIDTHS:
         return TreeAttention.apply(q, k, v, plan)
     return TileAttention.apply(q, k, v, plan)
 
@@ -258,9 +262,8 @@ def token_logprobs(hidden, head, targets):
 
 # ------------------------------------------------------------------ the model
 def recomputed(f, *inputs):
-    """f(*inputs), of which only the inputs are kept: the backward pass calls f again, and torch
-    stops that call once it has all tensors that gradients need. Of MLP.down it makes silu(gate) *
-    up, and not the product with down_proj that ends it."""
+    """f(*inputs), keeping only the inputs: the backward pass calls f again for the tensors in
+    between, and torch breaks that call off as soon as it has them all."""
     if not torch.is_grad_enabled():
         return f(*inputs)
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -278,7 +281,7 @@ class RMSNorm(nn.RMSNorm):
     kernel, which keeps one number a row for the backward pass and wants the weight in x's dtype."""
 
     def forward(self, x):
-        if use_triton(x):
+        if use_kernels(x):
             weight = self.weight.to(x.dtype)
             return functional.rms_norm(x, weight.shape, weight, self.eps)
         return recomputed(rms_norm, x, self.weight, self.eps)
@@ -326,7 +329,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """down(silu(gate(x)) * up(x)), by gate_proj, up_proj and down_proj: x (T, D) -> (T, D).
-        `recomputed` saves memory and changes no number."""
+        `recomputed` saves memory and changes no number: gate and up are kept, silu(gate) * up is
+        made again in the backward pass, and down_proj is not multiplied a second time."""
         gate = self.gate_proj(x)                            # (T, F)
         up = self.up_proj(x)                                # (T, F)
         return recomputed(self.down, gate, up)
@@ -439,8 +443,8 @@ class Llama(nn.Module):
                 check_tensor(path, name, tensor, wanted, config)
                 if name in found:
                     raise InputError(f"{path}: tensor {name} is in another file, too")
-                # a copy: a file that is only mapped could change below a running guard, and begins
-                # at odd addresses, on which the last bit of a product depends
+                # copy=True: a file is only mapped into memory. It could change below a running
+                # guard, and its tensors lie at odd addresses, which can change a product's last bit
                 found[name] = tensor.to(device, dtype, copy=True)
         if config.tie_word_embeddings:
             join_tied(folder, found)
@@ -505,15 +509,17 @@ def sample_seed(seed, prompt, sample):
 
 def uniform(seed, position, attempt):
     """Numbers in (0, 1), (B,), that depend on nothing but seed (B,), position (B,) and attempt.
-    Integer arithmetic: the same bits on every device, in any batch. The mixer is lowbias32 (Wellons
-    2018) with all shifts 16: x ^= x >> 16 and a multiplication, twice, and a last x ^= x >> 16."""
+    Integer arithmetic, then float64: the same bits on every device, in any batch. The mixer is
+    lowbias32 (Wellons 2018) with all shifts 16: x ^= x >> 16 and a multiplication, twice, and a
+    last x ^= x >> 16."""
     x = seed + position * 0x9E3779B9 + attempt * 0x85EBCA6B
     x = x & 0xFFFFFFFF                                      # 32 bits of an int64
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x846CA68B) & 0xFFFFFFFF
     x = x ^ (x >> 16)
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    return (x.to(exact) + 0.5) / 2 ** 32
+    if x.device.type == "mps":                              # which has no float64
+        x = x.cpu()
+    return (x.double() + 0.5) / 2 ** 32
 
 
 NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
@@ -531,7 +537,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     nucleus and has its right relative probability there. NaN ends, too, with any token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
-    if use_triton(logits):
+    if use_kernels(logits):
         return launch_draw_kernel(logits, seed, position, temperature, top_p)
     V = logits.shape[1]
     scaled = full_precision(logits)
@@ -547,7 +553,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     attempt = 0
     while len(left):
         some = left if attempt else slice(None)     # at first all rows: a slice does not copy p
-        u = uniform(seed[some], position[some], attempt).to(p.dtype)
+        u = uniform(seed[some], position[some], attempt).to(p)
         p_some = p[some]
         pick = token_at(u, p_some, below[some]).clamp(max=V - 1)
         p_pick = p_some.gather(1, pick[:, None])
@@ -627,9 +633,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets):
         """hidden (N, D), head (V, D), which is cast to hidden's dtype, targets (N,) -> log p, (N,)
-        in at least float32. So many rows at a time that they have at most logits_in_part, or one
-        row. Saves hidden, head, targets and log sum exp(z), (N,), for backward;
-        ctx.saved_tensors is these."""
+        in at least float32. Rows are taken `step` at a time, as many as have step V <=
+        logits_in_part, but at least one. Saves hidden, head, targets and log sum exp(z), (N,)."""
         picked = full_precision(hidden.new_empty(len(hidden)))      # z[target]
         log_sum = torch.empty_like(picked)                          # log sum exp(z)
         weight = head.to(hidden.dtype)
@@ -647,8 +652,9 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """grad (N,) -> gradients of hidden and of head, in their shapes and dtypes, and None for
-        targets: dz head, and dz' hidden. So many tokens of the vocabulary at a time, at least 16,
-        that all N rows have logits_in_part of them; z is computed again (see logit_gradients)."""
+        targets: dz head, and dz' hidden. The vocabulary is taken `step` tokens at a time, as many
+        as have N step <= logits_in_part, but at least 16; z is computed again (see
+        logit_gradients)."""
         hidden, head, targets, log_sum = ctx.saved_tensors
         grad = grad.contiguous()
         d_hidden = full_precision(torch.zeros_like(hidden))
@@ -671,7 +677,7 @@ CACHED_ROWS = 32        # of logits, which then stay in a CPU's cache from one o
 
 def pick_and_sum(z, target, picked, log_sum):
     """Write z[target] and log sum exp(z) of logits z (N, V) into picked and log_sum, both (N,)."""
-    if use_triton(z):
+    if use_kernels(z):
         return launch_row_totals(z, target, picked, log_sum)
     at_target = z.gather(-1, target[:, None])               # (N, 1)
     picked.copy_(at_target[:, 0])
@@ -684,7 +690,7 @@ def logit_gradients(z, target, log_sum, grad):
     """z <- grad (onehot(target) - exp(z - log_sum)), in place. z (N, n): logits of n neighbouring
     tokens of the vocabulary; target (N,), counted from the first of them, adds nothing where it is
     outside. log_sum and grad are (N,)."""
-    if use_triton(z):
+    if use_kernels(z):
         return launch_row_gradients(z, target, log_sum, grad)
     inside = target.clamp(0, z.shape[1] - 1)
     hit = grad * (inside == target)                         # grad onehot(target): 0 if outside
@@ -835,7 +841,8 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    # no new kernel for each value of these
+    # for these Triton is not to compile anew where a number is 1 or a multiple of 16, or where a
+    # tensor begins at another address
     VARYING = ("N", "S", "T", "W", "TARGET", "PICKED", "LOG_SUM", "GRAD")
     jit = triton.jit(do_not_specialize=VARYING)
     KERNELS = "triton"                                              # see choose_kernels
@@ -847,7 +854,7 @@ except ImportError:                     # no wheel for this system: the twins do
         return kernel
 
 KERNEL_WIDTHS = (16, 32, 64, 128)       # head widths E that the attention kernels know
-LOGITS_AT_ONCE = 4096                   # of one row, in one program
+LOGITS_OF_PROGRAM = 4096                # of one row
 
 
 def choose_kernels(name):
@@ -856,7 +863,7 @@ def choose_kernels(name):
     KERNELS = name
 
 
-def use_triton(x):
+def use_kernels(x):
     """Is x for the kernels: are they switched on, and do they know its device and dtype?"""
     runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -1053,7 +1060,7 @@ class TreeAttention(torch.autograd.Function):
         assert H % G == 0
         assert E in KERNEL_WIDTHS
         assert q.dtype == k.dtype == v.dtype
-        assert use_triton(q)
+        assert use_kernels(q)
         assert T * H * E < 2 ** 31, "places in a tensor are 32-bit numbers"
         q = q.contiguous()
         k = k.contiguous()
@@ -1179,7 +1186,7 @@ def row_gradients(Z, TARGET, LOG_SUM, GRAD, V, C: constexpr):
 def launch_row_totals(z, target, picked, log_sum):
     """pick_and_sum by row_totals: one program a row."""
     N, V = z.shape
-    C = LOGITS_AT_ONCE
+    C = LOGITS_OF_PROGRAM
     launch(row_totals, (N,), 8,
            z, target, picked, log_sum,
            V, C)
@@ -1188,7 +1195,7 @@ def launch_row_totals(z, target, picked, log_sum):
 def launch_row_gradients(z, target, log_sum, grad):
     """logit_gradients by row_gradients: one program for C logits of each row."""
     N, V = z.shape
-    C = LOGITS_AT_ONCE
+    C = LOGITS_OF_PROGRAM
     launch(row_gradients, (N, cdiv(V, C)), 8,
            z, target, log_sum, grad,
            V, C)
@@ -1264,18 +1271,20 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
     token = torch.empty_like(seed)
     launch(draw_kernel, (N,), 8,
            logits.contiguous(), seed.contiguous(), position.contiguous(), token,
-           V, float(temperature), float(top_p), LOGITS_AT_ONCE)
+           V, float(temperature), float(top_p), LOGITS_OF_PROGRAM)
     return token
 
 
 # ================================================================== part III: the sampling engine
-# The k samples of a prompt share its keys and values, and all prompts share the instruction's. So
-# the cache is a pool of pages of 64 keys, and a page belongs to the instruction, to one prompt, or
-# to one sample. A *job* is a prompt with those of its samples that are decoded together, a *slot*
-# where one of them is decoded. The slots in use advance together, a token a step: they are the
-# *rows* of a batch, in the order of their jobs. Every few steps is a *look* at what has ended.
+# The k samples of a prompt share its keys and values, and all prompts share those of what they
+# begin with, which is called the instruction. So the cache is a pool of pages of 64 keys, and a
+# page belongs to the instruction, to one prompt, or to one sample. A *job* is a prompt with those
+# of its samples that are decoded together, a *slot* where one of them is decoded. The slots in use
+# advance together, a token a step: they are the *rows* of a batch, in the order of their jobs.
+# Every few steps is a *look* at what has ended.
 #
-# Prompts A and B with two samples each, in rows 0 (A0), 1 (A1), 2 (B0), 3 (B1), a page a part:
+# Prompts A and B with two samples each, in rows 0 (A0), 1 (A1), 2 (B0), 3 (B1); the instruction,
+# each prompt and each sample fill one page:
 #
 #     page       0             1        2        3 4 5     6    7    8    9
 #     holds      instruction   A        B        free      B1   B0   A1   A0
@@ -1297,12 +1306,14 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
 
     prompts: lists of ids. A list that ends in a `stop` id is complete, else it was ended at
     max_new_tokens. kv_tokens: keys held at once (default: what 2 GiB hold on a CPU, 70% of what is
-    free on a GPU); jobs that do not fit wait. share=False keeps a copy of the prompt for each
-    sample. InputError if kv_tokens cannot hold one job."""
+    free on a GPU); jobs that do not fit wait. max_slots: samples decoded at once (default: 1,024 on
+    a GPU, 128 elsewhere; k at least). share=False keeps a copy of the prompt for each sample.
+    InputError if kv_tokens cannot hold one job."""
     if not prompts:
         return
     sampling = Sampling(max_new_tokens, temperature, top_p, list(stop), seed)
     if share:
+        # or more than it, if they have more in common; of a single prompt all but its last token
         instruction = prompts[0][:common_prefix(prompts)]
         groups = [list(range(k))]                           # of samples that share their prompt
     else:
@@ -1344,19 +1355,23 @@ def pages_for(tokens):
 
 def places_in(pages, count):
     """Where the first `count` keys go that fill these pages: [(page, offset)]."""
-    places = [(page, offset) for page in pages for offset in range(PAGE)]
-    return places[:count]
+    return [(pages[n // PAGE], n % PAGE) for n in range(count)]
 
 
 def number_reads(groups):
     """Number the results of a step: which row of the batch reads which page, and where its results
     lie.
 
-    groups: [(w, reads)] of the pages of instruction, prompts and samples; at most w rows read one
-    page; reads: for each row (its pages, which of their readers it is).
-    -> (tables, results): for each group that has pages (its first page, [for each page from there
-    to its last one, w rows: those that read it, and row 0 in the place of each that is missing]);
-    for each row its results.
+    groups: pairs (w, reads), of the instruction's pages, of the prompts' and of the samples'. w is
+    how many rows can read one page of the group. reads has an entry for each row of the batch: (the
+    pages it reads, its place among their readers, 0 ... w - 1). Returned are
+
+    tables     of each group that has pages (first, readers): readers[n] are the w rows that read
+               page first + n. A place that no row has holds row 0: that result is computed, and
+               nobody uses it
+    results    of each row the numbers of its results. A group numbers them page by page, in a page
+               place by place; the first group begins with 1, the next where it stopped
+
     The drawing above:
         groups   (4, [([0], 0), ([0], 1), ([0], 2), ([0], 3)])
                  (2, [([1], 0), ([1], 1), ([2], 0), ([2], 1)])
@@ -1428,7 +1443,8 @@ class PagePool:
         self.bias.index_put_((page, offset), zeros)
 
     def write(self, layer, page, offset, k, v):
-        """Store k and v (n, G, E) of a layer at these places."""
+        """Store k and v (n, G, E) of a layer at these places, page and offset (n,). Where two
+        tensors of indices have a slice between them, their n comes first: (n, G, E)."""
         self.k[layer][page, :, offset] = k
         self.v[layer][page, :, offset] = v
 
@@ -1445,14 +1461,14 @@ def attend_pages(q, readers, k, v, bias, lse, out):
     exp(s) is written to lse (p w, G, R), and softmax(s) v to out (p w, G, R, E)."""
     E = q.shape[-1]
     fits = E * q.element_size() < 512                       # else too much for a T4's shared memory
-    if use_triton(q) and E in KERNEL_WIDTHS and fits:
+    if use_kernels(q) and E in KERNEL_WIDTHS and fits:
         return launch_page_kernel(q, readers, k, v, bias, lse, out)
     p, w = readers.shape
     some_q = q[readers].transpose(1, 2).flatten(2, 3)       # (p, G, w R, E)
     s = (some_q * E ** -0.5) @ k.mT                         # (p, G, w R, 64)
     s.add_(bias[:, None, None])
     probability = s.softmax(-1, dtype=lse.dtype)
-    some_lse = s.amax(-1) - probability.amax(-1).log()      # as the largest is exp(max s - lse)
+    some_lse = s.amax(-1) - probability.amax(-1).log()      # the largest p is exp(max s - lse)
     some_out = probability.to(v.dtype) @ v
     by_reader = some_lse.unflatten(2, (w, -1)).transpose(1, 2)                     # (p, w, G, R)
     lse.unflatten(0, (p, w)).copy_(by_reader)
@@ -1511,10 +1527,11 @@ def launch_page_kernel(q, readers, k, v, bias, lse, out):
 
 def join_results(lse, out, terms, count, dtype):
     """Join what each query head of each row found in its pages: lse (results, G, R) and out
-    (results, G, R, E) -> (B H, E) in dtype. terms[b H + h], of (B H, S), lists the count[b]
-    results that head h of row b joins, filled up with the empty one, which join_kernel skips."""
+    (results, G, R, E) -> (B H, E) in dtype. terms (B H, S): line b H + h says where head h of row b
+    finds its results, as places in lse.flatten(), where head h of result r lies at r H + h. The
+    first count[b] are real; the others name the empty result, which join_kernel skips."""
     E = out.shape[-1]
-    if use_triton(lse) and E in KERNEL_WIDTHS:
+    if use_kernels(lse) and E in KERNEL_WIDTHS:
         return launch_join_kernel(lse, out, terms, count, dtype)
     lse[0].fill_(-math.inf)                                 # the empty result
     out[0].zero_()
@@ -1531,8 +1548,8 @@ def join_results(lse, out, terms, count, dtype):
 @jit
 def join_kernel(LSE, OUT, TERMS, COUNT, JOINED, S, H: constexpr, E: constexpr, C: constexpr):
     # join_results: program n joins the results of one query head of one row, C at a time; as in
-    # tree_forward, top is the largest log-sum-exp so far. LSE (terms,), OUT (terms, E), float32;
-    # TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
+    # tree_forward, top is the largest log-sum-exp so far. LSE (results H,), OUT (results H, E),
+    # float32; TERMS (B H, S), COUNT (B,) int64; writes JOINED (B H, E)
     n = tl.program_id(0).to(tl.int64)
     count = tl.load(COUNT + n // H)
     column = tl.arange(0, E)[None]
@@ -1582,7 +1599,7 @@ class Capacity:
     """What an Engine holds; see plan_capacity."""
     pages: int
     slots: int
-    width: int                  # samples of a job at most
+    width: int                  # samples of a job
     poll: int                   # tokens between two looks at what is finished
 
 
@@ -1611,9 +1628,9 @@ class Batch:
     slot: torch.Tensor          # (B,)
     length: torch.Tensor        # (B,) of the prompt
     drawn: torch.Tensor         # (B,) tokens drawn so far
-    own: torch.Tensor           # (B, most) the slot's own pages; the last fills up, never read
+    own: torch.Tensor           # (B, most) the slot's own pages, filled up with what is never read
     groups: list                # of PageGroup
-    results: int                # of a step, the empty one included
+    result_count: int           # of a step, the empty one included
     terms: torch.Tensor         # (B H, S) which (result, query head) each query head adds up
     count: torch.Tensor         # (B,) how many of them; the rest of S is the empty result
 
@@ -1622,7 +1639,7 @@ class Engine:
     """Decodes many samples at once over a paged cache. Jobs are started by `admit`, get room for
     their next tokens by `reserve`, lie close by `compact`, advance by `decode` and leave by
     `finish`: see generate_iter."""
-    PREFILL = 4096              # prompt tokens in one pass
+    PREFILL = 4096              # a pass takes prompts until it has so many tokens, or more
 
     def __init__(self, model, instruction, sampling, capacity):
         c = model.config
@@ -1638,7 +1655,7 @@ class Engine:
         longest = sampling.max_new_tokens + capacity.poll
         self.history = torch.zeros(capacity.slots, longest, dtype=torch.long,
                                    device=self.device)      # ids drawn in each slot
-        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # was a logit NaN?
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # a logit no number?
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
         self.jobs = []                                      # under way, the oldest first
@@ -1653,6 +1670,11 @@ class Engine:
     def ints(self, values):
         """Python's ints as int64 on the device."""
         return send(torch.tensor(values, dtype=torch.long), self.device)
+
+    def rectangle(self, lists):
+        """Lists of ints as one tensor; zeros fill up the shorter ones."""
+        longest = max(map(len, lists))
+        return self.ints([own + [0] * (longest - len(own)) for own in lists])
 
     # ---- admit
     def admit(self, waiting):
@@ -1702,22 +1724,23 @@ class Engine:
         self.draw(slot, hidden[last], length, 0)
 
     def feed(self, tokens, end, places):
-        """Hidden states of a forest that follows the instruction; its keys go to `places`."""
+        """Hidden states of a forest that follows what is cached, at first nothing; its keys go to
+        `places`."""
         page, offset = self.ints(places).T
         self.pool.fill(page, offset)
-        C = self.cached
-        T = C + len(tokens)
-        whole = [T] * C + [C + stop for stop in end]
-        plan = tree_plan(torch.tensor(whole), skip=C, device=self.device)
+        skip = self.cached
+        T = skip + len(tokens)
+        whole = [T] * skip + [skip + e for e in end]
+        plan = tree_plan(torch.tensor(whole), skip, self.device)
 
         def attend(n, q, k, v):
             self.pool.write(n, page, offset, k, v)
-            before_k, before_v = self.pool.first(n, len(self.shared), C)
+            before_k, before_v = self.pool.first(n, len(self.shared), skip)
             k = torch.cat([before_k, k])                    # (T, G, E)
             v = torch.cat([before_v, v])
             return attention(q, k, v, plan)
 
-        return self.model.hidden(self.ints(tokens), plan.position[C:], attend)
+        return self.model.hidden(self.ints(tokens), plan.position[skip:], attend)
 
     def draw(self, slot, hidden, length, drawn):
         """Draw the next token of each slot, after a prompt of `length` and an answer of `drawn`
@@ -1765,16 +1788,17 @@ class Engine:
 
     # ---- compact
     def compact(self):
-        """Move pages from the inner ends of both ranges into their holes. A step takes all pages of
-        a range, and those that had been read by what is finished would be taken until the end."""
-        prompts = sorted(page for job in self.jobs for page in job.pages)
-        samples = sorted(page for own in self.owned.values() for page in own)
+        """Fill the holes that finished samples left, as a step takes all pages from the first to
+        the last of its group, free ones too: the highest page of a prompt moves to the lowest free
+        one below it, the lowest page of a sample to the highest free one above it."""
+        prompt_pages = sorted(page for job in self.jobs for page in job.pages)
+        sample_pages = sorted(page for own in self.owned.values() for page in own)
         free = list(self.pool.free)
         moved = {}
-        while prompts and free and free[0] < prompts[-1]:
-            moved[prompts.pop()] = free.pop(0)
-        while samples and free and free[-1] > samples[0]:
-            moved[samples.pop(0)] = free.pop()
+        while prompt_pages and free and free[0] < prompt_pages[-1]:
+            moved[prompt_pages.pop()] = free.pop(0)
+        while sample_pages and free and free[-1] > sample_pages[0]:
+            moved[sample_pages.pop(0)] = free.pop()
         if not moved:
             return
         self.pool.move(moved)
@@ -1817,8 +1841,8 @@ class Engine:
         """Attention in layer n of one token a slot, q (B, H, E), over all pages that it reads."""
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_empty(batch.results, self.G, self.R, dtype=dtype)
-        out = q.new_empty(batch.results, *heads.shape[1:], dtype=dtype)
+        lse = q.new_empty(batch.result_count, self.G, self.R, dtype=dtype)
+        out = q.new_empty(batch.result_count, *heads.shape[1:], dtype=dtype)
         for group in batch.groups:
             k = self.pool.k[n, group.pages]                                        # (p, G, 64, E)
             v = self.pool.v[n, group.pages]
@@ -1836,8 +1860,6 @@ class Engine:
         known = [(slot, len(job.prompt), job.drawn) for job, _, slot in live]
         slot, length, drawn = self.ints(known).T
         owned = [self.owned[slot] for _, _, slot in live]
-        most = max(map(len, owned))
-        filled = [pages + pages[-1:] * (most - len(pages)) for pages in owned]
         tables, results = number_reads(self.page_reads(live))
         for (job, _, _), own, read in zip(live, owned, results, strict=True):
             assert len(own) >= pages_for(job.drawn + self.capacity.poll), "see reserve"
@@ -1854,9 +1876,9 @@ class Engine:
             slot=slot,
             length=length,
             drawn=drawn,
-            own=self.ints(filled),
+            own=self.rectangle(owned),
             groups=groups,
-            results=next_result,
+            result_count=next_result,
             terms=self.make_terms(results),
             count=self.ints(list(map(len, results))))
 
@@ -1875,17 +1897,15 @@ class Engine:
         all H lies at r H + h, as memory holds (results, G, R). Of row 0 in the drawing, which has
         results 1, 5, 12, two heads would make two lines: 2 10 24 and 3 11 25."""
         H = self.G * self.R
-        S = max(map(len, results))
-        filled = [own + [0] * (S - len(own)) for own in results]
-        results = self.ints(filled)                                 # (B, S)
+        result = self.rectangle(results)                            # (B, S)
         head = torch.arange(H, device=self.device)[:, None]         # (H, 1)
-        terms = results[:, None] * H + head                         # (B, H, S)
+        terms = result[:, None] * H + head                          # (B, H, S)
         return terms.flatten(0, 1)
 
     def record(self, step):
         """`step`, on CUDA as a graph: the same kernels on the same memory, without Python."""
         keys = self.pool.k
-        if not (keys.is_cuda and use_triton(keys)):
+        if not (keys.is_cuda and use_kernels(keys)):
             return step
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
@@ -1904,8 +1924,8 @@ class Engine:
         if self.broken:
             raise InputError("the model's logits are not numbers (NaN or infinity): its weights "
                              "are broken, or too large for this --dtype")
-        live = [(slot, job.drawn) for job in self.jobs for slot in job.slots]
-        slot, drawn = self.ints(live).T                     # (B,)
+        known = [(slot, job.drawn) for job in self.jobs for slot in job.slots]
+        slot, drawn = self.ints(known).T                    # (B,)
         # The newest `poll` ids of each slot, and one more: at a job's first look nobody has looked
         # at it yet, as prefill drew it; at later ones it is known not to end the answer
         back = torch.arange(-self.capacity.poll - 1, 0, device=self.device)
@@ -1916,7 +1936,7 @@ class Engine:
         first_end = ends.int().argmax(1, keepdim=True)
         length = column.gather(1, first_end)[:, 0] + 1
         length = torch.where(ends.any(1), length, 0)        # 0: not done
-        done = {slot: count for (slot, _), count in zip(live, length.tolist()) if count}
+        done = {slot: count for (slot, _), count in zip(known, length.tolist()) if count}
         answers = self.answers(done)
         self.release(list(done))
         return answers
@@ -1945,17 +1965,17 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
     width = len(jobs[0].samples)
     slots = max(width, max_slots or slots)
     slots = min(slots, len(jobs) * width)
-    answer = pages_for(max_new_tokens + poll)                                      # at most
-    prompts = [pages_for(len(job.prompt) - cached) for job in jobs]
+    answer_pages = pages_for(max_new_tokens + poll)                                # at most
+    prompt_pages = [pages_for(len(job.prompt) - cached) for job in jobs]
     kv_tokens = kv_tokens or default_kv_tokens(model)
     held = kv_tokens // PAGE
-    need = pages_for(cached) + max(prompts) + width * answer
+    need = pages_for(cached) + max(prompt_pages) + width * answer_pages
     if held < need:
         longest = max(len(job.prompt) for job in jobs)
         raise InputError(f"--kv-tokens {kv_tokens}: a prompt of {longest} tokens and its samples "
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
-    largest = sorted(prompts)[-slots:]                      # no more are under way at a time
-    held = min(held, pages_for(cached) + sum(largest) + slots * answer)
+    largest = sorted(prompt_pages)[-slots:]                     # no more are under way at a time
+    held = min(held, pages_for(cached) + sum(largest) + slots * answer_pages)
     return Capacity(held, slots, width, poll)
 
 
@@ -1964,9 +1984,7 @@ def default_kv_tokens(model):
     c = model.config
     memory = 2 ** 31
     if model.head.is_cuda:
-        torch.cuda.empty_cache()                            # what torch keeps for later is free
-        free, _ = torch.cuda.mem_get_info(model.head.device)
-        memory = free * 0.7
+        memory = 0.7 * free_on_gpu(model.head.device)
     elements = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim        # a token
     size = elements * model.product_dtype.itemsize
     return int(memory / size)
@@ -2096,7 +2114,7 @@ def weights_hash(folder):
 
 
 def config_hash(folder):
-    """A fingerprint of what a folder's config.json says of the computation."""
+    """A fingerprint of all fields of a folder's LlamaConfig, as they are spelled."""
     config = LlamaConfig.from_json(Path(folder) / "config.json")
     return fingerprint([vars(config).items()])
 
@@ -2112,6 +2130,9 @@ def read_tensors(path):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut short ({error}); "
                          "fetch or write it again") from None
+
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def check_tensor(path, name, tensor, wanted, config):
@@ -2130,9 +2151,6 @@ def check_tensor(path, name, tensor, wanted, config):
         raise InputError(f"{path}: tensor {name} is {dtype}; quantized weights are not known")
     if not tensor.isfinite().all():
         raise InputError(f"{path}: tensor {name} holds NaN or infinity; fetch or train it again")
-
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def join_tied(folder, found):
@@ -2215,7 +2233,7 @@ def join_ranks(name=None):
             backend = "nccl"
         else:
             backend = "gloo"
-            atexit.register(dist.destroy_process_group)     # NCCL would wait for a lost rank
+            atexit.register(dist.destroy_process_group)     # (NCCL's would wait for a lost rank)
         dist.init_process_group(backend, timeout=timedelta(days=2))
     return World(device, dist.get_rank(), ranks)
 
@@ -2223,11 +2241,17 @@ def join_ranks(name=None):
 GIB = 2 ** 30
 
 
+def free_on_gpu(device):
+    """Bytes that are free on a GPU."""
+    torch.cuda.empty_cache()                                # what torch keeps for later is free
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def check_memory(need, device, advice):
     """InputError with `advice` if the device cannot hold `need` bytes: better now than later."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()                            # what torch keeps for later is free
-        there, _ = torch.cuda.mem_get_info(device)
+        there = free_on_gpu(device)
     else:
         pages = os.sysconf("SC_PHYS_PAGES")
         there = pages * os.sysconf("SC_PAGE_SIZE")
@@ -2251,7 +2275,7 @@ def read_arguments(p, argv, **demo):
                    "training keeps fp32 weights)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--kernels", default=KERNELS,
-                   choices=sorted({"torch", KERNELS}),
+                   choices=["triton", "torch"] if triton else ["torch"],
                    help="triton: on CUDA")
     p.add_argument("--no-share", action="store_true",
                    help="give every answer its own copy of the prompt")

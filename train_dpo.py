@@ -157,18 +157,18 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            own = torch.unique(p.answer // 2)               # its pairs, all whole, in the batch
-            pairs = torch.tensor(numbers)[own]              # (B,) the same pairs in `examples`
+            in_batch = torch.unique(p.answer // 2)          # (B,) the pairs of this pack: which of
+            in_data = torch.tensor(numbers)[in_batch]       # (B,) the batch, which of `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[own]      # (B, 2)
-            ref = reference[pairs].to(policy)               # (B, 2), on its device, in its dtype
-            length = lengths[pairs].to(policy)              # (B, 2)
-            alpha = alphas[pairs].to(policy)
+            policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[in_batch]
+            ref = reference[in_data].to(policy)             # (B, 2), on its device, in its dtype
+            length = lengths[in_data].to(policy)            # (B, 2), chosen and rejected
+            alpha = alphas[in_data].to(policy)
             part = pairs_loss(policy, ref, length[:, 0], alpha, args.beta, args.sft)
-            verdict = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            verdict = verdict.view(-1, 2)[own]
-            part.update(watched(part["loss"], policy, verdict, length))
+            in_block = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
+            in_block = in_block.view(-1, 2)[in_batch]       # (B, 2), as policy
+            part.update(watched(part["loss"], policy, in_block, length))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -197,16 +197,16 @@ def measure_answers(tokenizer, examples):
     return torch.tensor(lengths), torch.tensor(starts)
 
 
-def watched(loss, policy, verdict, lengths):
+def watched(loss, policy, in_block, lengths):
     """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
 
-    push: -d loss / d log pi, how hard a step pulls an answer up. verdict (B, 2): the part of log pi
-    that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
+    push: -d loss / d log pi, how hard a step pushes an answer up. in_block (B, 2): the part of
+    log pi that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
     gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
     figures = {}
     for column, which in enumerate(("chosen", "rejected")):
         figures[f"{which}_push"] = -gradient[:, column]
-        figures[f"{which}_verdict"] = verdict[:, column]
+        figures[f"{which}_verdict"] = in_block[:, column]
         figures[f"{which}_length"] = lengths[:, column]
     return figures
 
@@ -231,11 +231,12 @@ def block_start(tokenizer, ids):
         return len(ids)
     block = text[heading.start():]
 
-    def is_beyond(start):
+    # the last token from which on the whole block can still be read: it may begin inside a token
+    def cuts_block(start):
         return len(tokenizer.decode(ids[start:])) < len(block)
 
-    first_beyond = bisect_left(range(len(ids)), True, key=is_beyond)
-    return first_beyond - 1
+    first_that_cuts = bisect_left(range(len(ids)), True, key=cuts_block)
+    return first_that_cuts - 1
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(argv=None):
         lr = lr_at(step - 1, steps, args.lr)
         norm = update(model, optimizer, lr)
 
-        loss = world.sum(float(loss))
+        loss = world.sum(loss)
         counts = token_counts(batch, packs, world)          # all ranks take part
         figures = dict(loss=loss, lr=lr, grad_norm=norm, **counts)
         if held_out and (step % steps_per_epoch == 0 or step == steps):
@@ -171,8 +171,7 @@ def training_arguments(p):
 def fit_memory(args, world, examples):
     """Set args.max_tokens where it is not given. InputError if memory will not do, before any
     weight is read."""
-    products = pick_dtype(world.device, args.dtype)
-    storage = torch.promote_types(products, torch.float32)
+    products, storage = training_dtypes(args, world)
     sizes = sorted(tokens_of(example, args.no_share) for example in examples)
     largest_batch = sum(sizes[-args.batch_size:])
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
@@ -190,11 +189,10 @@ def fit_memory(args, world, examples):
 
 
 def load_for_training(args, world):
-    """The model of args.model: fp32 weights, sharded where there are more ranks."""
-    products = pick_dtype(world.device, args.dtype)
-    storage = torch.promote_types(products, torch.float32)
-    place = "cpu" if world.ranks > 1 else world.device
-    model = Llama.from_pretrained(args.model, place, storage)
+    """The model of args.model, sharded where there are more ranks."""
+    products, storage = training_dtypes(args, world)
+    device = "cpu" if world.ranks > 1 else world.device
+    model = Llama.from_pretrained(args.model, device, storage)
     model.compute_dtype = products
     model.recompute = args.recompute
     if world.ranks > 1:
@@ -202,8 +200,15 @@ def load_for_training(args, world):
     return model
 
 
+def training_dtypes(args, world):
+    """(dtype of products, dtype in which weights are kept and updated: fp32 at least)."""
+    products = pick_dtype(world.device, args.dtype)
+    return products, torch.promote_types(products, torch.float32)
+
+
 def tokens_of(example, no_share):
-    """Tokens of an example in a pack, whose answers share its prompt or have a copy each."""
+    """Tokens that an example brings to a pack, if its answers share its prompt or have a copy each;
+    end marks are counted, too, which a pack leaves out."""
     prompts = len(example.answers) if no_share else 1
     return prompts * len(example.prompt) + sum(map(len, example.answers))
 
@@ -234,11 +239,11 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
 
     storage size x (4 weights / ranks + head) + products size x (cast + kept + passing + head) + 4e8
 
-    The 4 are weights, gradients and AdamW's two moments. cast: weights cast for products; kept:
-    what layers keep for the backward pass; passing: a part of the logits, or later four numbers for
-    each of an MLP's, whichever is more; head: the head's gradient; 4e8: Python and torch. A long
-    run in bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small
-    pieces."""
+    The 4 are weights, gradients and AdamW's two moments; head: first the head's gradient, then the
+    head as it is multiplied; cast: weights cast for products; kept: what layers keep for the
+    backward pass; passing: what lives briefly, a part of the logits or, in an MLP's backward pass,
+    four times its F numbers a token, whichever is more; 4e8: Python and torch. A long run in
+    bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small pieces."""
     weights = parameters(c)
     D = c.hidden_size
     F = c.intermediate_size
@@ -298,8 +303,8 @@ def update(model, optimizer, lr):
 
 
 def token_counts(batch, packs, world):
-    """tokens: of the sequences as each would stand alone; computed: those in the packs of all
-    ranks; loss_tokens: those of answers."""
+    """tokens: of the sequences as each would stand alone, end marks too; computed: those in the
+    packs of all ranks, where end marks are not fed; loss_tokens: those of answers."""
     sequences = [(len(e.prompt), len(ids)) for e in batch for ids in e.answers]
     computed = world.sum(sum(len(p.tokens) for p in packs))
     return dict(tokens=sum(map(sum, sequences)), computed=int(computed),
@@ -393,16 +398,17 @@ def resume(folder, model, optimizer):
 
 
 # ------------------------------------------------------------------ a run and its log
-def describe_run(args, world, examples, schedule, weights=()):
-    """Set in args what belongs to a run beside its arguments: samples, how many examples there are;
-    data_hash, of all ids and of the pairs' weights; schedule, of the batches and learning rates;
-    config_hash, of the base model's; dtype, as other hardware would choose another."""
+def describe_run(args, world, examples, schedule, alphas=()):
+    """Add to args, for the log, what makes a run this one beside its arguments: examples, how many
+    there are; data_hash, of all ids and of the pairs' alphas; schedule_hash, of the batches and
+    learning rates; config_hash, of the base model's; dtype, as other hardware would choose
+    another."""
     ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
-    args.samples = len(examples)
-    args.data_hash = fingerprint([*ids, weights])
-    args.schedule = fingerprint([*schedule, rates])
+    args.examples = len(examples)
+    args.data_hash = fingerprint([*ids, alphas])
+    args.schedule_hash = fingerprint([*schedule, rates])
     args.config_hash = config_hash(args.model)
     args.dtype = name_of(pick_dtype(world.device, args.dtype))
 
@@ -434,9 +440,9 @@ def start_run(args, world):
 def check_same_run(args, before):
     """InputError where a setting that shapes the result is not the one that the run began with.
     before: the first line of its log; an older one has fewer settings."""
-    both = "model data samples limit batch_size max_length epochs max_steps seed format dtype lr"
+    both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
     dpo = "beta sft weights_hash"
-    for name in f"{both} data_hash config_hash schedule {dpo}".split():
+    for name in f"{both} data_hash config_hash schedule_hash {dpo}".split():
         now = getattr(args, name, None)
         was = before.get(name, now)
         if was != now:

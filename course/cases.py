@@ -585,7 +585,7 @@ def laid_out(rng):
     for roots in (0, 1):
         examples, branches, wanted = random_examples(rng), [], {}
         number = int(rng.integers(3, 9))
-        root = examples[0].prompt[:examples[0].root] if roots else []
+        root = examples[0].prompt[:examples[0].root_length] if roots else []
         for e in examples:
             answers = list(enumerate(e.answers, number))
             branches.append((e.prompt, answers))
@@ -648,11 +648,13 @@ def check_packs(packs, answers, wanted, share, maximum):
         holds(len(p.tokens) <= maximum or len(owners) == 1,
               f"{len(p.tokens)} tokens in a pack of several examples")
         packed = [next(e for i, e, _ in answers if i == owner) for owner in owners]
-        roots = {tuple(e.prompt[:e.root]) for e in packed}
+        roots = {tuple(e.prompt[:e.root_length]) for e in packed}
         holds(not share or len(roots) == 1, "a pack holds one instruction")
-        own = sum(len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers) for e in packed)
+        own = sum(len(e.prompt) - e.root_length + sum(len(a) - 1 for a in e.answers)
+                  for e in packed)
         if share:
-            holds(len(p.tokens) == own + packed[0].root, "the instruction once, each prompt once")
+            holds(len(p.tokens) == own + packed[0].root_length,
+                  "the instruction once, each prompt once")
         else:
             alone = sum(len(e.prompt) + len(a) - 1 for e in packed for a in e.answers)
             holds(len(p.tokens) == alone, "a prompt for every answer")
@@ -694,14 +696,14 @@ def _(rng):
         holds(sizes == sorted(sizes, reverse=True), "the largest pack first")
         for a in packs:
             for b in packs:
-                root = answers[int(a.answer[0])][1].root
-                same = a is not b and a.tokens[:root].tolist() == b.tokens[:root].tolist()
-                both = len(a.tokens) + len(b.tokens) - root
+                length = answers[int(a.answer[0])][1].root_length
+                same = a is not b and a.tokens[:length].tolist() == b.tokens[:length].tolist()
+                both = len(a.tokens) + len(b.tokens) - length
                 holds(not same or both > maximum, "two packs would fit into one")
         want = {}
         for i, e in {i: e for i, e, _ in answers}.items():
-            rows = len(e.prompt) - e.root + sum(len(a) - 1 for a in e.answers)
-            want.setdefault(tuple(e.prompt[:e.root]), []).append(rows)
+            rows = len(e.prompt) - e.root_length + sum(len(a) - 1 for a in e.answers)
+            want.setdefault(tuple(e.prompt[:e.root_length]), []).append(rows)
         sizes = Counter(sizes)
         for root, rows in want.items():
             bins = []

@@ -294,7 +294,7 @@ def answer_sums(logprobs, answer, n):
         ("text.rstrip()", "text"),
         ("colon + 1", "colon"),
         ("text[heading.end():]", "text"),
-        ("line_of(name).search(", 're.compile(rf"(?i){name}.*?:(.*)").search('),
+        ("line_of(task).search(", 're.compile(rf"(?i){task}.*?:(.*)").search('),
         ('text.rindex(":", 0, heading.end() + line.start(1))', 'text.index(":")'),
     ],
     "verdict_probability": [
@@ -302,7 +302,7 @@ def answer_sums(logprobs, answer, n):
         ("softmax(1)[:, 0]", "softmax(1)[:, 1]"),
         ("softmax(1)[:, 0]", "exp()[:, 0]"),
         ("total.view(-1, 2)", "total.view(2, -1).T"),
-        ("root = common_prefix(starts)", "root = 0"),
+        ("root_length = common_prefix(starts)", "root_length = 0"),
     ],
     "number_reads": [
         ("next_result = 1", "next_result = 0"),

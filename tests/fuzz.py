@@ -81,10 +81,10 @@ def check_prompt_is_not_read(tokenizer, prompts):
     """A generated text without verdict has none, whatever the prompts say."""
     answers = lambda model, prompts, **_: ((i, [tokenizer.answer_ids("I think so.")]) for i in range(len(prompts)))
     guard = SimpleNamespace(model=None, tokenizer=tokenizer)
-    meter = SimpleNamespace(begin_block=lambda: None, add=lambda n, tokens: None)
+    meter = SimpleNamespace(add=lambda tokens: None)
     settings, args = {"model": "m", "seed": 0}, SimpleNamespace(kv_tokens=None, no_share=False)
     with mock.patch.object(mine_hard, "generate_iter", answers):
-        lines = mine_hard.answer_block(guard, prompts, 0, settings, args, meter)
+        lines = mine_hard.answer_block(guard, prompts, 0, settings, args, meter, {})
     assert not any(any(line["samples"][0]["verdict"].values()) for line in lines), "a verdict was read from a prompt"
 
 

@@ -117,7 +117,7 @@ def as_on_cuda(monkeypatch, cost):
         return TorchNorm.apply(x, weight, cost)
 
     monkeypatch.setattr(library, "launch", cost.launch)
-    monkeypatch.setattr(library, "use_triton", lambda x: x.is_meta)
+    monkeypatch.setattr(library, "use_kernels", lambda x: x.is_meta)
     monkeypatch.setattr(library.functional, "rms_norm", rms_norm)
 
 

@@ -204,8 +204,8 @@ def split(pattern, text):
 
 
 def test_metas_tokenizer_model_gives_the_ids_of_the_same_ranks_in_json(tmp_path, tokenizer):
-    order = sorted(tokenizer.text, key=lambda i: tokenizer.text[i] and i)
-    lines = [base64.b64encode(tokenizer.text[i]).decode() + f" {rank}" for rank, i in enumerate(order)]
+    order = sorted(tokenizer.spelling, key=lambda i: tokenizer.spelling[i] and i)
+    lines = [base64.b64encode(tokenizer.spelling[i]).decode() + f" {rank}" for rank, i in enumerate(order)]
     n = len(order)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": n + 256}))
     for wrong in (lines[:-1], lines[:100], [*lines[:-1], "==== " + str(n - 1)]):       # a download that stopped at a line's end, say
@@ -367,12 +367,12 @@ def test_common_prefix_leaves_every_sequence_a_token():
 
 def test_the_pack_of_the_readme_example():
     # instruction 1, prompt 2 3, answers 4 5 $ and 6 7 $ with $ = 0: predicted, never fed
-    p, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100)
+    p, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root_length=1)], 100)
     assert p.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7] and p.end.tolist() == [7, 7, 7, 5, 5, 7, 7]
     pairs = list(zip(p.tokens[p.rows].tolist(), p.targets.tolist()))
     assert pairs == [(3, 4), (4, 5), (5, 0), (3, 6), (6, 7), (7, 0)]               # 3 is scored once a branch
     assert p.answer.tolist() == [0, 0, 0, 1, 1, 1]
-    apart, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root=1)], 100, share=False)
+    apart, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root_length=1)], 100, share=False)
     assert apart.tokens.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7] and apart.end.tolist() == [5] * 5 + [10] * 5
 
 

@@ -161,7 +161,7 @@ def test_resuming_with_other_pairs_or_another_reference_is_refused(tmp_path, mon
     with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash = '.*', not 'new'"):
         patched.setattr(train_dpo, "weights_hash", lambda folder: "new")
         run(tmp_path / "a", tmp_path / "hard.jsonl", "--max-steps", 1, "--resume")
-    with pytest.raises(InputError, match="its run has samples = 12, not 7"):
+    with pytest.raises(InputError, match="its run has examples = 12, not 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")
 
 

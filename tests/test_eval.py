@@ -17,7 +17,7 @@ import eval as evaluation
 from conftest import ROOT
 from data import VERDICTS, InputError, Tokenizer, format_answers, format_input, parse_verdict
 from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
-                  legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score, simple,
+                  legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score_cases, simple,
                   threshold_for, up_to_verdict, verdict_probability, weighted_average)
 from make_golden import labels_and_scores
 from model import Llama, World
@@ -78,7 +78,7 @@ def test_figures_are_those_of_scikit_learn(tmp_path):
     for seed, want in enumerate(FIGURES):
         rows = [{"file": "f", "text": "", "gold": {**none, "request": word(g)}, "verdict": {**none, "request": word(s)}, "p": {"request": float(p)}}
                 for g, s, p in zip(*labels_and_scores(seed))]
-        results += score(rows, f"benchmark {seed}")
+        results += score_cases(rows, f"benchmark {seed}")
         assert [results[-1][k] for k in ("precision", "recall", "f1", "auprc", "recall_at_1", "recall_at_5")] == pytest.approx(want, abs=1e-9)
     average, = evaluation.averages_of(results)
     assert f"{average['weighted_f1']:6.2f}" in evaluation.tables(results, [average])
@@ -179,7 +179,7 @@ def test_score_from_files_and_their_mistakes(tmp_path):
     path = folder / "p.jsonl"
     lines = [{"prompt": "", "label": w, "predict": f"Answers: \nRequest: {p}"} for w, p in ((H, H), (U, U), (H, "x"))]
     path.write_text("\n".join(map(json.dumps, lines)))
-    result, = score(read_predictions(path, "HarmBenchPrompt"), "HarmBenchPrompt")
+    result, = score_cases(read_predictions(path, "HarmBenchPrompt"), "HarmBenchPrompt")
     assert (result["tp"], result["fn"], result["unparsable"], result["task"]) == (1, 1, 1, "request")
     path.write_text('{"label": "harmful"}')
     with pytest.raises(InputError, match="line 1 needs the text fields label and predict"):
@@ -222,7 +222,7 @@ def test_answers_without_end_count_as_none_and_are_scored_again_alike(tmp_path, 
         assert a.get("forced") == a.get("unparsable") == a.get("n")                # no verdict, and never a safe one
         assert all(a[k] == b[k] for k in b if k in ("task", "n", "f1", "f1_with_forced", "forced", "unparsable", "weighted_f1"))
     (tmp_path / "p.jsonl").write_text(json.dumps({"label": U, "predict": f"Request: {U}\nHm. Hm. Hm.", "forced": {"request": U}}))
-    result, = score(read_predictions(tmp_path / "p.jsonl", "x"), "x")
+    result, = score_cases(read_predictions(tmp_path / "p.jsonl", "x"), "x")
     assert (result["unparsable"], result["fp"], result["forced"]) == (1, 1, 1)     # a line of an answer without end is no verdict
 
 
@@ -314,7 +314,7 @@ def test_released_prediction_files_give_the_golden_f1():
         for dataset, entry in entries.items():
             path = Path(os.environ["GUARD_PREDICTIONS"]) / size / dataset / "generated_predictions.jsonl"
             for legacy, want in ((False, entry["f1_default"]), (True, entry["f1_evaluate_py"])):
-                result, = score(read_predictions(path, dataset), dataset, legacy)
+                result, = score_cases(read_predictions(path, dataset), dataset, legacy)
                 assert result["f1"] == pytest.approx(want, abs=1e-9)
 
 
@@ -322,13 +322,13 @@ def test_score_by_hand():
     none = dict.fromkeys(("request", "completion", "response"))
     rows = [{"file": "f", "text": "", "gold": {**none, "request": g}, "verdict": {**none, "request": v}, "p": {"request": p}}
             for g, v, p in ((H, H, 0.9), (U, H, 0.5), (H, None, 0.4), (H, U, 0.3), (U, U, 0.1))]
-    result, = score(rows, "x", fpr=0.0)
+    result, = score_cases(rows, "x", fpr=0.0)
     assert [result[k] for k in ("tp", "fp", "fn", "tn", "precision")] == [1, 1, 2, 1, 50]
     assert [result["recall"], result["recall_at_threshold"]] == pytest.approx([100 / 3] * 2)
     assert result["auprc"] == pytest.approx(100 * (1 + 2 / 3 + 3 / 4) / 3)
-    result, = score([row for row in rows if row["gold"]["request"] == U], "x", fpr=0.0)     # no positives
+    result, = score_cases([row for row in rows if row["gold"]["request"] == U], "x", fpr=0.0)     # no positives
     assert result["recall_at_threshold"] == 0
-    assert score(rows, "x", legacy=True)[0]["unparsable"] == 1
+    assert score_cases(rows, "x", legacy=True)[0]["unparsable"] == 1
 
 
 def test_k_answers_vote(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_row_totals__total():
 
 
 def test_row_totals__total_of_a_row_longer_than_one_part():
-    C = model.LOGITS_AT_ONCE
+    C = model.LOGITS_OF_PROGRAM
     for peak in (0, C, 2 * C + 2):
         z = torch.zeros(2, 2 * C + 3)
         z[1, peak] = 50
@@ -104,7 +104,7 @@ def test_row_gradients__inside():
 
 
 def test_row_gradients__inside_a_row_longer_than_one_part():
-    V = model.LOGITS_AT_ONCE + 3
+    V = model.LOGITS_OF_PROGRAM + 3
     got = gradients(torch.zeros(1, V), [V - 1], [math.log(V)], [1.0])
     want = torch.full((1, V), -1 / V)
     want[0, V - 1] += 1

@@ -468,6 +468,7 @@ def test_one_file_is_read_and_not_the_shards_of_an_index(tied, folder, capsys):
 NUMBERS = [
     ("hidden_size", [32.0, "32", True, 0, -32, 10 ** 18, None, float("nan")], "hidden_size is .*, not a whole number"),
     ("num_hidden_layers", [2.0, 0, 10 ** 9], "num_hidden_layers is .*, not a whole number from 1 to 1000"),
+    ("num_attention_heads", [0, -4, None, "4", 4.0], "num_attention_heads is .*, not a whole number"),
     ("num_key_value_heads", [3, 8], "heads must be a multiple"), ("head_dim", [7, 8.0, -8, "8"], "head_dim"),
     ("rms_norm_eps", ["1e-5", None, -1, 0, True, float("nan"), 10 ** 400], "rms_norm_eps is .*, not a number above 0"),
     ("rope_theta", [0, -1, None, "x", float("inf")], "rope_theta is .*, not a number above 0"), ("max_position_embeddings", [0, -1, 10 ** 400], "max_position_embeddings is"),
@@ -483,6 +484,13 @@ NUMBERS = [
 def test_fields_of_config_json_that_cannot_be_meant(folder, name, value, says):
     config(**{name: value})(folder)
     refused(says, Llama.from_pretrained, folder, "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads"])
+def test_of_sizes_from_which_the_width_of_a_head_follows_the_wrong_one_is_named(folder, name):
+    for value in (0, None, "4"):
+        config(head_dim=None, **{name: value})(folder)
+        refused(f"{name} is .*, not a whole number", LlamaConfig.from_json, folder / "config.json")
 
 
 LLAMA3 = dict(rope_type="llama3", factor=32, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)

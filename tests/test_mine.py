@@ -16,7 +16,7 @@ import torch
 import mine_hard
 from conftest import ROOT
 from data import InputError
-from mine_hard import judge, judge_all, judge_by_field, pick_pair, sample_weights, select
+from mine_hard import judge, judge_by_all_fields, judge_by_field, pick_pair, sample_weights, select
 from model import World
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
@@ -32,7 +32,7 @@ def test_judge_asks_for_every_labelled_verdict():
 
 
 def test_an_answer_that_was_cut_off_is_never_correct():
-    assert judge_all([sample(verdict(H)), sample(verdict(H), finish="length")], verdict(H)) == [True, False]
+    assert judge_by_all_fields([sample(verdict(H)), sample(verdict(H), finish="length")], verdict(H)) == [True, False]
 
 
 def test_the_released_judge_takes_the_first_field_with_both_and_drops_gaps():
@@ -122,6 +122,11 @@ def test_an_interrupted_run_gives_the_same_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         mine(tmp_path / "b")
     assert len(list((tmp_path / "b/samples.jsonl.parts").glob("*.jsonl"))) == 1    # what was done is kept
+    settings = tmp_path / "b/samples.jsonl.parts/settings.json"
+    settings.rename(tmp_path / "settings.json")
+    with pytest.raises(InputError, match="which says what it was made with, is gone"):
+        mine(tmp_path / "b", "--resume", "--k", 3)
+    (tmp_path / "settings.json").rename(settings)
     assert mine(tmp_path / "b", "--resume") == whole and len(blocks) == 4         # 1 + the failed + 2 left
 
 
@@ -192,7 +197,7 @@ def test_a_gpu_answers_more_prompts_together(tmp_path, monkeypatch):
     # it has 1,024 slots, which a block of 256 would leave idle, and one long answer delays a block
     sizes = []
 
-    def answer(guard, prompts, first, settings, args, meter):
+    def answer(guard, prompts, first, settings, args, meter, seconds):
         sizes.append(len(prompts))
         sample = {"text": "", "finish": "stop", "tokens": 0, "verdict": {}}
         return [{"prompt": first + i, "samples": [sample]} for i in range(len(prompts))]
@@ -312,5 +317,5 @@ def test_an_answer_may_end_in_any_end_mark(tokenizer, monkeypatch):
     guard = SimpleNamespace(model=None, tokenizer=tokenizer)
     meter = mine_hard.Meter(1, "", World(None))
     args = SimpleNamespace(kv_tokens=None, no_share=False)
-    line, = mine_hard.answer_block(guard, [[1]], 5, {"model": "m", "seed": 3}, args, meter)
+    line, = mine_hard.answer_block(guard, [[1]], 5, {"model": "m", "seed": 3}, args, meter, {})
     assert [s["finish"] for s in line["samples"]] == ["stop", "stop", "length"] and asked == [tokenizer.stop] and line["prompt"] == 5

@@ -125,7 +125,7 @@ def test_a_pair_is_a_group_of_two(tokenizer, pairs):
     prompts = [{**pair, "correct": [pair["chosen"]], "incorrect": [pair["rejected"]]} for pair in pairs]
     one, other = preferences.pairs_of(tokenizer, pairs), preferences.all_answers(tokenizer, prompts)
     assert [(g.example, g.correct, g.weight) for g in one] == [(g.example, g.correct, g.weight) for g in other]
-    assert one[0].example.root > 20                         # they share their instruction
+    assert one[0].example.root_length > 20                         # they share their instruction
 
 
 def test_every_token_of_a_pair_has_one_part(tokenizer):

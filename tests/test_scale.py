@@ -6,7 +6,7 @@ import pytest
 import scale
 
 from data import Tokenizer, encode_records, parse_records, read_records
-from mine_hard import judge_all
+from mine_hard import judge_by_all_fields
 
 
 def test_one_command_measures_every_line(capsys):
@@ -32,7 +32,7 @@ def test_generated_records_are_as_long_as_real_ones(tmp_path):
     assert np.mean([len(r["output"]) for r in records]) == pytest.approx(scale.TRACE, rel=0.15)
     lines = [line for _, line in parse_records(tmp_path / "samples.jsonl")]
     assert [line["prompt"] for line in lines] == list(range(300))
-    right = [judge_all(line["samples"], dict(request="harmful", completion=None, response=None)) for line in lines]
+    right = [judge_by_all_fields(line["samples"], dict(request="harmful", completion=None, response=None)) for line in lines]
     assert {sum(of_prompt) for of_prompt in right} == {0, 1, 2, 3, 4}      # some hard, some all right, some all wrong
 
 

@@ -152,7 +152,7 @@ def test_the_data_and_the_tokenizer_belong_to_a_run(tmp_path, capsys, file, chan
 
 def test_the_schedule_belongs_to_a_run(tmp_path, monkeypatch):
     run(tmp_path / "a", "--max-steps", 1)
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has schedule = "):
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has schedule_hash = "):
         patched.setattr(train_sft, "lr_at", lambda step, steps, peak: 0.5 * peak)
         run(tmp_path / "a", "--max-steps", 1, "--resume")
 

@@ -10,7 +10,7 @@ import pytest
 
 import view
 from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input, parse_verdict)
-from eval import read_predictions, score
+from eval import read_predictions, score_cases
 from mine_hard import select, write_lines
 from view import (count_mistakes, match_pairs, rows_of_mining, rows_of_predictions, safe_json,
                   split_answer)
@@ -86,7 +86,7 @@ def test_sums_are_those_of_eval(results):
     assert counts["completion"] == {"n": 2, "right": 1, "fp": 0, "fn": 1, "none": 0,
                                     "contradicts": 0}
     assert counts["response"]["fp"] == 1
-    for result in score(read_predictions(path, "some"), "some"):
+    for result in score_cases(read_predictions(path, "some"), "some"):
         count = counts[result["task"]]
         assert count["n"] == result["n"] and count["none"] == result["unparsable"]
         assert count["right"] == result["tp"] + result["tn"]

@@ -166,7 +166,7 @@ class Cell:
         answers = self.samples(k)
         if keep:
             for number, samples in answers.items():
-                right = mine_hard.judge_all(samples, gold_verdict(pool[number]))
+                right = mine_hard.judge_by_all_fields(samples, gold_verdict(pool[number]))
                 answers[number] = [s for s, ok in zip(samples, right)
                                    if not ok or keep(pool[number], s)]
         pairs, _ = mine_hard.select(pool, ["pool"] * len(pool), [("r_sft", answers)],
@@ -268,7 +268,7 @@ class Cell:
         pairs = []
         for pair in self.pairs(4):
             number = numbers[pair["input"]]
-            right = mine_hard.judge_all(samples[number], gold_verdict(pool[number]))
+            right = mine_hard.judge_by_all_fields(samples[number], gold_verdict(pool[number]))
             others = [s["text"] for s, ok in zip(samples[number], right)
                       if ok and s["text"] != pair["chosen"]]
             if others:
@@ -285,7 +285,7 @@ class Cell:
         prompts = []
         for pair in pairs:
             number = numbers[pair["input"]]
-            right = mine_hard.judge_all(samples[number], gold_verdict(pool[number]))
+            right = mine_hard.judge_by_all_fields(samples[number], gold_verdict(pool[number]))
             texts = {True: [], False: []}
             for sample, ok in zip(samples[number], right):
                 texts[ok].append(sample["text"])

@@ -123,7 +123,8 @@ def panel(x, y, width, height, title, unit, runs, ends=None):
         parts.append(text(across(step), bottom + 17, step, "middle", 11))
     parts.append(line([(x, bottom), (right, bottom)], GREY))
     parts.append(text(x + width / 2, bottom + 34, "optimizer step", "middle", 11))
-    parts.append(text(x - 46, y + height / 2, unit + (", logarithmic" if up.logarithmic else ""), "middle", 11, turn=True))
+    unit += ", logarithmic" if up.logarithmic else ""
+    parts.append(text(x - 46, y + height / 2, unit, "middle", 11, turn=True))
 
     for (_, steps, values), colour in zip(runs, cycle(COLOURS)):
         parts.append(line([(across(s), up(v)) for s, v in zip(steps, values)], colour, 1.8))

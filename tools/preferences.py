@@ -126,9 +126,9 @@ def encode(tokenizer, records):
     for record in records:
         prompt = tokenizer.prompt_ids(record["instruction"], record["input"])
         examples.append(Example(prompt, [tokenizer.answer_ids(text) for text in record["answers"]]))
-    root = common_prefix([example.prompt for example in examples])
+    root_length = common_prefix([example.prompt for example in examples])
     for example in examples:
-        example.root = root
+        example.root_length = root_length
     return examples
 
 

@@ -24,7 +24,7 @@ from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
 from data import (VERDICTS, InputError, gold_verdict, read_json, read_object,  # noqa: E402
                   read_records, split_input, write_json)
-from eval import TITLES, labels_of, read_predictions, score  # noqa: E402
+from eval import TITLES, labels_of, read_predictions, score_cases  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
 
@@ -126,13 +126,13 @@ def interval(draws):
 
 # ------------------------------------------------------------------ guards without a model
 def throughout(records, dataset):
-    """Cases for eval.score of the guard that always gives the positive verdict."""
+    """Cases for eval.score_cases of the guard that always gives the positive verdict."""
     verdict = {task: positive for task, (positive, _) in VERDICTS.items()}
     return [case_of(record, dataset, verdict) for record in records]
 
 
 def words_guard(records, dataset, train):
-    """Cases for eval.score of logistic regression on the words of prompt and response.
+    """Cases for eval.score_cases of logistic regression on the words of prompt and response.
 
     train: records whose outputs are verdicts. A task is learned from the records that have one."""
     known = [words_in(record) for record in train]
@@ -167,7 +167,7 @@ def words_in(record):
 
 
 def case_of(record, dataset, verdict):
-    """A case for eval.score and f1_draws."""
+    """A case for eval.score_cases and f1_draws."""
     return {"file": dataset, "text": "", "tokens": 0, "prompt": prompt_of(record),
             "gold": labels_of(record, dataset), "verdict": verdict}
 
@@ -179,7 +179,7 @@ DRAWS = {"f1": f1_draws, "false_positive_rate": fpr_draws, "auprc": auprc_draws,
 
 
 class Guard:
-    """What one guard said to one test, for one seed: {task: its result of eval.score},
+    """What one guard said to one test, for one seed: {task: its result of eval.score_cases},
     {figure: {task: its draws}}."""
 
     def __init__(self, results, cases):
@@ -221,7 +221,7 @@ def read_guards(out, names, test, train, limit):
     said = {"throughout": throughout(records, dataset),
             "words": words_guard(records, dataset, train)}
     for name, cases in said.items():
-        guards[name] = {None: Guard(score(cases, dataset), cases)}
+        guards[name] = {None: Guard(score_cases(cases, dataset), cases)}
     return guards
 
 

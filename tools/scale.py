@@ -139,7 +139,7 @@ class NoModel:
 
 def references(examples, args):
     """The reference pass over as many pairs, without a model: each trace against itself."""
-    pairs = [Example(e.prompt, [e.answers[0], e.answers[0]], e.root) for e in examples]
+    pairs = [Example(e.prompt, [e.answers[0], e.answers[0]], e.root_length) for e in examples]
     return train_dpo.reference_logprobs(NoModel(), pairs, args, ALONE)
 
 
