@@ -68,18 +68,20 @@ def format_input(prompt, response=None):
     return f"{HUMAN}{prompt}{ASSISTANT}{shown}\n\n"
 
 
-def exchange_pattern(before, spaces, newline):
+def exchange_pattern(before, colon, spaces, newline):
     """What matches an exchange; its groups are the prompt and the response. A marker typed into the
     prompt is part of it, as the last one counts; the two newlines at the end may be missing."""
-    human = HUMAN.strip() + spaces + newline
-    assistant = ASSISTANT.strip() + spaces + newline
-    blank = newline + newline
+    human = HUMAN.strip(":\n") + colon + spaces + newline
+    assistant = ASSISTANT.strip(":\n") + colon + spaces + newline
+    blank = newline + spaces + newline
     return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
 
 
-AS_WRITTEN = exchange_pattern("", "", r"\n")
-# as others may spell it: with line ends of Windows, some spaces before it or behind its markers
-AS_SPELLED = exchange_pattern(r"\s{0,20}", r"[ \t]{0,20}", r"(?<!\r)\r?\n")
+AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
+# as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
+# byte order mark before them, and line ends of Windows
+AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", r"[:\uff1a]", r"[^\S\r\n]{0,20}",
+                              r"(?<!\r)\r?\n")
 
 
 def find_exchange(text):
@@ -112,12 +114,13 @@ def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
     A verdict line begins with a task's name and a colon, in any case; before the name may stand a
-    number ("1.") and markdown, which is anything but letters, digits and _, and behind it signs of
-    emphasis, quotes and spaces: see line_of. The block is what follows the last line that begins so
-    with "answers:" (answers_heading). Of each task counts the first line in the block; where the
-    block has none, or there is no block, the last one in the text. What follows its colon, spaces
-    and ends of lines left out, is read by verdict_word, up to the end of that line, or of the next
-    one if that is a verdict alone; where that finds no verdict, no other line is asked."""
+    number or letter of a list ("1.", "a)") and markdown, which is anything but letters, digits and
+    _, and behind it signs of emphasis, quotes and spaces: see line_of. The block is what follows
+    the last line that begins so with "answers:" (answers_heading). Of each task counts the first
+    line in the block; where the block has none, or there is no block, the last one in the text.
+    What follows its colon, spaces and ends of lines left out, is read by verdict_word, up to the
+    end of that line, or of the next one if that is a verdict alone; where that finds no verdict, no
+    other line is asked."""
     heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
@@ -134,8 +137,9 @@ SAID = r"\s*(.*(?:\n[^\w\n]*(?:x[^\w\n]+)?(?:(?:un)?harmful|refusal|compliance)[
 
 def line_of(name, rest=SAID):
     """What a line that begins with a name and a colon looks like; its group is what follows."""
-    begin = r"^(?:[^\w\n]|\d{1,9}[.)])*"
-    return re.compile(rf"{begin}{name}[*_`\"' ]*:{rest}", re.IGNORECASE | re.MULTILINE)
+    begin = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
+    colon = r"(?:[*_`\"']|[^\S\n])*[:\uff1a]"
+    return re.compile(rf"{begin}{name}{colon}{rest}", re.IGNORECASE | re.MULTILINE)
 
 
 def answers_heading(text):
@@ -1396,10 +1400,12 @@ def hush():
 
 
 def at_least(low, kind=int, most=math.inf):
-    """An argparse type: a finite number that is not below `low`, nor above `most`."""
+    """An argparse type: a finite number, of ints one of 64 bits, from `low` to `most`."""
+    beyond = 2 ** 63 if kind is int else math.inf
+
     def number(text):
         value = kind(text)
-        if low <= value <= most and value < math.inf:
+        if low <= value <= most and value < beyond:
             return value
         bounds = f"at least {low}" if most == math.inf else f"from {low} to {most}"
         raise argparse.ArgumentTypeError(f"must be {bounds}")
@@ -1496,9 +1502,18 @@ def parse_json(place, text):
     """The value of a JSON text; InputError names its place (a file,
     or a line of it) and the mistake."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
+
+
+def without_repeats(pairs):
+    """A JSON object's dict; ValueError where a name stands twice, as readers differ in which they
+    take."""
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        raise ValueError("has a field twice")
+    return known
 
 
 def read_json(path):

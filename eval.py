@@ -38,10 +38,11 @@ import numpy as np
 from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
                   common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
                   hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
-                  read_json, read_records, say, spelled, tell, warn, write_json)
+                  read_json, read_records, say, spelled, tell, warn, without_repeats,
+                  write_json)
 from mine_hard import (LazyModel, answer_prompts, check_room, claim_answers, claim_settings,
                        encode_prompts, generation_arguments, generation_settings, has_answers,
-                       write_lines)
+                       parts_of, write_lines)
 from model import World, answer_logprobs, fingerprint, generate_iter, join_ranks, read_arguments
 
 
@@ -309,11 +310,10 @@ def up_to_verdict(text, task):
     Where that block lacks the task, or there is no block, the text (without spaces at its end), a
     blank line, "Answers: ", a new line, and the task, capitalized, with a colon."""
     heading = answers_heading(text)
-    line = heading and line_of(task).search(text[heading.end():])
+    line = heading and line_of(task, "").search(text[heading.end():])
     if not line:
         return text.rstrip() + f"\n\nAnswers: \n{task.capitalize()}:"
-    colon = text.rindex(":", 0, heading.end() + line.start(1))
-    return text[:colon + 1]
+    return text[:heading.end() + line.end()]
 
 
 def choose_verdicts(model, tokenizer, prompts, texts, world):
@@ -368,7 +368,7 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     """Yield (number of the exchange, its verdict) as answers are done. A verdict is a dict of
 
     request, completion, response: a word, or None where it is missing or not asked for
-    parsed: did the answer end, with every verdict that is needed?
+    parsed: did the answer end, and has its Answers block every verdict that is needed?
     forced: it did not end, and the verdicts are the likelier words after what was written
     cut: the end of the exchange was not read, or one of its characters is not in the vocabulary
     p_harmful: {"request": P, "response": P}, as far as asked for; reasoning: the answer's text
@@ -399,7 +399,7 @@ def conclude(model, tokenizer, prompt, ids, has_response):
         (block, p), = close_by_force(model, tokenizer, [prompt], [text], alone)
         verdict = parse_verdict(block)
     else:
-        verdict = parse_verdict(text)
+        verdict = block_verdict(text)
         starts = [up_to_verdict(text, task) for task in harmful]
         values = verdict_probability(model, tokenizer, [prompt] * len(harmful), starts, "request",
                                      alone)                 # both tasks have the same two words
@@ -408,6 +408,13 @@ def conclude(model, tokenizer, prompt, ids, has_response):
     return {**verdict, "parsed": not forced and all(verdict[task] for task in needed),
             "forced": forced, "p_harmful": {task: round(p[task], 4) for task in harmful},
             "reasoning": text}
+
+
+def block_verdict(text):
+    """parse_verdict of the last Answers block alone: what stands before it may be the user's words,
+    as quoted by a guard that was talked into it."""
+    heading = answers_heading(text)
+    return parse_verdict(text[heading.start():] if heading else "")
 
 
 # ------------------------------------------------------------------ the script
@@ -424,7 +431,7 @@ def parse_arguments(argv):
     p.add_argument("--out", help="folder for answers and results.json")
     p.add_argument("--legacy", action="store_true",
                    help="score as the released evaluate.py, to the bit")
-    p.add_argument("--k", type=at_least(1), default=1,
+    p.add_argument("--k", type=at_least(1, most=10_000), default=1,
                    help="answers to a prompt; from 2 on a vote at T = 1")
     p.add_argument("--fast", action="store_true",
                    help="verdicts right after the prompt, no reasoning")
@@ -480,6 +487,8 @@ def main(argv=None):
         return demo()
     args = parse_arguments(argv)
     world = join_ranks(args.device) if args.model else World(None)
+    if args.out:
+        former_results(Path(args.out) / "results.json")     # refuses another program's
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
@@ -525,7 +534,7 @@ def keep_times(path, results):
         for name in old.keys() - new.keys():
             if name not in TIMES:
                 lost.add(name)
-            elif old.get("n") == new["n"]:
+            elif old.get("n") == new["n"] and isinstance(old[name], (int, float)):
                 new[name] = old[name]
     if gone:
         tell(f"{path}: the figures of {'; '.join(sorted(gone))} were there and are written over; "
@@ -535,14 +544,15 @@ def keep_times(path, results):
 
 
 def former_results(path):
-    """The results of single files in a results.json; none where it is not there, or no such
-    file."""
+    """The results of single files in a results.json; none where it is not there, or damaged.
+    InputError where it is another program's."""
     try:
         before = read_json(path) if is_there(path) else []
     except InputError:                                      # no figures that anyone could miss
-        before = []
-    known = before if isinstance(before, list) else []
-    return [old for old in known if isinstance(old, dict) and "file" in old]
+        return []
+    if not isinstance(before, list) or not all(isinstance(old, dict) for old in before):
+        raise InputError(f"{path}: is there, and was not made here; choose another --out")
+    return [old for old in before if "file" in old]
 
 
 def key_of(result):
@@ -654,14 +664,6 @@ def parse_exchange(line):
     return {"prompt": prompt, "response": response}
 
 
-def without_repeats(pairs):
-    """A JSON object's dict; ValueError where a name stands twice, as readers differ in which they
-    take."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("has a field twice")
-    return dict(pairs)
-
-
 def lines_at_hand(stream, most):
     """Yield lists of lines: each time those that are there, at least one and at most `most`."""
     lines = []
@@ -752,6 +754,10 @@ def claim_benchmark(args, benchmark, guard, world):
         kind = "without"
     if holds_other:
         raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
+                         "choose another --out")
+    made_here = is_there(fast) or is_there(parts_of(out / "answers.jsonl")) or is_reasoned
+    if is_there(out / "generated_predictions.jsonl") and not made_here:
+        raise InputError(f"{out}/generated_predictions.jsonl: is there, and was not made here; "
                          "choose another --out")
     if world.rank == 0:
         hold(args.out)
@@ -902,14 +908,25 @@ def read_predictions(path, dataset, column=None, limit=None):
         gold = labels_of({"input": exchange_of(prompt), "output": label}, dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                 **slice_of(line, column)}
-        if isinstance(line.get("forced"), dict):        # an answer without an end: add_forced
-            case["forced"] = {task: line["forced"].get(task) for task in VERDICTS}
+        forced = line.get("forced")
+        if forced:                                      # an answer without an end: add_forced
             case["verdict"] = dict.fromkeys(VERDICTS)
+        if forced and forced is not True:
+            case["forced"] = forced_verdict(forced, f"{path}: {place}")
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
     check_labels(path, [case["gold"] for case in cases])
     return cases
+
+
+def forced_verdict(forced, place):
+    """{task: word or None} as written; InputError unless it is that."""
+    if isinstance(forced, dict):
+        verdict = {task: forced.get(task) for task in VERDICTS}
+        if all(verdict[task] in (None, *words) for task, words in VERDICTS.items()):
+            return verdict
+    raise InputError(f'{place}: forced must be verdicts, as in {{"request": "harmful"}}')
 
 
 def probabilities(p, place):

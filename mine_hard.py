@@ -142,7 +142,7 @@ def parse_arguments(argv):
                    help="one model, or an ensemble")
     p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
     p.add_argument("--out", default="out/hard", help="folder for samples.jsonl and hard.jsonl")
-    p.add_argument("--k", type=at_least(1), default=4,
+    p.add_argument("--k", type=at_least(1, most=10_000), default=4,
                    help="answers to each prompt (released code: 4)")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0,
                    help="paper: 1.0; released code: 0.7")
@@ -169,6 +169,9 @@ def main(argv=None):
     if holds_samples and not args.resume:
         raise InputError(f"{out}: already holds samples; add --resume to continue, "
                          "or choose another --out")
+    if is_there(out / "hard.jsonl") and not any(out.glob("samples*")):
+        raise InputError(f"{out}/hard.jsonl: is there, and was not made here; choose another "
+                         "--out")
     world = join_ranks(args.device)
     records = []
     sources = []
@@ -291,9 +294,9 @@ def claim_answers(prompts, path, world, settings, args):
     InputError where others are there, made with other settings or nobody knows with which, or
     another process writes there."""
     folder = parts_of(path)
-    if has_answers(path) and not is_there(folder / "settings.json"):
+    if has_answers(path) and "prompts" not in read_object(folder / "settings.json", {}):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
-                         "gone; choose another --out")
+                         "gone or not whole; choose another --out")
     if world.rank == 0:
         hold(folder)
     settings = {**settings, "block": block_size(args, world), "prompts": fingerprint(prompts)}
@@ -327,7 +330,8 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
     parts = {first: parts_of(path) / f"{first:08d}.jsonl" for first in blocks}
     if not Path(path).exists():
         mine = list(blocks)[world.rank::world.ranks]
-        todo = [first for first in mine if not is_whole(parts[first], len(blocks[first]))]
+        todo = [first for first in mine
+                if not is_whole(parts[first], first, len(blocks[first]), settings["k"])]
         if todo:
             longest = max(map(len, prompts))
             together = 1 if args.no_share else settings["k"]
@@ -358,9 +362,14 @@ def check_room(guard, longest, k, max_new_tokens, kv_tokens):
     plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
 
 
-def is_whole(part, count):
-    """Does the file of a block have as many lines as prompts? (A crash may leave an empty one.)"""
-    return is_there(part) and sum(1 for _ in parse_records(part)) == count
+def is_whole(part, first, count, k):
+    """Does the file of a block answer `count` prompts from number `first` on? (A crash may leave an
+    empty one.)"""
+    if not is_there(part):
+        return False
+    lines = [line for _, line in parse_records(part)]
+    return len(lines) == count and all(is_answered(line, first + n, k)
+                                       for n, line in enumerate(lines))
 
 
 def read_answers(path, count, k):
@@ -390,9 +399,14 @@ def is_answered(line, number, k):
     if not isinstance(line, dict) or line.get("prompt") != number:
         return False
     samples = line.get("samples")
-    fields = {"text", "finish", "tokens", "verdict"}
-    return (isinstance(samples, list) and len(samples) == k
-            and all(isinstance(sample, dict) and sample.keys() >= fields for sample in samples))
+    return isinstance(samples, list) and len(samples) == k and all(map(is_sample, samples))
+
+
+def is_sample(sample):
+    """Is this what `describe` makes of an answer?"""
+    kinds = {"text": str, "finish": str, "tokens": int, "verdict": dict}
+    return isinstance(sample, dict) and all(isinstance(sample.get(name), kind)
+                                            for name, kind in kinds.items())
 
 
 def answer_block(guard, prompts, first, settings, args, meter, seconds):

@@ -42,8 +42,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import (FORMATS, InputError, at_least, common_prefix, deal, is_there, read_object, send,
-                  tell, write_json, write_whole)
+from data import (FORMATS, InputError, at_least, common_prefix, deal, is_there, read_object,
+                  reading, send, tell, write_json, write_whole)
 
 # ================================================================== part I: the model
 
@@ -395,6 +395,10 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin, attend_here)
         return self.model["norm"](x)
 
+    def logits(self, hidden):
+        """What softmax makes the next token's probabilities of: hidden (N, D) -> (N, V)."""
+        return hidden @ self.head.to(hidden.dtype).T
+
     def forward(self, tokens, end, rows=None, targets=None):
         """Run a stream: tokens (T,), end (T,) -> hidden (T, D).
         With rows (N,) and targets (N,): log p(targets[n] | what rows[n] sees), (N,) in nats. It is
@@ -602,7 +606,7 @@ def generate_plain(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top
                 T = len(tokens)
                 end = torch.full((T,), T)
                 last = model(tokens, end)[-1:]                                 # (1, D)
-                logits = last @ model.head.to(last.dtype).T                    # (1, V)
+                logits = model.logits(last)                                    # (1, V)
                 position = torch.tensor([T], device=device)
                 token = draw_token(logits, own_seed, position, temperature, top_p)
                 answer.append(token.item())
@@ -1745,7 +1749,7 @@ class Engine:
     def draw(self, slot, hidden, length, drawn):
         """Draw the next token of each slot, after a prompt of `length` and an answer of `drawn`
         tokens: hidden (B, D), slot and length (B,), drawn an int or (B,)."""
-        logits = hidden @ self.model.head.to(hidden.dtype).T                       # (B, V)
+        logits = self.model.logits(hidden)                                         # (B, V)
         self.broken |= ~logits.amax().isfinite()
         position = length + drawn
         s = self.sampling
@@ -2104,12 +2108,10 @@ def weights_hash(folder):
     written."""
     digest = hashlib.blake2b(digest_size=16)
     for path in weight_files(Path(folder)):
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(2 ** 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise InputError(f"{path}: cannot read: {error.strerror}") from None
+        check_is_there(path)
+        with reading(path), open(path, "rb") as file:
+            while chunk := file.read(2 ** 22):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -2119,10 +2121,15 @@ def config_hash(folder):
     return fingerprint([vars(config).items()])
 
 
-def read_tensors(path):
-    """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
+def check_is_there(path):
+    """InputError where there is no such file of weights."""
     if not is_there(path):
         raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of a safetensors file; InputError where it is absent or damaged."""
+    check_is_there(path)
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -2170,6 +2177,8 @@ def pick_device(name=None):
         name = "cuda"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if str(name).split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise InputError(f"--device {name}: is neither cuda, mps nor cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -2221,9 +2230,14 @@ class World:
 
 def join_ranks(name=None):
     """The World of this process: alone, or one of those that torchrun started. name: --device."""
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)
-    if ranks == 1:
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if told == "1":
         return World(pick_device(name))
+    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not told.isdecimal() or told == "0" or not all(os.environ.get(name) for name in others):
+        raise InputError(f"WORLD_SIZE is {told} in the environment, but torchrun did not start "
+                         "this process: start it with torchrun, or unset WORLD_SIZE")
+    ranks = int(told)
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"           # nobody touches another's GPU
     device = pick_device(name)

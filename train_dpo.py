@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
                   read_records, warn)
-from model import answer_logprobs, join_ranks, read_arguments, weights_hash
+from model import answer_logprobs, join_ranks, read_arguments
 from train_sft import (Interrupts, Log, batches, checkpoint_folder, describe_run, end_early,
                        fit_memory, is_due, load_for_training, lr_at, make_optimizer, resume, save,
                        save_final, start_run, token_counts, training_arguments, update)
@@ -136,7 +136,6 @@ def main(argv=None):
     schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    args.weights_hash = weights_hash(args.model)    # the reference's: --resume refuses another
     describe_run(args, world, examples, schedule, alphas.tolist())
     checkpoint = start_run(args, world)
     fit_memory(args, world, examples)

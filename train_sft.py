@@ -35,10 +35,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
 from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, on_terminal, pack,
-                  parse_records, read_object, read_records, say, write_json, write_whole, writing)
+                  parse_records, read_object, read_records, say, tell, write_json, write_whole,
+                  writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
                    fingerprint, join_ranks, name_of, pick_dtype, read_arguments, read_tensors,
-                   weight_files)
+                   weight_files, weights_hash)
 
 
 def sft_loss(logprobs, count):
@@ -100,7 +101,7 @@ def main(argv=None):
     steps_per_epoch = len(schedule) // args.epochs
     schedule = schedule[:args.max_steps]
     steps = len(schedule)
-    describe_run(args, world, examples, schedule)
+    describe_run(args, world, examples, schedule, held_out=held_out)
     checkpoint = start_run(args, world)
     fit_memory(args, world, examples)
     model = load_for_training(args, world)
@@ -318,7 +319,12 @@ WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def checkpoint_folder(args, step):
     """Where the checkpoint after this step goes."""
-    return Path(args.out) / f"step-{step:06d}"
+    return Path(args.out) / checkpoint_name(step)
+
+
+def checkpoint_name(step):
+    """What its folder is called."""
+    return f"step-{step:06d}"
 
 
 def is_due(step, steps, every):
@@ -333,10 +339,7 @@ def save(folder, model, optimizer, step, world, keep=2):
     state = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if world.rank > 0:
         return                                          # torch gives whole tensors to rank 0 alone
-    moments = {}
-    for parameter, values in state["state"].items():
-        for key, value in values.items():
-            moments[f"{parameter}:{key}"] = value.contiguous()
+    moments = {name: value.contiguous() for name, value in moments_of(state).items()}
     folder = Path(folder)
     temporary = Path(f"{folder}.tmp")
     for left in folder.parent.glob("step-[0-9]*.tmp"):      # of a kill while it was written
@@ -344,8 +347,11 @@ def save(folder, model, optimizer, step, world, keep=2):
     model.save_pretrained(temporary, model.head.dtype, weights)
     write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
     write_json(temporary / "state.json", {"step": step})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with writing(folder):
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
     for old in checkpoints(folder.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -360,8 +366,17 @@ def save_final(args, model, tokenizer, world):
         if left.is_file():                              # what a kill leaves of safetensors' writing
             left.unlink()
     tokenizer.save_pretrained(args.out)
+    dtype = getattr(torch, model.config.torch_dtype)
+    if any(overflows(weight, dtype) for weight in weights.values()):
+        tell(f"{args.out}: weights are too large for {model.config.torch_dtype}: stored in float32")
+        model.config.torch_dtype = "float32"
     model.save_pretrained(args.out, state=weights)
     say(f"wrote {args.out}")
+
+
+def overflows(weight, dtype):
+    """Does a number become infinite in this dtype?"""
+    return bool((weight.to(dtype).isinf() & weight.isfinite()).any())
 
 
 def checkpoints(out):
@@ -372,45 +387,79 @@ def checkpoints(out):
 
 
 def resume(folder, model, optimizer):
-    """Load a checkpoint into model and optimizer, whatever number of ranks wrote it;
-    returns its step."""
+    """Load a checkpoint into model and optimizer, whatever number of ranks wrote it; returns its
+    step. InputError where it is not whole, or another step's."""
+    step = read_object(folder / "state.json").get("step")
+    if type(step) is not int or folder.name != checkpoint_name(step):
+        raise not_whole(folder, "state.json does not say this step")
     if hasattr(model, "reshard"):                       # FSDP: a forward pass leaves the head whole
         model.reshard()
     weights = {}
     for path in weight_files(folder):
         weights.update(read_tensors(path))
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    check_tensors(folder, weights, trained)
     states.set_model_state_dict(model, weights, options=WHOLE)
     # the optimizer makes its moments in the first call;
     # they are then filled, so there is one copy only
-    state = states.get_optimizer_state_dict(model, optimizer)["state"]
+    moments = moments_of(states.get_optimizer_state_dict(model, optimizer))
+    left = set(moments)
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):
-        parameter, key = name.rsplit(":", 1)
-        into = state[parameter][key]
+        check_tensors(folder, {name: tensor}, {name: moments.get(name)})
+        left.remove(name)
+        into = moments[name]
         if hasattr(into, "device_mesh"):
             tensor = dist.tensor.distribute_tensor(tensor.to(into.device), into.device_mesh,
                                                    into.placements)
         into.copy_(tensor)
-    step = read_object(folder / "state.json").get("step")
-    if type(step) is not int:
-        raise InputError(f"{folder}/state.json has no step; remove the folder to go on from the "
-                         "checkpoint before it")
+    if left:
+        raise not_whole(folder, f"{min(left)} is missing")
     return step
 
 
+def moments_of(state):
+    """{"parameter:key": tensor} of an optimizer's state."""
+    return {f"{parameter}:{key}": value
+            for parameter, values in state["state"].items()
+            for key, value in values.items()}
+
+
+def check_tensors(folder, tensors, wanted):
+    """InputError unless these tensors of a checkpoint have names, shapes and dtypes of `wanted`."""
+    for name in sorted(tensors.keys() | wanted.keys()):
+        tensor = tensors.get(name)
+        want = wanted.get(name)
+        if tensor is None or want is None:
+            raise not_whole(folder, f"{name} is {'missing' if tensor is None else 'unknown'}")
+        if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
+            raise not_whole(folder, f"{name} has another shape or dtype")
+
+
+def not_whole(folder, why):
+    """The InputError for a checkpoint that cannot be gone on from."""
+    return InputError(f"{folder}: {why}; remove this folder to go on from the checkpoint before it")
+
+
 # ------------------------------------------------------------------ a run and its log
-def describe_run(args, world, examples, schedule, alphas=()):
+def describe_run(args, world, examples, schedule, alphas=(), held_out=()):
     """Add to args, for the log, what makes a run this one beside its arguments: examples, how many
-    there are; data_hash, of all ids and of the pairs' alphas; schedule_hash, of the batches and
-    learning rates; config_hash, of the base model's; dtype, as other hardware would choose
-    another."""
-    ids = [sequence for e in examples for sequence in (e.prompt, *e.answers)]
+    there are; data_hash, of all ids and of the pairs' alphas; eval_hash, of the held-out ids;
+    schedule_hash, of the batches and learning rates; config_hash and weights_hash, of the base
+    model; dtype, as other hardware would choose another."""
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.examples = len(examples)
-    args.data_hash = fingerprint([*ids, alphas])
+    args.data_hash = fingerprint([*all_ids(examples), alphas])
+    args.eval_hash = fingerprint(all_ids(held_out))
     args.schedule_hash = fingerprint([*schedule, rates])
     args.config_hash = config_hash(args.model)
+    args.weights_hash = weights_hash(args.model)
     args.dtype = name_of(pick_dtype(world.device, args.dtype))
+
+
+def all_ids(examples):
+    """The ids of every prompt and answer."""
+    return [ids for e in examples for ids in (e.prompt, *e.answers)]
 
 
 def start_run(args, world):
@@ -441,8 +490,9 @@ def check_same_run(args, before):
     """InputError where a setting that shapes the result is not the one that the run began with.
     before: the first line of its log; an older one has fewer settings."""
     both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
-    dpo = "beta sft weights_hash"
-    for name in f"{both} data_hash config_hash schedule_hash {dpo}".split():
+    hashes = "data_hash eval_hash config_hash weights_hash schedule_hash"
+    dpo = "beta sft"
+    for name in f"{both} {hashes} {dpo}".split():
         now = getattr(args, name, None)
         was = before.get(name, now)
         if was != now:
@@ -451,14 +501,14 @@ def check_same_run(args, before):
 
 
 class Interrupts:
-    """Notices SIGTERM and Ctrl-C. Before the first step they end the run at once; then it ends
-    after a whole step, which is saved. Another Ctrl-C ends it at once; another SIGTERM does
-    nothing, as torchrun passes on what a rank may have had already."""
+    """Notices SIGTERM, Ctrl-C and a terminal that is closed. Before the first step they end the run
+    at once; then it ends after a whole step, which is saved. Another Ctrl-C ends it at once;
+    another of the others does nothing, as torchrun passes on what a rank may have had already."""
 
     def __init__(self):
         self.seen = 0
         self.after_step = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.notice)
 
     def notice(self, number, frame):
@@ -494,14 +544,22 @@ class Log:
         """Write the first line anew, and keep the lines of steps that the checkpoint has."""
         header = {**vars(args), "torch": torch.__version__, "git": git_commit()}
         lines = [json.dumps(header, default=str)]
-        old = []
         if self.done and self.path.exists():
-            old = self.path.read_text().splitlines()[1:]
-        for line in old:
-            if line.endswith("}") and json.loads(line)["step"] <= self.done:
-                lines.append(line)
+            lines += self.lines_to_keep()
         text = "".join(line + "\n" for line in lines)
         write_whole(self.path, lambda path: path.write_text(text))
+
+    def lines_to_keep(self):
+        """The lines of the steps that the checkpoint has, of a log that a kill may have cut."""
+        kept = []
+        for line in self.path.read_text(errors="replace").splitlines()[1:]:
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, LookupError, TypeError):
+                continue
+            if type(step) is int and step <= self.done:
+                kept.append(line)
+        return kept
 
     def write(self, step, figures):
         """Add one step; figures: loss, lr, grad_norm, tokens and what else the stage counts."""

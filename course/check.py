@@ -158,6 +158,8 @@ def main(argv=None):
     p.add_argument("name", nargs="?", type=exercise_name, metavar="NAME", help="an exercise")
     p.add_argument("--hint", type=int, choices=(1, 2, 3), help="show a hint instead")
     args = p.parse_args(argv)
+    if sys.stdout:              # what the console cannot show: as Python spells it
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.chdir(ROOT)
     if args.hint:
         print(hint(BY_NAME[args.name], args.hint) if args.name else "which exercise?")

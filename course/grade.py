@@ -13,10 +13,12 @@ backward pass), the student's own together count as well. First rules.py reads t
 runs in a process of its own, for at most --seconds of CPU time (see sandbox.py), where twins of it
 are blank. A part of an exercise gives its points if its tests and its random cases all pass. Only
 plain files are read, and what goes wrong with one hand-in costs no other student anything.
+
+In FILE of --table and --json the rows of students who are not graded now are kept.
 """
 import argparse
 import csv
-import json
+import io
 import os
 import signal
 import stat
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sandbox
@@ -31,6 +34,11 @@ from exercises import (DAY_ONE, EXERCISES, ROOT, SCRIPTS, SETS, blank, exercises
                        is_blank, lines_of, parse, splice, top_names)
 from make_assignment import copy_parts
 from rules import refusals
+
+if __name__ != "__mp_main__":       # as which the process of a graded function loads this file, and
+    sys.path.insert(0, str(ROOT))   # there nothing that solves an exercise may be in memory
+    from data import (InputError, at_least, is_there, read_object, read_text, write_bytes,
+                      write_json, write_whole, writing)
 
 NEEDED = ["toy/model", "tests/test_exercises.py", "tests/test_exercises_kernels.py",
           "course/cases.py", "course/exercises.py"]
@@ -49,6 +57,11 @@ class Result:
     seconds: float = 0.0
     log: str = ""
 
+    def __post_init__(self):
+        """Nothing that graded code says steers a terminal, or stops a file from being written."""
+        self.remarks = {part: spelled_out(wrong, "\n\t") for part, wrong in self.remarks.items()}
+        self.log = spelled_out(self.log, "\n\t")
+
     @property
     def remark(self):
         """One line for the table."""
@@ -59,6 +72,13 @@ class Result:
         room = 160 // max(1, sum(map(bool, self.remarks.values())))
         return "; ".join(f"{part}: {in_one_line(wrong, room)}" if part else in_one_line(wrong, room)
                          for part, wrong in self.remarks.items() if wrong)
+
+
+def spelled_out(text, kept=""):
+    """The text, with control characters (but for those kept) and what UTF-8 cannot spell as Python
+    spells them: a name that is not UTF-8, b"Jos\\xe9", becomes Jos\\udce9."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def in_one_line(text, room):
@@ -226,36 +246,117 @@ def names_of(folders):
     paths = [Path(folder).resolve().parts[1:] for folder in folders]
     names = []
     for depth in range(1, max(map(len, paths)) + 1):
-        names = ["-".join(parts[-depth:]) for parts in paths]
+        names = [spelled_out("-".join(parts[-depth:])) for parts in paths]
         if len(set(names)) == len(names):
             break
     return names
 
 
-def write_tables(args, graded, exercises):
-    """Write the points of all who are graded so far where --table and --json ask for them."""
-    if args.table:
-        write_table(args.table, graded, exercises)
-    if args.json:
-        points = {name: {key: r.points for key, r in results.items()}
-                  for name, results in graded.items()}
-        Path(args.json).write_text(json.dumps(points, indent=2) + "\n")
+def grade_class(args, names, students, exercises):
+    """Grade these students, and write what is asked for after each: the next may be interrupted."""
+    rows, points = start_files(args, names, exercises)
+    for name, student in zip(names, students):
+        if len(students) > 1:
+            print(f"\n==== {name}")
+        results = grade(student, exercises, args.seed, args.seconds, len(args.only or []) == 1)
+        if args.feedback:
+            write_text(feedback_path(args, name), feedback(name, results, exercises, args.seed))
+        if args.table:
+            rows[name] = row_of(name, results, exercises)
+            write_table(args.table, rows, exercises)
+        if args.json:
+            points[name] = {e.name: results[e.name].points for e in exercises}
+            write_json(args.json, points)
 
 
-def write_table(path, graded, exercises):
-    """One CSV row a student: total, each set, each exercise."""
+# ------------------------------------------------------------------ files
+def start_files(args, names, exercises):
+    """({student: row of --table}, {student: points for --json}) of files that are there; they are
+    kept. InputError, before anybody is graded, where something cannot be written or kept."""
+    files = [args.table, args.json]
+    if args.feedback:
+        files += [feedback_path(args, name) for name in names]
+    for path in filter(None, files):
+        check_writable(Path(path))
+    rows = read_table(args.table, exercises) if args.table else {}
+    points = read_points(args.json, exercises) if args.json else {}
+    return rows, points
+
+
+def feedback_path(args, name):
+    return Path(args.feedback) / f"{name}.md"
+
+
+def check_writable(path):
+    """InputError unless `write_whole` can write this file. One that is there stays as it is."""
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is a folder, or no plain file; choose another name")
+        if path.parent.is_file():
+            raise InputError(f"{path.parent}: is a file; choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")      # the longer name of the two
+        temporary.touch()
+        temporary.unlink()
+
+
+def write_text(path, text):
+    """Write a file whole, whatever is in the text."""
+    write_whole(path, partial(write_bytes, text.encode("utf-8", "backslashreplace")))
+
+
+def head_of(exercises):
+    """The first two rows of a table: its columns, and the most points of each."""
     sets = by_set(exercises)
-    head = ["student", "total", *(f"set {n}" for n, _ in sets), *(e.name for e in exercises)]
-    most = [sum(e.points for e in exercises), *(sum(e.points for e in some) for _, some in sets),
-            *(e.points for e in exercises)]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerow(["(of)", *most])
-        for name, results in graded.items():
-            each = [points_of(results, some) for _, some in sets]
-            writer.writerow([name, points_of(results, exercises), *each,
-                             *(results[e.name].points for e in exercises)])
+    columns = ["student", "total", *(f"set {n}" for n, _ in sets), *(e.name for e in exercises)]
+    groups = [exercises, *(some for _, some in sets), *([e] for e in exercises)]
+    most = [str(sum(e.points for e in group)) for group in groups]
+    return [columns, ["(of)", *most]]
+
+
+def row_of(name, results, exercises):
+    """A student's row of a table: total, each set, each exercise."""
+    sets = [points_of(results, some) for _, some in by_set(exercises)]
+    each = [results[e.name].points for e in exercises]
+    return [name, points_of(results, exercises), *sets, *each]
+
+
+def write_table(path, rows, exercises):
+    """One CSV row a student."""
+    file = io.StringIO()
+    csv.writer(file).writerows([*head_of(exercises), *rows.values()])
+    write_text(path, file.getvalue())
+
+
+def read_table(path, exercises):
+    """{student: row} of a table, {} where there is none; InputError where it has other columns."""
+    if not is_there(path):
+        return {}
+    try:
+        lines = [row for row in csv.reader(io.StringIO(read_text(path))) if row]
+    except csv.Error:
+        lines = []
+    rows = {row[0]: row for row in lines[2:]}
+    columns = head_of(exercises)[0]
+    whole = len(rows) == len(lines[2:]) and all(len(row) == len(columns) for row in rows.values())
+    if lines[:2] != head_of(exercises) or not whole:
+        raise InputError(not_ours(path))
+    return rows
+
+
+def read_points(path, exercises):
+    """{student: {exercise: points}} of a JSON file, {} where there is none; InputError where it
+    has other exercises."""
+    students = read_object(path, absent={})
+    names = {e.name for e in exercises}
+    for points in students.values():
+        if not isinstance(points, dict) or set(points) != names:
+            raise InputError(not_ours(path))
+    return students
+
+
+def not_ours(path):
+    return f"{path}: is no table of these exercises, and is left as it is; choose another file"
 
 
 # ------------------------------------------------------------------ the grader itself
@@ -313,7 +414,8 @@ def check_reach():
               f"{ROOT} lies in a system folder); grade strangers in a container", file=sys.stderr)
 
 
-def main(argv=None):
+def parser():
+    """What the command line may hold."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("students", nargs="*", metavar="STUDENT", help="folders of students")
@@ -321,25 +423,39 @@ def main(argv=None):
                    help="what to grade (default: 1 2 3 4)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these exercises")
     p.add_argument("--seed", type=int, default=0, help="of the random cases")
-    p.add_argument("--seconds", type=int, default=20, help="CPU time an exercise may take")
+    p.add_argument("--seconds", type=at_least(1), default=20, help="CPU time an exercise may take")
     p.add_argument("--table", metavar="FILE", help="also write a CSV row a student there")
     p.add_argument("--feedback", metavar="DIR", help="also write DIR/STUDENT.md for each")
     p.add_argument("--json", metavar="FILE", help="also write {student: {exercise: points}} there")
     p.add_argument("--self-check", action="store_true",
                    help="grade blanks, our code, known mistakes and cheats")
+    return p
+
+
+def who_handed_in(folders):
+    """Those of the folders that hold a script; says which do not."""
+    students = []
+    for folder in folders:
+        if any(os.path.lexists(Path(folder) / file) for file in SCRIPTS):
+            students.append(folder)
+        else:
+            print(f"{spelled_out(folder)}: holds none of the six scripts, and is not graded",
+                  file=sys.stderr)
+    return students
+
+
+def main(argv=None):
+    p = parser()
     args = p.parse_args(argv)
+    if sys.stdout:              # letters that the console has not: as Python spells them
+        sys.stdout.reconfigure(errors="backslashreplace")
     unknown = set(args.only or []) - {e.name for e in EXERCISES}
     if unknown:
         p.error(f"no exercise is called {', '.join(sorted(unknown))}")
     some = exercises_of(args.sets)
     if args.only:
         some = [e for e in EXERCISES if e.name in args.only]
-    students = []
-    for student in args.students:
-        if any(os.path.lexists(Path(student) / file) for file in SCRIPTS):
-            students.append(student)
-        else:
-            print(f"{student}: holds none of the six scripts, and is not graded", file=sys.stderr)
+    students = who_handed_in(args.students)
     if args.students and not students:
         p.error("there is nobody to grade")
     if not (args.students or args.self_check):
@@ -350,17 +466,8 @@ def main(argv=None):
         return self_check(some, args.seed, args.seconds) > 0
     names = names_of(students)
     if len(set(names)) < len(names):
-        p.error("a folder is given twice")
-    graded = {}
-    for name, student in zip(names, students):
-        if len(students) > 1:
-            print(f"\n==== {name}")
-        graded[name] = grade(student, some, args.seed, args.seconds, len(args.only or []) == 1)
-        if args.feedback:
-            path = Path(args.feedback) / f"{name}.md"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(feedback(name, graded[name], some, args.seed), encoding="utf-8")
-        write_tables(args, graded, some)                    # now: the next may be interrupted
+        p.error("a folder is given twice, or two have names that look alike")
+    grade_class(args, names, students, some)
     return 0
 
 

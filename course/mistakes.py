@@ -292,10 +292,10 @@ def answer_sums(logprobs, answer, n):
     ],
     "up_to_verdict": [
         ("text.rstrip()", "text"),
-        ("colon + 1", "colon"),
+        ("heading.end() + line.end()", "heading.end() + line.end() - 1"),
         ("text[heading.end():]", "text"),
-        ("line_of(task).search(", 're.compile(rf"(?i){task}.*?:(.*)").search('),
-        ('text.rindex(":", 0, heading.end() + line.start(1))', 'text.index(":")'),
+        ('line_of(task, "").search(', 're.compile(rf"(?i){task}.*?:").search('),
+        ("text[:heading.end() + line.end()]", "text[:text.index(':') + 1]"),
     ],
     "verdict_probability": [
         ('" " + word', "word"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from processes import tiny_folder, write_pairs, write_records
 from safetensors.torch import load_file, save_file
 
@@ -112,7 +113,7 @@ def move(name):
 
 FILES = [
     ("model/config.json", config(num_hidden_layers="GONE"), "sft", "config.json: missing .*'num_hidden_layers'"),
-    ("model/config.json", config(hidden_size="32", head_dim=None), "mine", "config.json: .* another type"),
+    ("model/config.json", config(hidden_size="32", head_dim=None), "mine", "config.json: hidden_size is '32', not a whole number"),
     ("model/config.json", config(rope_scaling={"rope_type": "yarn", "factor": 4}), "sft", "config.json: rope scaling 'yarn' is unknown"),
     ("model/config.json", config(rope_scaling={"type": "linear", "factor": 2}), "eval", "rope scaling 'linear' is unknown"),
     ("model/config.json", config(rope_scaling={"rope_type": "llama3", "factor": 8}), "sft", "config.json: 'low_freq_factor' .absent"),
@@ -126,7 +127,7 @@ FILES = [
     ("model/model.safetensors", tensors(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": w["model.norm.weight"].clone()})), "sft",
      "tensor model.layers.0.self_attn.q_proj.bias is not part of a LLaMA"),
     ("model/model.safetensors", sharded, "mine", "b.safetensors: damaged or cut short"),
-    ("model/model.safetensors", without_shard, "eval", "b.safetensors: cannot read: No such file"),
+    ("model/model.safetensors", without_shard, "eval", "b.safetensors: no such file"),
     ("model/model.safetensors", move("pytorch_model.bin"), "sft", "model.safetensors: no such file; .* safetensors"),
     ("model/model.safetensors", text(POINTER), "sft", "model.safetensors: damaged or cut short .* fetch"),
     ("model/model.safetensors", text(""), "dpo", "model.safetensors: damaged or cut short"),
@@ -200,6 +201,15 @@ def interrupted(place, monkeypatch):
     return place / "out/step-000001"
 
 
+def rewritten(change):
+    """A safetensors file whose {name: tensor} is changed."""
+    def spoil(path):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+    return spoil
+
+
 @pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: its run has batch_size = 2, not 3"),
                                              (["--batch-size", 2, "--seed", 1], "out: its run has seed = 42, not 1"),
                                              (["--batch-size", 2, "--epochs", 2], "its run has epochs = 1, not 2"),
@@ -214,10 +224,46 @@ def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch
     ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors: damaged or cut short"),
     ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors: no such file"),
     ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON"),
-    ("state.json", text("{}"), "state.json has no step")])
+    ("state.json", text("{}"), "state.json does not say this step; remove this folder to go on from the checkpoint before it"),
+    ("state.json", text('{"step": 2}'), "state.json does not say this step"), ("state.json", text('{"step": "1"}'), "state.json does not say this step"),
+    ("model.safetensors", rewritten(lambda tensors: tensors.pop("model.norm.weight")), "model.norm.weight is missing; remove this folder"),
+    ("model.safetensors", rewritten(lambda tensors: tensors.update(x=torch.ones(1))), "x is unknown"),
+    ("model.safetensors", rewritten(lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()})), "another shape or dtype"),
+    ("optimizer.safetensors", rewritten(lambda tensors: tensors.clear()), "is missing"),
+    ("optimizer.safetensors", rewritten(lambda tensors: tensors.pop("model.norm.weight:exp_avg")), "model.norm.weight:exp_avg is missing"),
+    ("optimizer.safetensors", rewritten(lambda tensors: tensors.update({"x:y": torch.ones(1)})), "x:y is unknown"),
+    ("optimizer.safetensors", rewritten(lambda tensors: tensors.update({"model.norm.weight:step": torch.ones(2)})), "another shape or dtype")])
 def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, says):
     spoil(interrupted(place, monkeypatch) / file)
     assert says in fails(capsys, run, place, "sft", "--resume", "--batch-size", 2)
+
+
+@pytest.mark.parametrize("stage, file", [("mine", "hard.jsonl"), ("eval", "records/generated_predictions.jsonl"), ("eval", "results.json")])
+def test_files_that_were_not_made_here_are_not_written_over(place, capsys, stage, file):
+    (place / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+    (place / "out" / file).write_text('{"lm-eval": 1}\n')
+    assert "is there, and was not made here; choose another --out" in fails(capsys, run, place, stage)
+    assert (place / "out" / file).read_text() == '{"lm-eval": 1}\n'
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": "2"}])
+def test_ranks_that_torchrun_did_not_start_are_refused(place, capsys, monkeypatch, environment):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "start it with torchrun, or unset WORLD_SIZE" in fails(capsys, run, place, "sft")
+
+
+def test_a_field_that_stands_twice_is_refused(place, capsys):
+    (place / "records.jsonl").write_text('{"instruction": "i", "input": "x", "output": "harmful", "output": "unharmful"}\n')
+    assert "records.jsonl: line 1 is not valid JSON: has a field twice" in fails(capsys, run, place, "sft")
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "privateuseone:0", "CPU"])
+def test_a_device_of_another_kind_is_refused(place, capsys, device):
+    assert f"--device {device}: is neither cuda, mps nor cpu" in fails(capsys, run, place, "sft", "--device", device)
+    assert not (place / "out/metrics.jsonl").exists()
 
 
 def test_a_damaged_samples_file_is_named(place, capsys):
@@ -310,10 +356,14 @@ def test_figures_of_other_files_are_not_written_over_without_a_word(place, capsy
         evaluation.main(["--predictions", str(path), "--out", str(place / "figures")])
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and says in err if says else not err
-    for odd in ("[", "[1, {}]", "{}", "5"):
-        (place / "figures/results.json").write_text(odd)
+    for damaged in ("[", "", "[]"):
+        (place / "figures/results.json").write_text(damaged)
         evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
         assert json.loads((place / "figures/results.json").read_text())[0]["f1"] == 100
+    for foreign in ("[1, {}]", '{"results": 1}', "5"):
+        (place / "figures/results.json").write_text(foreign)
+        with pytest.raises(SystemExit, match="results.json: is there, and was not made here"):
+            evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
 
 
 @pytest.mark.parametrize("command", [["eval.py", "--moderate", "--model", "toy/model"], ["mine_hard.py", "--model", "toy/model", "--data", "toy/dev.json", "--out", "OUT"]])

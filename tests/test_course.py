@@ -7,6 +7,7 @@ mistakes and all tricks; here, all of them are tried in one process, and some th
 import ast
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ import sandbox
 import train_dpo
 import train_sft
 from conftest import ROOT
+from data import InputError
 from exercises import (BY_NAME, EXERCISES, SCRIPTS, SETS, blank, exercises_of, extras, find,
                        is_blank, lines_of, parse, splice, top_names)
 from mistakes import BY_HAND, CHEATS
@@ -171,6 +173,14 @@ def test_only_the_chosen_sets_are_blanked(tmp_path):
         make_assignment.main([str(tmp_path / "0")])
 
 
+def test_a_copy_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(InputError, match=f"{place}: cannot write: Not a directory"):
+            make_assignment.main([str(tmp_path / place)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # ------------------------------------------------------------------ the copy works
 def test_all_tests_of_a_filled_copy_can_be_collected_and_one_that_never_ends_is_ended(
         blanked, tmp_path):
@@ -218,6 +228,15 @@ def test_a_students_own_check_says_what_came_and_what_was_wanted(blanked, tmp_pa
     assert done.stdout.startswith("By `count`")
     done = run("-B", tmp_path / "copy/course/day_one.py")
     assert done.returncode == 1 and done.stdout.startswith("not written yet: format_input, judge,")
+
+
+def test_a_check_says_what_utf8_cannot_spell(tmp_path):
+    make_assignment.main([str(tmp_path / "copy"), "--sets", "0"])
+    path = tmp_path / "copy/train_sft.py"
+    wrong = "def sft_loss(logprobs, count):\n    raise AssertionError('got \\ud83d')"
+    path.write_text(splice(path.read_text(), "sft_loss", wrong))
+    done = run("-B", tmp_path / "copy/course/check.py", "sft_loss")
+    assert "got \\ud83d" in done.stdout and "1 points  wrong" in done.stdout and not done.stderr
 
 
 def test_a_check_names_the_line_that_python_cannot_read_and_the_name_that_was_meant(
@@ -480,6 +499,118 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     text = (tmp_path / "feedback/ada.md").read_text()
     assert "5 of 13 points" in text and "plain yes, stretch no" in text
     assert "it turns once, less often than 4: divided by 8" in text  # what was wanted, and why
+
+
+def test_no_remark_and_no_name_ends_a_class_or_steers_a_terminal(tmp_path):
+    """Half a surrogate pair, escape codes, letters that the console has not, and a folder whose name is
+    no UTF-8; zoe, who comes last, is graded."""
+    bad = tmp_path / os.fsdecode(b"Jos\xe9\x1b[2J")
+    good = tmp_path / "zoe"
+    for folder in (bad, good):
+        folder.mkdir()
+    (bad / "train_sft.py").write_text("def lr_at(step, steps, peak):\n"
+                                      "    raise AssertionError('got \\ud83d\\x1b[2J\\u2192')\n")
+    (good / "train_sft.py").write_text((ROOT / "train_sft.py").read_text())
+    (tmp_path / "none\x1b[2J").mkdir()
+    done = run(ROOT / "course/grade.py", bad, tmp_path / "none\x1b[2J", good, "--only", "lr_at",
+               "--table", tmp_path / "class.csv", "--json", tmp_path / "points.json",
+               "--feedback", tmp_path / "feedback", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    name = r"Jos\udce9\x1b[2J"
+    assert f"==== {name}" in done.stdout and "==== zoe" in done.stdout
+    assert r"got \ud83d\x1b[2J\u2192" in done.stdout                     # the log and the remark
+    assert r"none\x1b[2J: holds none of" in done.stderr and "\x1b" not in done.stdout + done.stderr
+    points = json.loads((tmp_path / "points.json").read_text())
+    assert points == {name: {"lr_at": 0}, "zoe": {"lr_at": 1}}
+    rows = csv.reader((tmp_path / "class.csv").read_text().splitlines())
+    assert [row[:2] for row in rows][2:] == [[name, "0"], ["zoe", "1"]]
+    assert "got \\ud83d\\x1b[2J\u2192" in (tmp_path / f"feedback/{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_process_of_a_graded_function_loads_no_script_of_ours():
+    """multiprocessing loads grade.py there once more, under the name __mp_main__."""
+    loads = "import runpy, sys; sys.path.insert(0, 'course'); " \
+            "runpy.run_path('course/grade.py', run_name='__mp_main__'); print(*sys.modules)"
+    done = run("-c", loads, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not {file.removesuffix(".py") for file in SCRIPTS} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_a_function_is_given_some_time(seconds, capsys):
+    with pytest.raises(SystemExit):
+        grade.main([str(ROOT), "--only", "lr_at", "--seconds", seconds])
+    assert "--seconds: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Grade these students' f1 by quick(names, points, options...), in no time; quick.graded says who
+    was."""
+    def graded_at_once(folder, exercises, seed, seconds, show=False):
+        quick.graded.append(folder.name)
+        return {e.name: grade.Result(quick.points, {"": ""}) for e in exercises}
+
+    def quick(names, points, *options):
+        quick.graded, quick.points = [], points
+        for name in names.split():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "eval.py").touch()
+        return grade.main([*(str(tmp_path / name) for name in names.split()), "--only", "f1", *options])
+
+    monkeypatch.setattr(grade, "grade", lambda folder, *rest: graded_at_once(grade.Path(folder), *rest))
+    monkeypatch.setattr(grade, "check_reach", lambda: None)
+    return quick
+
+
+def test_rows_of_students_who_are_not_graded_again_are_kept(quick, tmp_path):
+    table, points = tmp_path / "class.csv", tmp_path / "points.json"
+    into = ["--table", str(table), "--json", str(points)]
+    quick("ann ben", 1, *into)
+    quick("ben cid", 0, *into)
+    assert table.read_text().splitlines() == [
+        "student,total,set 4,f1", "(of),1,1,1", "ann,1,1,1", "ben,0,0,0", "cid,0,0,0"]
+    assert json.loads(points.read_text()) == {"ann": {"f1": 1}, "ben": {"f1": 0}, "cid": {"f1": 0}}
+
+
+@pytest.mark.parametrize("there", [
+    "", "my notes\n", "student,total,set 1,lr_at\n(of),1,1,1\nann,1,1,1\n",         # none, notes, other exercises
+    "student,total,set 4,f1\n(of),1,1,1\nann,1,1\n",                               # a row that is too short
+    "student,total,set 4,f1\n(of),1,1,1\nann,1,1,1\nann,0,0,0\n",                   # two of one name
+    '{"ann": {"lr_at": 1}}', '{"ann": 1}', "[]"])
+def test_a_file_that_is_no_table_of_these_exercises_is_left_alone(quick, tmp_path, there):
+    (tmp_path / "file").write_text(there)
+    for option in ("--table", "--json"):
+        with pytest.raises(InputError, match="file.? is") as error:
+            quick("ann", 1, option, str(tmp_path / "file"))
+        assert "\n" not in str(error.value)
+        assert quick.graded == [] and (tmp_path / "file").read_text() == there
+
+
+def test_a_place_that_cannot_be_written_is_one_line_before_anybody_is_graded(quick, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for option, place, says in (
+        ("--table", "folder", "folder: is a folder"),
+        ("--json", "folder", "folder: is a folder"),
+        ("--table", "file/class.csv", "file: is a file; choose another folder"),
+        ("--json", "file/points.json", "file: is a file; choose another folder"),
+        ("--feedback", "file", "file: is a file; choose another folder"),
+    ):
+        with pytest.raises(InputError, match=says):
+            quick("ann", 1, option, str(tmp_path / place))
+        assert quick.graded == []
+    assert (tmp_path / "file").read_text() == "mine"
+    too_long = "n" * 255                                    # whose feedback would have a longer name still
+    with pytest.raises(InputError, match="File name too long"):
+        quick(f"ann {too_long}", 1, "--feedback", str(tmp_path / "feedback"))
+    assert quick.graded == []
+
+
+def test_names_that_are_one_when_spelled_out_are_said(quick):
+    with pytest.raises(SystemExit):
+        quick(r"a\x07 " + "a\x07", 1)
+    assert quick.graded == []
 
 
 def test_a_forward_and_its_backward_count_together(monkeypatch):

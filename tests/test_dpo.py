@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from types import SimpleNamespace
 
 import train_dpo
+import train_sft
 from data import INSTRUCTION, InputError, format_answers, format_input, pack
 from model import World
 from train_dpo import (answer_sums, block_start, dpo_loss, pairs_loss, reference_logprobs,
@@ -159,7 +160,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_resumes_bit_for_bit(tmp_
 def test_resuming_with_other_pairs_or_another_reference_is_refused(tmp_path, monkeypatch):
     run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl"), "--max-steps", 1)
     with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash = '.*', not 'new'"):
-        patched.setattr(train_dpo, "weights_hash", lambda folder: "new")
+        patched.setattr(train_sft, "weights_hash", lambda folder: "new")
         run(tmp_path / "a", tmp_path / "hard.jsonl", "--max-steps", 1, "--resume")
     with pytest.raises(InputError, match="its run has examples = 12, not 7"):
         run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")

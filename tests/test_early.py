@@ -4,9 +4,12 @@ import random
 
 import pytest
 import torch
+import traces
+import view
 
 import early_verdict
-from data import (VERDICTS, InputError, encode_records, format_answers, format_input, gold_verdict,
+import eval as evaluation
+from data import (INSTRUCTION, VERDICTS, InputError, encode_records, format_answers, format_input, gold_verdict,
                   pack)
 from early_verdict import (Branch, curve, cut_traces, early_verdicts, find_forms, grow,
                            read_sections, reading_places, summarize)
@@ -278,3 +281,51 @@ def test_script_says_in_one_line_what_it_cannot_read(tmp_path):
         early_verdict.main(["--model", "toy/model", "--data", str(data)])
     early_verdict.main(["--data", str(data), "--cut", str(tmp_path / "cut.json")])
     assert json.loads((tmp_path / "cut.json").read_text())[0]["output"] == TRACE
+
+
+LLAMA3 = ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+          "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+FRAMES = [("", ""), LLAMA3, ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+          ("<s>[INST] ", " [/INST]"), ("user\n\n", "assistant\n\n")]
+
+
+def framed(frame, exchange, instruction=INSTRUCTION):
+    """A saved prompt, as a chat template wrote it."""
+    return frame[0] + instruction + "\n" + exchange + frame[1]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_prompt_is_cut_where_it_was_put_together(frame):
+    for exchange in (format_input("May I?"), format_input("May I?", "Sure."), "  " + format_input("a")):
+        for instruction in (INSTRUCTION, "i"):
+            line = {"prompt": framed(frame, exchange, instruction), "label": "harmful", "predict": TRACE}
+            record = early_verdict.record_of_prediction(line, "some")
+            assert (record["instruction"], record["input"]) == (instruction, exchange)
+    for prompt, instruction, text in (("no exchange\nat all\n", "no exchange", "at all\n"), ("one line", "", "one line"),
+                                      (format_input("a"), "", format_input("a")), ("", "", "")):
+        record = early_verdict.record_of_prediction({"prompt": prompt, "predict": ""}, "some")
+        assert (record["instruction"], record["input"]) == (instruction, text)
+
+
+@pytest.mark.parametrize("dataset", ["some", "AegisSafetyTest", "HarmBenchResponse"])
+def test_all_readers_of_predictions_give_one_gold(tmp_path, dataset):
+    lines = [{"prompt": framed(frame, format_input("May I?", response)), "label": label, "predict": TRACE}
+             for frame in FRAMES for response in (None, "Sure.")
+             for label in ("harmful", "refusal", format_answers("unharmful", None, "harmful"))]
+    path = tmp_path / dataset / "generated_predictions.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gold = [case["gold"] for case in evaluation.read_predictions(path, dataset)]
+    assert gold[:6] * len(FRAMES) == gold                           # whatever the frame
+    assert [record["gold"] for record in early_verdict.read_answers(path)] == gold
+    assert [row["gold"] for row in view.rows_of_predictions(path)] == gold
+    assert [some for _, some in traces.read_traces(path, {})] == gold
+
+
+def test_cut_records_never_replace_those_that_are_read(tmp_path):
+    data = tmp_path / "x.json"
+    data.write_text(json.dumps([{"instruction": "a", "input": "b", "output": TRACE}]))
+    before = data.read_bytes()
+    with pytest.raises(InputError, match="x.json: is read, and would be overwritten; choose another --cut"):
+        early_verdict.main(["--data", str(data), "--cut", str(data)])
+    assert data.read_bytes() == before

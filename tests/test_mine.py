@@ -149,6 +149,18 @@ def test_selecting_again_needs_no_model(tmp_path, monkeypatch):
         mine(tmp_path / "a", "--resume", "--k", 3)
 
 
+@pytest.mark.parametrize("change", [
+    lambda line: line["samples"][0].update(text=None), lambda line: line["samples"][0].update(tokens="x"), lambda line: line["samples"].pop(),
+    lambda line: line["samples"][0].update(verdict=[]), lambda line: line.update(prompt=3)])
+def test_a_block_that_is_not_whole_is_answered_again(tmp_path, change):
+    whole = mine(tmp_path / "a")
+    lines = [json.loads(line) for line in whole[0].splitlines()]
+    (tmp_path / "a/samples.jsonl").unlink()
+    change(lines[0])
+    (tmp_path / "a/samples.jsonl.parts/00000000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert mine(tmp_path / "a", "--resume") == whole
+
+
 def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_path):
     shutil.copytree("toy/model", tmp_path / "model")
     data, weights = tmp_path / "data.json", tmp_path / "model/model.safetensors"

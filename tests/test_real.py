@@ -181,7 +181,7 @@ def test_words_learn_what_words_tell_and_throughout_says_harmful():
     assert [row["verdict"]["request"] for row in rows] == [H, U]
     assert rows[0]["p"]["request"] > 0.5 > rows[1]["p"]["request"]
     assert rows[0]["verdict"]["response"] is None           # nobody labelled a response
-    (result,) = real_table.score(real_table.throughout(asked, "t"), "t")
+    (result,) = real_table.score_cases(real_table.throughout(asked, "t"), "t")
     assert (result["f1"], result["false_positive_rate"]) == (pytest.approx(200 / 3), 100)
 
 
@@ -354,6 +354,24 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     write_json(data / "data.json", {**read_json(data / "data.json"), "hash": "other"})
     with pytest.raises(InputError, match="trained on other data"):
         real.main(["table", "--data", str(data), "--out", str(out)])
+
+
+def test_arms_of_one_folder_have_one_base(tmp_path):
+    args = SimpleNamespace(out=tmp_path / "out", data=tmp_path, model=str(tmp_path / "base"), lr=1, dpo_lr=1, epochs=1,
+                           batch_size=1, mine=1, limit=None, max_new_tokens=1, dtype=None)
+    write_json(tmp_path / "data.json", {"hash": "x"})
+    weights = tmp_path / "base/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"some")
+    real.claim(args)
+    real.claim(args)
+    weights.write_bytes(b"others")                          # in the same folder
+    with pytest.raises(InputError, match="settings.json: was made with weights_hash = '.*', not '.*'; choose another --out"):
+        real.claim(args)
+    settings = read_json(args.out / "settings.json")
+    del settings["weights_hash"]                            # as it was written before this was known
+    write_json(args.out / "settings.json", settings)
+    real.claim(args)
 
 
 def test_where_no_prompt_was_hard_it_is_said(tmp_path):

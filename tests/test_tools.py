@@ -3,6 +3,7 @@ import email.utils
 import json
 import threading
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import baselines
 import certificate
 import eval as evaluation
 import mutants
+import plot
 import synthesize
 import traces
 from baselines import (Unanswered, answer_rows, ask, guard_ids, guard_text, is_refusal, parse_guard,
@@ -198,6 +200,42 @@ def test_answer_rows_asks_what_is_missing_and_drops_half_a_line(tmp_path):
         answer_rows(path, {0: "?"}, answer)
 
 
+REPLY = {"row": 0, "asked": 1, "text": "a", "finish": "stop", "refused": False}
+OUTCOME = {"row": 0, "asked": 1, "output": None, "faults": ["empty"]}
+
+
+@pytest.mark.parametrize("is_answer, good, odd", [
+    (baselines.is_reply, REPLY, [{"row": [1]}, {"row": None}, {"text": None}, {"text": 5}, {"refused": None}, {"refused": "no"}]),
+    (synthesize.is_outcome, OUTCOME, [{"row": "1"}, {"output": 5}, {"faults": None}, {"faults": [["a"]]}])])
+def test_odd_rows_of_answers_are_named_and_stay(tmp_path, is_answer, good, odd):
+    path, answer = tmp_path / "answers.jsonl", lambda row: {}
+    some = ["text", "refused"] if good is REPLY else ["output", "faults"]
+    absent = [{key: value for key, value in good.items() if key != gone} for gone in ["row", *some]]
+    for line in [[good], 7, *absent, *({**good, **change} for change in odd)]:
+        write_jsonl(path, [good, line])
+        path.write_text(path.read_text() + '{"row": 2, "te')              # cut by an interruption
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"answers.jsonl: holds .* \(line 2\); choose another --out"):
+            answer_rows(path, {0: "?"}, answer, is_answer=is_answer)
+        assert path.read_bytes() == before
+    path.write_text("")
+    assert answer_rows(path, {}, answer, is_answer=is_answer) == {}
+    path.write_bytes(b'{"row": 0, "text": "caf\xe9"}\n')
+    with pytest.raises(InputError, match="answers.jsonl: cannot read: not UTF-8"):
+        answer_rows(path, {0: "?"}, answer, is_answer=is_answer)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="answers.jsonl: cannot read: Is a directory"):
+        answer_rows(path, {0: "?"}, answer, is_answer=is_answer)
+
+
+def test_answers_that_cannot_be_written_are_said_in_one_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.symlink_to(tmp_path / "no such folder/answers.jsonl")
+    with pytest.raises(InputError, match="answers.jsonl: cannot write: No such file"):
+        answer_rows(path, {0: "?"}, lambda row: {"text": "a"})
+
+
 def test_answers_that_come_while_a_failed_run_ends_are_kept(tmp_path):
     path, asked = tmp_path / "a.jsonl", threading.Barrier(3)
 
@@ -301,7 +339,7 @@ def test_guard_predictions_by_hand(tmp_path, monkeypatch, capsys):
     assert [(line["label"], line["predict"]) for line in lines] == [
         (format_answers(H), format_answers(H)), (format_answers(U, None, H), format_answers(H, None, U)),
         (format_answers(None, None, U), format_answers())]
-    results = {r["task"]: r for r in evaluation.score(evaluation.read_predictions(path, "some"), "some")}
+    results = {r["task"]: r for r in evaluation.score_cases(evaluation.read_predictions(path, "some"), "some")}
     assert {t: (r["tp"], r["fp"], r["fn"], r["unparsable"]) for t, r in results.items()} == {
         "request": (1, 1, 0, 0), "response": (0, 1, 1, 1)}
 
@@ -317,7 +355,7 @@ def test_guard_runs_in_our_model_and_continues(tmp_path):
     first = path.read_bytes()
     baselines.main(arguments)
     assert path.read_bytes() == first
-    results = evaluation.score(evaluation.read_predictions(path, "t"), "t")
+    results = evaluation.score_cases(evaluation.read_predictions(path, "t"), "t")
     assert results and all(r["unparsable"] == r["n"] for r in results)
     with pytest.raises(InputError, match="template"):
         template.write_text("{conversation}\nSafe?")
@@ -345,7 +383,7 @@ def test_address_predictions_count_a_refusal_as_the_paper_does(tmp_path, server,
     path, asked = tmp_path / "out/some/generated_predictions.jsonl", len(server.seen)
 
     def score():
-        results = evaluation.score(evaluation.read_predictions(path, "some"), "some")
+        results = evaluation.score_cases(evaluation.read_predictions(path, "some"), "some")
         return {r["task"]: tuple(r[key] for key in ("tp", "fp", "fn", "tn", "unparsable")) for r in results}
 
     assert score() == {"request": (2, 1, 1, 0, 1), "completion": (1, 0, 0, 0, 0), "response": (0, 1, 0, 0, 0)}
@@ -357,6 +395,44 @@ def test_address_predictions_count_a_refusal_as_the_paper_does(tmp_path, server,
     assert not any(parse_verdict(system).values())
     with pytest.raises(InputError, match="model"):
         baselines.main([*arguments, "--model", "another"])
+
+
+# what each can never reach; both scripts must say so before they ask
+ARGUMENTS = [("--pause", "-5"), ("--pause", "nan"), ("--pause", "1e300"), ("--timeout", "inf"), ("--timeout", "1e300"),
+             ("--timeout", "nan"), ("--timeout", "-1"), ("--timeout", "0"), ("--url", "http://[::1"), ("--url", "file:///etc/hosts"),
+             ("--url", "localhost:8000/v1"), ("--url", "http:///v1"), ("--url", "http://a b/v1"), ("--url", "http://host:port/v1"),
+             ("--url", "http://host:99999/v1"), ("--url", "http://me:secret@host/v1"), ("--url", "http://host/\u00e9"), ("--url", "http://host\n/v1")]
+
+
+@pytest.mark.parametrize("script", [baselines, synthesize])
+@pytest.mark.parametrize("name, value", ARGUMENTS)
+def test_an_argument_with_which_no_row_is_ever_answered_is_refused(tmp_path, capsys, script, name, value):
+    data = write_jsonl(tmp_path / "some.jsonl", [record("one", None, H)])
+    arguments = {"--url": "http://127.0.0.1:9/v1", "--model": "m", "--data": str(data), "--out": str(tmp_path / "out"),
+                 "--tries": "1", name: value}
+    with pytest.raises(SystemExit) as end:
+        script.main([word for pair in arguments.items() for word in pair])
+    assert end.value.code == 2 and f"error: argument {name}: must be " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_addresses_that_can_be_asked():
+    for url in ("http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:8000/v1", "HTTP://host"):
+        assert baselines.server_url(url) == url
+
+
+def test_pauses_are_doubled_up_to_an_hour(monkeypatch):
+    waited = []
+    monkeypatch.setattr(baselines.time, "sleep", waited.append)
+    monkeypatch.setattr(baselines.random, "uniform", lambda low, high: 1.0)
+    with pytest.raises(Unanswered, match="refused"):
+        ask("http://127.0.0.1:9/v1", "m", MESSAGES, tries=14)                 # nobody listens at port 9
+    assert waited == [*(2 ** n for n in range(12)), 3600]
+
+
+def test_a_template_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere.txt: cannot read"):
+        baselines.main(["--guard", "toy/model", "--data", "toy/test.json", "--out", str(tmp_path), "--template", "nowhere.txt"])
 
 
 # ------------------------------------------------------------------ reasoning synthesis
@@ -612,6 +688,67 @@ def test_traces_keep_what_is_right(tmp_path, capsys):
     assert only == record("May I?", None, lines[0]["predict"])
     traces.main([str(path), "--out", str(tmp_path / "labels.json"), "--labels"])
     assert read_records(tmp_path / "labels.json") == [record("May I?", None, format_answers(H))]
+
+
+def test_records_never_replace_what_they_are_made_of(tmp_path):
+    data = write_jsonl(tmp_path / "some.json", [{"prompt": "p", "label": H, "predict": format_answers(H)}])
+    (tmp_path / "link.json").symlink_to(data)
+    before = data.read_bytes()
+    for script, out in ((traces.main, data), (traces.main, tmp_path / "link.json"), (synthesize.main, tmp_path)):
+        options = [str(data)] if script is traces.main else ["--url", "http://h/v1", "--model", "m", "--data", str(data)]
+        with pytest.raises(InputError, match="some.json: is read, and would be overwritten; choose another --out"):
+            script([*options, "--out", str(out)])
+        assert data.read_bytes() == before
+    with pytest.raises(InputError, match="gone.json: cannot read"):
+        traces.main([str(tmp_path / "gone.json"), "--out", str(data)])
+
+
+# ------------------------------------------------------------------ pictures of odd runs
+
+
+STEP = dict(step=1, loss=0.7, margin=0.1, accuracy=1.0)
+RESULT = dict(task="completion", dataset="a", n=9, f1=88.8, ci95=[80.0, 91.5])
+
+
+@pytest.mark.parametrize("row, says", [
+    ({**STEP, "step": 6, "loss": float("nan")}, "the run's loss is no number at step 6, but NaN; leave this run out"),
+    ({**STEP, "loss": float("inf")}, "the run's loss is no number at step 1, but Infinity"), ({**STEP, "loss": None}, "loss is no number at step 1, but null"),
+    ({**STEP, "loss": "\ud83d"}, r"the run's loss is no number at step 1, but .\\ud83d"), ({**STEP, "loss": 10 ** 400}, "loss is no number"),
+    ({**STEP, "margin": None}, "the run's margin is no number at step 1"), ({"step": 2, "loss": 0.7}, "margin is no number at step 2, but null"),
+    ({"step": 2, "margin": 1.0, "accuracy": 1.0}, "loss is no number at step 2, but null"),
+    ([1], "is no step of a run; name a metrics.jsonl"), ({"loss": 1.0}, "is no step"), ({**STEP, "step": "1"}, "is no step")])
+def test_odd_steps_are_named(tmp_path, row, says):
+    for rows in ([{}, STEP, row], [{}, row]):
+        if len(rows) == 2 and "margin" in says and "margin" not in row:
+            continue                                                      # alone, it is a step of another kind of run
+        path = write_jsonl(tmp_path / "metrics.jsonl", rows)
+        with pytest.raises(InputError, match=rf"metrics.jsonl: line {len(rows)}:? ?.*{says}"):
+            plot.main(["--metrics", str(path), "--results", "--out", str(tmp_path)])
+    assert not list(tmp_path.glob("*.svg"))
+
+
+@pytest.mark.parametrize("results, says", [
+    (7, "is no list of results"), ({}, "is no list of results"), ([RESULT, 7], "result 2 is not as eval.py writes it"),
+    *[([RESULT, {**RESULT, **change}], r"result 2 is not as eval.py writes it: dataset, task \(request, response, completion\), n, and f1")
+      for change in ({"task": "other"}, {"task": ["request"]}, {"dataset": 3}, {"f1": None}, {"f1": float("nan")}, {"n": None},
+                     {"ci95": None}, {"ci95": 5}, {"ci95": [1]}, {"ci95": [1, None]}, {"ci95": [1, 101]})]])
+def test_odd_results_are_named(tmp_path, results, says):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=rf"results.json: {says}"):
+        plot.main(["--metrics", "--results", str(path), "--out", str(tmp_path)])
+    without = {key: value for key, value in RESULT.items() if key != "ci95"}
+    path.write_text(json.dumps([without]))
+    with pytest.raises(InputError, match="result 1 is not"):
+        plot.main(["--metrics", "--results", str(path), "--out", str(tmp_path)])
+
+
+def test_a_name_that_no_picture_may_hold_is_spelled_out(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{**RESULT, "dataset": "a\ud83d\x00<b>\U0001f600"}, {"task": "request", "weighted_f1": 1.0}]))
+    plot.main(["--metrics", "--results", str(path), "--out", str(tmp_path)])
+    texts = [element.text for element in ElementTree.parse(tmp_path / "f1.svg").getroot()]
+    assert "a\\ud83d\\x00<b>\U0001f600: refusal, n = 9" in texts
 
 
 def test_every_mutant_still_finds_its_place():

@@ -157,7 +157,36 @@ def test_the_schedule_belongs_to_a_run(tmp_path, monkeypatch):
         run(tmp_path / "a", "--max-steps", 1, "--resume")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_held_out_records_belong_to_a_run(tmp_path):
+    held_out = write_records(tmp_path / "e.jsonl", 4)
+    arguments = ["--max-steps", 1, "--eval-data", held_out]
+    run(tmp_path / "a", *arguments)
+    changed(held_out, label)
+    with pytest.raises(InputError, match=r"its run has eval_hash = \d+, not \d+; choose another --out"):
+        run(tmp_path / "a", *arguments, "--resume")
+
+
+def test_the_base_models_weights_belong_to_a_run(tmp_path, monkeypatch):
+    run(tmp_path / "a", "--max-steps", 1)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash = '.*', not 'new'"):
+        patched.setattr(train_sft, "weights_hash", lambda folder: "new")
+        run(tmp_path / "a", "--max-steps", 1, "--resume")
+
+
+def test_a_file_where_a_checkpoint_goes_is_replaced_and_damaged_lines_of_the_log_are_not_kept(tmp_path):
+    run(tmp_path / "a", "--max-steps", 3, "--save-every", 1)
+    whole = [json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()[1:]]
+    (tmp_path / "a/config.json").unlink()
+    shutil.rmtree(tmp_path / "a/step-000002")
+    (tmp_path / "a/step-000002").write_text("")
+    log = tmp_path / "a/metrics.jsonl"
+    for junk in ('ep": 3}', '{"step": 3}{"step": 4}', '{"x": 3}', '{"step": "2"}', "\0\0}"):
+        log.write_text(log.read_text() + junk + "\n")
+    run(tmp_path / "a", "--max-steps", 3, "--save-every", 1, "--resume")
+    assert [json.loads(line)["loss"] for line in log.read_text().splitlines()[1:]] == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_model_loads_ends_in_one_line(tmp_path, monkeypatch, number):
     load = train_sft.load_for_training
     with monkeypatch.context() as patched, pytest.raises(InputError, match="interrupted before the first step") as error:

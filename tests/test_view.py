@@ -184,6 +184,92 @@ def test_answers_of_another_script_beside_the_predictions_have_no_samples(tmp_pa
     assert len(row["samples"]) == 1 and row["said"]["request"] == "harmful"
 
 
+# ------------------------------------------------------------------ files that hold something else
+def odd_lines(good):
+    """Lines of answers.jsonl and samples.jsonl that the page could not be made of."""
+    one = sample("a")
+    no_finish = {key: value for key, value in one.items() if key != "finish"}
+    return [[good], 7, {**good, "samples": None}, {**good, "samples": "a"}, {**good, "samples": [None]},
+            {**good, "samples": [no_finish]}, {**good, "samples": [{**one, "text": None}]}]
+
+
+def refuses(path, *arguments):
+    """The one line that view.py says of the second line of a file."""
+    with pytest.raises(InputError, match=rf"{path.name}: line 2 is not as \w+\.py writes it; move the file away"):
+        view.main([*arguments])
+    assert not list(path.parent.rglob("view.html"))
+
+
+def test_odd_answers_beside_predictions_are_named(results):
+    path = results / "some" / "answers.jsonl"
+    good = {"prompt": 0, "samples": [sample("a")]}
+    for odd in odd_lines(good):
+        write_lines(path, [good, odd])
+        refuses(path, str(results))
+
+
+def test_odd_samples_are_named(mined):
+    folder, data = mined
+    path = folder / "samples.jsonl"
+    good = json.loads(path.read_text().splitlines()[0])
+    for odd in [*odd_lines(good), {**good, "prompt": [0]}, {**good, "model": None},
+                {"model": "m", "samples": good["samples"]}]:
+        write_lines(path, [good, odd])
+        refuses(path, str(folder), "--data", str(data))
+
+
+def test_odd_pairs_are_named(mined):
+    folder, data = mined
+    path = folder / "hard.jsonl"
+    good = json.loads(path.read_text().splitlines()[0])
+    no_weight = {key: value for key, value in good.items() if key != "weight"}
+    for odd in ([good], no_weight, {**good, "weight": float("nan")}, {**good, "weight": "1"}, {**good, "chosen": None},
+                {**good, "source": 3}, {}):
+        write_lines(path, [good, odd])
+        refuses(path, str(folder), "--data", str(data))
+
+
+def test_odd_readings_are_named(results):
+    path = results / "some" / "early.jsonl"
+    reading = {"said": U, "places": [3], "p": [0.5], "held": [1]}
+    good = {"text": zlib.crc32(trace(U).encode()), "tasks": {"request": reading}}
+    tasks = [None, {"other": reading}, {"request": None}, {"request": {}}, {"request": {**reading, "places": [1.5]}},
+             {"request": {**reading, "p": [None]}}, {"request": {**reading, "held": 1}}, {"request": {**reading, "p": [float("nan")]}}]
+    for odd in ({}, 7, {**good, "text": "a"}, *({**good, "tasks": some} for some in tasks)):
+        write_lines(path, [good, odd])
+        refuses(path, str(results))
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit": "3"}, {"limit": 1.5}])
+def test_settings_without_a_limit_are_named(mined, settings):
+    folder, data = mined
+    path = folder / "samples.jsonl.parts" / "settings.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="settings.json: has no limit"):
+        view.main([str(folder), "--data", str(data)])
+    view.main([str(folder)])
+    for limit in (None, 4):
+        path.write_text(json.dumps({"limit": limit}))
+        assert len(rows_of_mining(folder, [data])) == 4
+
+
+def test_no_file_that_is_read_is_replaced(results, mined):
+    predictions = results / "some" / "generated_predictions.jsonl"
+    early = results / "some" / "early.jsonl"
+    write_lines(early, [])
+    (results / "link.html").symlink_to(early)
+    folder, data = mined
+    for out, arguments in ((predictions, [predictions]), (predictions, [results]), (early, [predictions]),
+                           (results / "link.html", [results]), (folder / "hard.jsonl", [folder]), (data, [folder, "--data", data])):
+        before = out.read_bytes()
+        with pytest.raises(InputError, match="is read, and would be overwritten; choose another --out"):
+            view.main([*map(str, arguments), "--out", str(out)])
+        assert out.read_bytes() == before
+    view.main([str(results)])
+    view.main([str(results)])                               # its own page is replaced
+
+
 # ------------------------------------------------------------------ the page
 def test_no_text_can_leave_its_place(results):
     view.main([str(results)])

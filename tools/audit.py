@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, output_of_columns,  # noqa: E402
-                  read_records, split_input)
+from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, is_there,  # noqa: E402
+                  output_of_columns, read_records, split_input)
 
 
 def prompt_of(record):
@@ -27,6 +27,13 @@ def output_of(place, record):
     if not isinstance(output, str):
         raise InputError(f"{place}: an output is no text: {output!r}"[:200])
     return output
+
+
+def keep_inputs(out, paths, option="--out"):
+    """InputError where a file that is to be written is one of those that are read, under any name."""
+    for path in paths:
+        if is_there(out) and is_there(path) and Path(out).samefile(path):
+            raise InputError(f"{path}: is read, and would be overwritten; choose another {option}")
 
 
 def audit(paths):

@@ -27,12 +27,15 @@ import urllib.request
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, parse_json,  # noqa: E402
-                  parse_verdict, read_records, split_input, write_whole)
+from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, is_there,  # noqa: E402
+                  on_terminal, parse_lines, parse_verdict, read_bytes, read_records, read_text, reading, say,
+                  split_input, tell, write_bytes, write_whole, writing)
 from eval import labels_of  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
                        generation_settings, write_lines)
@@ -154,11 +157,25 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def server_url(text):
+    """An argparse type: what `ask` can send to. Any other --url would be tried in vain, row after row."""
+    try:
+        parts = urlsplit(text)
+        has_host = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:                                      # half a bracket, a port that is no number
+        has_host = False
+    is_plain = text.isascii() and text.isprintable() and not set(" @") & set(text)      # @: a name and a password
+    if not has_host or not is_plain:
+        raise argparse.ArgumentTypeError("must be http:// or https://, a host, and a path, as "
+                                         "http://localhost:8000/v1")
+    return text
+
+
 def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tries=6, pause=1.0):
     """One chat completion -> {"text", "finish", "refused"}.
 
     Busy servers (408, 409, 425, 429, 5xx), lost connections and broken replies are tried again, after
-    pause, 2 pause, 4 pause ... seconds or what Retry-After says; then Unanswered. A content filter's
+    pause, 2 pause, 4 pause ... seconds (at most an hour) or what Retry-After says; then Unanswered. A content filter's
     error is a refusal, one about the length an empty answer; any other HTTP error is InputError."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
@@ -167,7 +184,7 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
     address = url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     for attempt in range(tries):
-        wait = pause * 2 ** attempt * random.uniform(0.75, 1.25)
+        wait = pause * random.uniform(0.75, 1.25)
         try:
             with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as reply:
                 return read_reply(json.loads(reply.read()))
@@ -184,6 +201,7 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
             problem = f"{type(error).__name__}: {error}"        # lost, late, cut short, or another format
         if attempt + 1 < tries:
             time.sleep(wait)
+            pause = min(2 * pause, 3600)
     raise Unanswered(problem)
 
 
@@ -218,8 +236,9 @@ def is_refusal(text):
     return not any(parse_verdict(text).values()) and bool(SORRY.match(text.replace("\u2019", "'")))
 
 
-def answer_rows(path, rows, answer, workers=4, patience=10):
-    """{row: line} of path, after answer(row) -> dict for each row that it lacks. rows: {row: what is asked}.
+def answer_rows(path, rows, answer, workers=4, patience=10, is_answer=bool):
+    """{row: line} of path, after answer(row) -> dict for each row that it lacks. rows: {row: what is asked};
+    is_answer(line): does a line of path hold such a dict?
 
     A line is written as soon as it is there, so nothing is asked twice; one that an interruption cut is
     dropped, and so is one that answers something else. Rows that stay Unanswered are left for the next run;
@@ -227,9 +246,10 @@ def answer_rows(path, rows, answer, workers=4, patience=10):
     path = Path(path)
     hold(path.parent)
     asked = {row: zlib.crc32(json.dumps(question).encode()) for row, question in rows.items()}
-    done = {row: line for row, line in read_rows(path).items() if line.get("asked", asked.get(row)) == asked.get(row)}
+    done = {row: line for row, line in read_rows(path, is_answer).items()
+            if line.get("asked", asked.get(row)) == asked.get(row)}
     lost = []
-    with (open(path, "a", encoding="utf-8", errors="backslashreplace") as file,
+    with (writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file,
           ThreadPoolExecutor(workers) as pool):
         waiting = {pool.submit(answer, row): row for row in rows if row not in done}
 
@@ -247,11 +267,11 @@ def answer_rows(path, rows, answer, workers=4, patience=10):
                     keep(future)
                 except Unanswered as error:
                     lost.append(row)
-                    print(f"row {row}: no answer ({error})", file=sys.stderr)
+                    tell(f"row {row}: no answer ({error})")
                     if len(lost) >= patience:
                         break
-                if sys.stdout.isatty():
-                    print(f"\r{n} of {len(waiting)} rows asked ", end="", flush=True)
+                if on_terminal():
+                    say(f"\r{n} of {len(waiting)} rows asked ", end="")
         finally:
             pool.shutdown(cancel_futures=True)
             for future, row in waiting.items():             # what came while the end was waited for
@@ -262,17 +282,23 @@ def answer_rows(path, rows, answer, workers=4, patience=10):
     return {row: done[row] for row in rows}
 
 
-def read_rows(path):
-    """{row: line} of what an earlier run wrote; a last line that is not whole is cut off the file."""
-    if not path.exists():
+def read_rows(path, is_answer):
+    """{row: line} of what an earlier run wrote. A last line that is not whole is cut off the file, once
+    the others are known to be answers."""
+    if not is_there(path):
         return {}
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    whole, end, rest = read_bytes(path).rpartition(b"\n")
+    lines = {}
+    with reading(path):
+        text = whole.decode()
+    for place, line in parse_lines(path, text.split("\n")):
+        if not isinstance(line, dict) or type(line.get("row")) is not int or not is_answer(line):
+            raise InputError(f"{path}: holds answers of another script, or damaged ones ({place}); "
+                             "choose another --out")
+        lines[line["row"]] = line
     if rest:
-        write_whole(path, lambda temporary: temporary.write_bytes(whole + b"\n" * bool(whole)))
-    lines = [parse_json(path, line) for line in whole.decode().split("\n") if line]
-    if not all(isinstance(line, dict) and "row" in line for line in lines):
-        raise InputError(f"{path}: holds answers of another script; choose another --out")
-    return {line["row"]: line for line in lines}
+        write_whole(path, partial(write_bytes, whole + end))
+    return lines
 
 
 REPLY = """\
@@ -304,12 +330,17 @@ def run_address(args, path, dataset):
                    timeout=args.timeout, tries=args.tries, pause=args.pause)
 
     asked = {row: record["input"] for row, record in enumerate(records)}
-    lines = answer_rows(file, asked, answer, args.workers)
+    lines = answer_rows(file, asked, answer, args.workers, is_answer=is_reply)
     refused = sum(line["refused"] for line in lines.values())
     mute = sum(not (line["refused"] or any(parse_verdict(line["text"]).values())) for line in lines.values())
     print(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
           f"GPT-4o: 36.81%), each counted as {args.refusals}; {mute} more rows without a verdict")
     return [prediction(records[row], dataset, counted(line, args.refusals)) for row, line in lines.items()]
+
+
+def is_reply(line):
+    """Does a line of answers.jsonl hold what `ask` gives, as far as it is used?"""
+    return isinstance(line.get("text"), str) and isinstance(line.get("refused"), bool)
 
 
 def counted(line, refusals):
@@ -326,16 +357,17 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--guard", metavar="DIR", help="folder of LLaMA Guard 3 (8B or 1B)")
     p.add_argument("--template", metavar="FILE", help="LLaMA Guard's question in other words")
-    p.add_argument("--url", help="address with /v1, as http://localhost:8000/v1")
+    p.add_argument("--url", type=server_url, help="address with /v1, as http://localhost:8000/v1")
     p.add_argument("--model", help="name of the model at that address")
     p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="benchmark files")
     p.add_argument("--dataset", help="name of the data set (default: the file's)")
     p.add_argument("--out", required=True, help="folder for answers and predictions")
     p.add_argument("--refusals", choices=["harmful", "wrong"], default="harmful", help="a refusal counts as")
     p.add_argument("--workers", type=at_least(1), default=4, help="questions under way at once")
-    p.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer")
+    p.add_argument("--timeout", type=at_least(0.1, float, 3600), default=120, help="seconds to wait for an answer")
     p.add_argument("--tries", type=at_least(1), default=6, help="for each row, with growing pauses")
-    p.add_argument("--pause", type=float, default=1.0, help="seconds before the second try; then doubled")
+    p.add_argument("--pause", type=at_least(0, float, 3600), default=1.0,
+                   help="seconds before the second try; then doubled, up to an hour")
     p.add_argument("--max-length", type=at_least(1), default=4096, help="LLaMA Guard: longer texts are cut")
     p.add_argument("--max-new-tokens", type=at_least(1), help="of an answer (LLaMA Guard 32, others 2048)")
     p.add_argument("--limit", type=at_least(1), help="use the first N records of each file only")
@@ -345,7 +377,7 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     if bool(args.guard) == bool(args.url) or bool(args.url) != bool(args.model):
         p.error("give either --guard DIR, or --url ADDRESS and --model NAME")
-    args.template = Path(args.template).read_text(encoding="utf-8") if args.template else TEMPLATE
+    args.template = read_text(args.template) if args.template else TEMPLATE
     if "{conversation}" not in args.template or "\n" not in args.template:
         p.error("--template: needs {conversation} and more than one line")
     return args

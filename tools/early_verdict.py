@@ -54,8 +54,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (HUMAN_LINE, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
-                  gold_verdict, parse_records, parse_verdict, warn, write_json)
+from audit import keep_inputs  # noqa: E402
+from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
+                  exchange_of, gold_verdict, parse_records, parse_verdict, warn, write_json)
 from eval import TITLES, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import Llama, answer_logprobs, join_ranks, pick_dtype, read_arguments  # noqa: E402
@@ -383,6 +384,7 @@ def main(argv=None):
     args = read_arguments(p, argv)
     records = read_answers(args.data)[:args.limit]
     if args.cut:
+        keep_inputs(args.cut, [args.data], "--cut")
         return write_json(args.cut, cut_traces(records))
     out = args.out or Path(args.data).parent
     world = join_ranks(args.device)
@@ -422,19 +424,27 @@ def read_answers(path):
     return records
 
 
+# what a chat template writes before an instruction: control tokens, and the role that speaks
+FRAME_BEFORE = re.compile(rf"\A(?:\s*(?:{MARK}|(?:system|user)(?=\n|{MARK})))+\s*")
+
+
 def record_of_prediction(line, dataset):
     """The record whose `output` is this answer, its gold labels, and `forced` where it had no end,
-    so that no verdict of it counts; line: as eval.py writes it."""
+    so that no verdict of it counts; line: as eval.py writes it, or with the prompt as a chat
+    template wrote it."""
     prompt = str(line.get("prompt") or "")
-    exchange = HUMAN_LINE.search(prompt)
-    if exchange:
-        start = prompt.rfind("\n", 0, exchange.start()) + 1
+    exchange = exchange_of(prompt)
+    if HUMAN_LINE.match(exchange):
+        before = prompt[:prompt.index(exchange.rstrip())]
+        instruction, _, same_line = FRAME_BEFORE.sub("", before).rpartition("\n")
+        text = same_line + exchange
     else:                                                   # an input that is no exchange
         start = prompt.find("\n") + 1
-    instruction = prompt[:start].removesuffix("\n")         # none where there is one line alone
-    record = {"instruction": instruction, "input": prompt[start:], "output": line["predict"]}
-    label = {"input": record["input"], "output": str(line.get("label"))}
-    return {**record, "gold": labels_of(label, dataset), "forced": line.get("forced")}
+        instruction = prompt[:start].removesuffix("\n")     # none where there is one line alone
+        text = prompt[start:]
+    gold = labels_of({"input": exchange, "output": str(line.get("label"))}, dataset)
+    return {"instruction": instruction, "input": text, "output": line["predict"],
+            "gold": gold, "forced": line.get("forced")}
 
 
 def report(summary, forms):

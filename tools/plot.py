@@ -9,7 +9,9 @@
 A run is called what its folder is called. Colours are read on light and on dark pages.
 """
 import argparse
+import json
 import math
+import re
 import sys
 from html import escape
 from itertools import cycle
@@ -25,12 +27,15 @@ GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b",
 
 # ------------------------------------------------------------------ drawing
 
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")     # what no SVG file may hold
+
 
 def text(x, y, words, anchor="start", size=12, colour=GREY, turn=False):
     """A line of text that starts, ends or is centred at (x, y); turn: upwards."""
     turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
+    words = NOT_XML.sub(lambda odd: ascii(odd[0])[1:-1], str(words))           # spelled as by JSON
     return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}"{turned}>'
-            f"{escape(str(words))}</text>")
+            f"{escape(words)}</text>")
 
 
 def line(points, colour=FAINT, width=1.0):
@@ -133,18 +138,65 @@ def panel(x, y, width, height, title, unit, runs, ends=None):
     return parts
 
 
-# ------------------------------------------------------------------ the two pictures
+# ------------------------------------------------------------------ what is read
+
+
+def is_number(value, low=-1e15, high=1e15):
+    """Can an axis show it? Not NaN, Infinity, null; nor what is so large that a step of 1 is lost in rounding."""
+    return type(value) in (int, float) and low <= value <= high
 
 
 def read_runs(paths):
     """[(name, rows)] of metrics.jsonl files; the rows are objects, one a step."""
     runs = []
     for path in paths:
-        rows = [row for _, row in parse_records(path)][1:]                     # the first line: arguments
-        if not rows:
+        lines = list(parse_records(path))[1:]                                  # the first line: arguments
+        if not lines:
             raise InputError(f"{path}: no step is in it yet")
+        rows = [row for _, row in lines]
+        of_pairs = isinstance(rows[0], dict) and "margin" in rows[0]
+        for place, row in lines:
+            check_step(f"{path}: {place}", row, ("loss", "margin", "accuracy") if of_pairs else ("loss",))
         runs.append((Path(path).resolve().parent.name, rows))
     return runs
+
+
+def check_step(place, row, keys):
+    """InputError unless a row is a step of a run, with a number for each of these keys."""
+    if not isinstance(row, dict) or not is_number(row.get("step"), 0):
+        raise InputError(f"{place} is no step of a run; name a metrics.jsonl of train_sft.py or train_dpo.py")
+    for key in keys:
+        if not is_number(row.get(key)):
+            said = json.dumps(row.get(key))[:40]
+            raise InputError(f"{place}: the run's {key} is no number at step {row['step']}, but {said}; leave this "
+                             "run out, or train it again")
+
+
+def read_results(path):
+    """The results of single data sets in a results.json: neither averages nor slices."""
+    results = read_json(path)
+    if not isinstance(results, list):
+        raise InputError(f"{path}: is no list of results; name a results.json of eval.py")
+    rows = []
+    for number, row in enumerate(results, 1):
+        if not isinstance(row, dict) or "dataset" in row and not is_result(row):
+            raise InputError(f"{path}: result {number} is not as eval.py writes it: dataset, task "
+                             f"({', '.join(TITLES)}), n, and f1 and ci95 in percent; score it again")
+        if "dataset" in row and "slice" not in row:
+            rows.append(row)
+    return rows
+
+
+def is_result(row):
+    """Has the result of a data set all that its bar shows?"""
+    interval = row.get("ci95")
+    has_interval = isinstance(interval, list) and len(interval) == 2
+    named = isinstance(row["dataset"], str) and row.get("task") in list(TITLES)
+    return has_interval and named and is_number(row.get("n")) and all(
+        is_number(value, 0, 100) for value in [row.get("f1"), *interval])
+
+
+# ------------------------------------------------------------------ the two pictures
 
 
 def curves(runs, path):
@@ -179,12 +231,11 @@ def bar(y, thick, across, result, colour):
 
 
 def bars(results, path):
-    """results: [(name, rows of results.json)]. A group for each data set and task, a bar for each name."""
+    """results: [(name, what read_results gives)]. A group for each data set and task, a bar for each name."""
     groups = {}                                                    # (task, dataset): [(colour, row)]
     for (_, rows), colour in zip(results, cycle(COLOURS)):
         for row in rows:
-            if "dataset" in row and "slice" not in row:
-                groups.setdefault((row["task"], row["dataset"]), []).append((colour, row))
+            groups.setdefault((row["task"], row["dataset"]), []).append((colour, row))
     if not groups:
         raise InputError("the results hold no data set")
 
@@ -221,7 +272,7 @@ def main(argv=None):
         curves(read_runs(args.metrics), args.out / "curves.svg")
     if args.results:
         names = [Path(path).resolve().parent.name.removeprefix("eval_") for path in args.results]
-        bars(list(zip(names, map(read_json, args.results))), args.out / "f1.svg")
+        bars(list(zip(names, map(read_results, args.results))), args.out / "f1.svg")
 
 
 if __name__ == "__main__":

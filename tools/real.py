@@ -76,7 +76,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  
                   read_records, split_input, tell, warn, write_json, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
-from model import LlamaConfig  # noqa: E402
+from model import LlamaConfig, weights_hash  # noqa: E402
 from real_table import check_test, hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
@@ -362,6 +362,7 @@ def claim(args):
     names = "model lr dpo_lr epochs batch_size mine limit max_new_tokens dtype".split()
     settings = {key: getattr(args, key) for key in names}
     settings["data"] = read_object(args.data / "data.json")["hash"]
+    settings["weights_hash"] = weights_hash(args.model)     # other weights may come into the folder
     check_settings(args.out / "settings.json", settings)
 
 

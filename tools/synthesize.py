@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import audit  # noqa: E402
-from baselines import answer_rows, ask  # noqa: E402
+from baselines import answer_rows, ask, server_url  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, format_input,  # noqa: E402
                   gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
 from mine_hard import check_settings  # noqa: E402
@@ -186,7 +186,14 @@ def synthesize(args, exchanges, path):
             faults.append(fault)
         return {"output": None, "faults": faults}
 
-    return answer_rows(path, dict(enumerate(exchanges)), answer, args.workers)
+    return answer_rows(path, dict(enumerate(exchanges)), answer, args.workers, is_answer=is_outcome)
+
+
+def is_outcome(line):
+    """Does a line of answers.jsonl hold what `answer` gives?"""
+    faults = line.get("faults")
+    has_output = "output" in line and isinstance(line["output"], (str, type(None)))
+    return has_output and isinstance(faults, list) and all(isinstance(fault, str) for fault in faults)
 
 
 # ------------------------------------------------------------------ the paper's Table 1
@@ -216,7 +223,7 @@ def table_row(name, samples, steps, length):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", nargs="+", metavar="FILE", help="only print Table 1 of these training files")
-    p.add_argument("--url", help="address with /v1, as http://localhost:8000/v1")
+    p.add_argument("--url", type=server_url, help="address with /v1, as http://localhost:8000/v1")
     p.add_argument("--model", help="name of the model at that address (paper: gpt-4o-2024-08-06)")
     p.add_argument("--data", nargs="+", metavar="FILE", help="labelled exchanges, a source each")
     p.add_argument("--out", help="folder for answers and training files")
@@ -225,9 +232,10 @@ def parse_arguments(argv):
     p.add_argument("--steps", type=at_least(1), default=10, help="most steps of a task (paper: 10)")
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="of an answer")
     p.add_argument("--workers", type=at_least(1), default=4, help="questions under way at once")
-    p.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer")
+    p.add_argument("--timeout", type=at_least(0.1, float, 3600), default=120, help="seconds to wait for an answer")
     p.add_argument("--tries", type=at_least(1), default=6, help="for each question, while the server is busy")
-    p.add_argument("--pause", type=float, default=1.0, help="seconds before the second try; then doubled")
+    p.add_argument("--pause", type=at_least(0, float, 3600), default=1.0,
+                   help="seconds before the second try; then doubled, up to an hour")
     p.add_argument("--limit", type=at_least(1), help="use the first N exchanges of each file only")
     args = p.parse_args(argv)
     if not args.table and not all((args.url, args.model, args.data, args.out)):
@@ -241,9 +249,7 @@ def main(argv=None):
         return print_table({Path(path).stem: [record["output"] for record in read_records(path)]
                             for path in args.table})
     for path in args.data:
-        written = Path(args.out) / f"{Path(path).stem}.json"
-        if written.exists() and written.samefile(path):
-            raise InputError(f"{path}: would be overwritten with the traces; choose another --out")
+        audit.keep_inputs(Path(args.out) / f"{Path(path).stem}.json", args.data)
     sources, faults, dropped = {}, Counter(), Counter()
     for path in args.data:
         name, exchanges = Path(path).stem, read_exchanges(path, args.limit)

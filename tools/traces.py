@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from audit import keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
                   exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, write_json)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
@@ -142,6 +143,7 @@ def main(argv=None):
     p.add_argument("--most-characters", type=at_least(1), default=10 ** 9, help="leave out longer exchanges and traces")
     p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
+    keep_inputs(args.out, args.predictions)
     counts = Counter()
     records = {r["input"]: r for path in args.predictions for r in right_traces(path, counts)}
     records = [r for r in records.values() if len(r["input"]) + len(r["output"]) <= args.most_characters]

@@ -24,6 +24,7 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import sys
 import zlib
 from collections import Counter
@@ -32,8 +33,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from data import (VERDICTS, InputError, exchange_of, gold_verdict, parse_records,  # noqa: E402
-                  parse_verdict, read_json, read_records, split_input, warn, write_whole)
+from audit import keep_inputs  # noqa: E402
+from data import (VERDICTS, InputError, exchange_of, gold_verdict, is_there,  # noqa: E402
+                  parse_records, parse_verdict, read_object, read_records, split_input, warn,
+                  write_whole)
 from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
 from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
 from mine_hard import as_read_today, judge  # noqa: E402
@@ -97,6 +100,70 @@ def count_wrong(row):
     return kinds["fp"] + kinds["fn"] + kinds["none"], kinds["contradicts"]
 
 
+# ------------------------------------------------------------------ what is read
+def read_lines(path, is_known, script):
+    """The lines of a JSON-lines file, [] where there is none; InputError names one that the script
+    does not write, so that all that comes after may trust them."""
+    if not is_there(path):
+        return []
+    lines = []
+    for place, line in parse_records(path):
+        if not isinstance(line, dict) or not is_known(line):
+            raise InputError(f"{path}: {place} is not as {script} writes it; move the file away, or "
+                             "write it again")
+        lines.append(line)
+    return lines
+
+
+def has_texts(value, *names):
+    """Is this an object with text in these fields?"""
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
+
+
+def are_samples(value):
+    """Is this a list of answers?"""
+    return isinstance(value, list) and all(has_texts(some, "text", "finish") for some in value)
+
+
+def are_numbers(value):
+    """Is this a list of numbers, none of them infinite, below 0, or NaN?"""
+    return isinstance(value, list) and all(
+        type(number) in (int, float) and 0 <= number < math.inf for number in value)
+
+
+def is_answered(line):
+    """Is it a line of answers.jsonl? Those of baselines.py have no samples."""
+    return are_samples(line.get("samples", []))
+
+
+def is_mined(line):
+    """Is it a line of samples.jsonl?"""
+    has_number = type(line.get("prompt")) is int
+    return has_number and has_texts(line, "model") and are_samples(line.get("samples"))
+
+
+def is_pair(line):
+    """Is it a line of hard.jsonl?"""
+    numbers = [line.get(name) for name in ("weight", "k_correct", "k_incorrect")]
+    return are_numbers(numbers) and has_texts(line, "source", "input", "chosen", "rejected")
+
+
+def is_early(line):
+    """Is it a line of early.jsonl?"""
+    tasks = line.get("tasks")
+    has_fields = type(line.get("text")) is int and isinstance(tasks, dict)
+    return has_fields and tasks.keys() <= VERDICTS.keys() and all(map(is_reading, tasks.values()))
+
+
+def is_reading(value):
+    """Is this what early_verdict.py says of a task?"""
+    if not isinstance(value, dict):
+        return False
+    places = value.get("places")
+    are_places = are_numbers(places) and all(type(place) is int for place in places)
+    return are_places and are_numbers(value.get("p")) and are_numbers(value.get("held"))
+
+
 # ------------------------------------------------------------------ rows
 # A row is what the page shows of one prompt: id, source, request, response, gold; samples, each
 # with verdict, pieces and tags; said, the one verdict that counts (eval.py), or None (mining);
@@ -105,21 +172,20 @@ def count_wrong(row):
 def rows_of_predictions(path):
     """The rows of eval.py's generated_predictions.jsonl, with what lies beside it."""
     folder = Path(path).resolve().parent
-    all_samples = read_beside(folder / "answers.jsonl")
-    early = read_beside(folder / "early.jsonl")
+    all_samples = read_lines(folder / "answers.jsonl", is_answered, "eval.py")
+    early = read_lines(folder / "early.jsonl", is_early, "early_verdict.py")
     rows = []
     stale = 0
     for number, (place, line) in enumerate(parse_records(path)):
-        fields = line if isinstance(line, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("label", "predict")):
+        if not has_texts(line, "label", "predict"):
             raise InputError(f"{path}: {place} needs the text fields label and predict")
-        text = fields["predict"]
-        exchange = exchange_of(str(fields.get("prompt") or ""))
-        gold = labels_of({"input": exchange, "output": fields["label"]}, folder.name)
+        text = line["predict"]
+        exchange = exchange_of(str(line.get("prompt") or ""))
+        gold = labels_of({"input": exchange, "output": line["label"]}, folder.name)
         beside = all_samples[number] if number < len(all_samples) else {}
         samples = as_read_today(beside.get("samples", []))  # of baselines.py none
         if text not in [sample["text"] for sample in samples]:
-            finish = "length" if isinstance(fields.get("forced"), dict) else "stop"
+            finish = "length" if isinstance(line.get("forced"), dict) else "stop"
             samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
         said = majority([s["verdict"] for s in samples if s["finish"] == "stop"])
         reading = early[number] if number < len(early) else {"text": None}
@@ -136,17 +202,13 @@ def rows_of_predictions(path):
     return rows
 
 
-def read_beside(path):
-    """The values of a JSON-lines file, or [] where there is none."""
-    return [value for _, value in parse_records(path)] if path.exists() else []
-
-
 def rows_of_mining(folder, data=None):
     """The rows of mine_hard.py's folder. data: the files of the mined records, or None."""
     folder = Path(folder)
-    hard = read_beside(folder / "hard.jsonl")
+    hard = read_lines(folder / "hard.jsonl", is_pair, "mine_hard.py")
     lines = [{**line, "samples": as_read_today(line["samples"])}
-             for path in sorted(folder.glob("samples*.jsonl")) for _, line in parse_records(path)]
+             for path in sorted(folder.glob("samples*.jsonl"))
+             for line in read_lines(path, is_mined, "mine_hard.py")]
     records = read_mined(folder, data) if data else {}
     pairs = match_pairs(hard, lines, records)
     rows = []
@@ -201,13 +263,24 @@ def match_pairs(hard, lines, records):
 
 def read_mined(folder, data):
     """{number of a prompt: its record, with its source}, as mine_hard.py numbered them."""
-    settings = sorted(folder.glob("samples*.jsonl.parts/settings.json"))
-    limit = read_json(settings[0])["limit"] if settings else None
+    limit = mined_limit(folder)
     records = {}
     for path in data:
         for record in read_records(path)[:limit]:
             records[len(records)] = {**record, "source": Path(path).stem}
     return records
+
+
+def mined_limit(folder):
+    """mine_hard.py's --limit, as it was written down; None: all records."""
+    settings = sorted(folder.glob("samples*.jsonl.parts/settings.json"))
+    if not settings:
+        return None
+    limit = read_object(settings[0]).get("limit", "none")
+    if limit is not None and type(limit) is not int:
+        raise InputError(f"{settings[0]}: has no limit (a number, or null), so that nobody knows "
+                         "which records were mined; leave --data out")
+    return limit
 
 
 def tag_samples(samples, answers, pair):
@@ -285,9 +358,13 @@ def main(argv=None):
     p.add_argument("--data", nargs="+", metavar="FILE", help="the records that were mined")
     p.add_argument("--out", type=Path, help="the page (default: view.html in the first folder)")
     args = p.parse_args(argv)
+    paths = [Path(path) for path in args.paths]
+    first = paths[0] if paths[0].is_dir() else paths[0].parent
+    out = args.out or first / "view.html"
+    keep_inputs(out, [*files_read(paths), *(args.data or [])])
     rows = []
     notes = []
-    for path in map(Path, args.paths):
+    for path in paths:
         if any(path.glob("samples*.jsonl")):
             rows += rows_of_mining(path, args.data)
             if not args.data:
@@ -298,11 +375,17 @@ def main(argv=None):
     if any("p" in piece for row in rows for sample in row["samples"] for piece in sample["pieces"]):
         notes.append("Beside a step: the verdict if the answer concluded there, and its "
                      "probability; faint where the model would hardly conclude.")
-    first = Path(args.paths[0])
-    out = args.out or (first if first.is_dir() else first.parent) / "view.html"
     write_page(out, rows, ", ".join(args.paths), " ".join(dict.fromkeys(notes)))
     size = out.stat().st_size / 2 ** 20
     print(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
+
+
+def files_read(paths):
+    """All files that may be read of these paths, with what lies beside them."""
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    beside = [file for folder in folders for end in ("*.jsonl", "*/*.json*")
+              for file in folder.glob(end)]
+    return [*paths, *beside]
 
 
 def prediction_files(path):
