@@ -909,10 +909,10 @@ def read_predictions(path, dataset, column=None, limit=None):
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                 **slice_of(line, column)}
         forced = line.get("forced")
-        if forced:                                      # an answer without an end: add_forced
+        if forced not in (None, False):                 # an answer without an end: add_forced
             case["verdict"] = dict.fromkeys(VERDICTS)
-        if forced and forced is not True:
-            case["forced"] = forced_verdict(forced, f"{path}: {place}")
+            if forced is not True:                      # what `--moderate` says; not with which
+                case["forced"] = forced_verdict(forced, f"{path}: {place}")
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)

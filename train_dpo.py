@@ -19,6 +19,7 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
 import argparse
 import sys
 from bisect import bisect_left
+from itertools import islice
 
 import torch
 from torch.nn import functional
@@ -133,8 +134,8 @@ def main(argv=None):
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     examples, alphas = read_pairs(tokenizer, args)
 
-    schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
-    schedule = schedule[:args.max_steps]
+    schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
+    schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
     describe_run(args, world, examples, schedule, alphas.tolist())
     checkpoint = start_run(args, world)

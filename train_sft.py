@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,10 @@ def main(argv=None):
     examples = read_examples(tokenizer, args.data, args, args.limit)
     held_out = read_examples(tokenizer, args.eval_data or [], args)
 
-    schedule = list(batches(len(examples), args.batch_size, args.epochs, args.seed))
-    steps_per_epoch = len(schedule) // args.epochs
-    schedule = schedule[:args.max_steps]
+    schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
+    schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     describe_run(args, world, examples, schedule, held_out=held_out)
     checkpoint = start_run(args, world)
     fit_memory(args, world, examples)

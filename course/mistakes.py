@@ -47,7 +47,7 @@ MISTAKES = {
     ],
     "format_input": [
         ('"None" if response is None else response', 'response or "None"'),
-        ("{answer}\\n\\n", "{answer}\\n"),
+        ("{shown}\\n\\n", "{answer}\\n"),
     ],
     "check_nesting": [
         ("i < stop", "i <= stop"),
@@ -275,7 +275,7 @@ def answer_sums(logprobs, answer, n):
         ("np.dot(values, counts) / np.sum(counts)", "np.mean(values)"),
         ("/ np.sum(counts)", "/ len(counts)"),
     ],
-    "majority": [("if verdict[name])", ")"), ("key=votes.get, ", ""), ("max(votes", "min(votes")],
+    "majority": [("if verdict[task])", ")"), ("key=votes.get, ", ""), ("max(votes", "min(votes")],
     "reasoning_verdict": [
         ("found[-1].lower()", "found[0].lower()"),
         (r"\b({", "({"),

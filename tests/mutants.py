@@ -110,7 +110,7 @@ MUTANTS = [
      "test_eval.py -k vote"),
     ("mine_hard.py", "if has_answers(path) and \"prompts\"", "if is_there(path) and \"prompts\"", "test_mine.py -k interrupted_run"),
     ("eval.py", 'parse_verdict(text[heading.start():] if heading else "")', "parse_verdict(text)", "test_eval.py -k put_before_the_block"),
-    ("eval.py", "        if forced:  ", "        if isinstance(forced, dict):  ", "test_eval.py -k however_that_is_told"),
+    ("eval.py", "if forced not in (None, False):", "if isinstance(forced, dict):", "test_eval.py -k however_that_is_told"),
     ("data.py", "json.loads(text, object_pairs_hook=without_repeats)", "json.loads(text)", "test_bad_input.py -k stands_twice"),
     ("mine_hard.py", "all(map(is_sample, samples))", "True", "test_mine.py -k not_whole"),
     ("mine_hard.py", "cached = longest - 1  ", "cached = 0  ", "test_eval.py -k longest_exchange_was_found"),

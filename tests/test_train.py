@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from measure import SHAPES
 from safetensors.torch import load_file
 
 import train_sft
-from data import Example, InputError, deal, pack
+from data import Example, InputError, Tokenizer, deal, pack
 from model import Llama, LlamaConfig, World
 from processes import tiny_folder, write_records
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
@@ -355,6 +356,20 @@ def test_a_checkpoint_holds_full_weights_of_a_model_stored_in_bf16(tmp_path):
     train_sft.save(tmp_path / "step-000001", model, optimizer, 1, ALONE)
     saved = load_file(tmp_path / "step-000001/model.safetensors")
     assert all(saved[n].dtype == w.dtype and torch.equal(saved[n], w) for n, w in model.state_dict().items())
+
+
+def test_weights_too_large_for_the_bases_dtype_are_stored_in_float32(tmp_path, capsys):
+    model = Llama.random(replace(CONFIG, torch_dtype="float16"))
+    model.model["norm"].weight.data[0] = 1e5
+    train_sft.save_final(SimpleNamespace(out=tmp_path), model, Tokenizer.from_pretrained("toy/model"), ALONE)
+    saved = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    assert saved.dtype == torch.float32 and saved[0] == 1e5 and "weights are too large for float16" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_of_many_epochs_only_the_steps_that_are_made_are_laid_out(tmp_path):
+    _, rows, _ = run(tmp_path / "a", "--epochs", 10 ** 9, "--max-steps", 2)
+    assert len(rows) == 2
 
 
 def test_resuming_restores_every_moment_in_the_memory_it_has(tmp_path):

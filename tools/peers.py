@@ -67,7 +67,7 @@ def trl_rows(b, batches, records, pairs):
         text = record["instruction"] + "\n" + record["input"]
         return t.before + (text.strip() if t.trim else text) + t.after
 
-    return [{"prompt": prompt(r), "chosen": r["chosen"] + t.end, "rejected": r["rejected"] + t.end}
+    return [{"prompt": prompt(r), "chosen": r["chosen"] + t.end_mark, "rejected": r["rejected"] + t.end_mark}
             for some in records for r in some]
 
 

@@ -32,7 +32,7 @@ def read_traces(path, counts):
     for place, line in parse_records(Path(path)):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("prompt", "label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields prompt, label and predict")
-        if isinstance(line.get("forced"), dict):            # eval.py: an answer without an end
+        if line.get("forced"):                              # eval.py: an answer without an end
             counts["without an end"] += 1
             continue
         if not HUMAN_LINE.search(line["prompt"]):

@@ -185,7 +185,7 @@ def rows_of_predictions(path):
         beside = all_samples[number] if number < len(all_samples) else {}
         samples = as_read_today(beside.get("samples", []))  # of baselines.py none
         if text not in [sample["text"] for sample in samples]:
-            finish = "length" if isinstance(line.get("forced"), dict) else "stop"
+            finish = "length" if line.get("forced") else "stop"
             samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
         said = majority([s["verdict"] for s in samples if s["finish"] == "stop"])
         reading = early[number] if number < len(early) else {"text": None}
