@@ -773,12 +773,12 @@ def deal(packs, rank, ranks):
 # ================================================================== machinery
 # ------------------------------------------------------------------ prompts of saved predictions
 # where an exchange begins in a longer text
-HUMAN_LINE = re.compile(rf"{HUMAN.strip()}[ \t]*\r?\n")
+HUMAN_LINE = re.compile("(?i)" + HUMAN.strip(":\n") + r"[:\uff1a][^\S\r\n]{0,20}\r?\n")
 # how chat templates spell control tokens, with the bars of ASCII or of full width
 MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]"
 # what they write after an exchange: control tokens, and the role that answers
 FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
-AFTER_EXCHANGE = re.compile(rf"(?<!{ASSISTANT.strip()})\n\n\s*{FRAME}")
+AFTER_EXCHANGE = re.compile(rf"(?<!(?i:AI assistant)[:\uff1a])\n\n\s*{FRAME}")
 # the same after a text that the template trimmed
 AFTER_TRIMMED = re.compile(rf"\s*(?={MARK}){FRAME}")
 ROLE_AFTER_TRIMMED = re.compile(r"(?:assistant|model)\s*\Z")
@@ -1407,7 +1407,7 @@ def at_least(low, kind=int, most=math.inf):
         value = kind(text)
         if low <= value <= most and value < beyond:
             return value
-        bounds = f"at least {low}" if most == math.inf else f"from {low} to {most}"
+        bounds = f"from {low} to {most}" if most < math.inf else f"at least {low}, and below 2^63"
         raise argparse.ArgumentTypeError(f"must be {bounds}")
     return number
 
@@ -1510,10 +1510,11 @@ def parse_json(place, text):
 def without_repeats(pairs):
     """A JSON object's dict; ValueError where a name stands twice, as readers differ in which they
     take."""
-    known = dict(pairs)
-    if len(known) < len(pairs):
-        raise ValueError("has a field twice")
-    return known
+    count = Counter(name for name, _ in pairs)
+    if len(count) < len(pairs):
+        (name, _), = count.most_common(1)
+        raise ValueError(f"the field {name!r} stands twice")
+    return dict(pairs)
 
 
 def read_json(path):

@@ -548,9 +548,11 @@ def former_results(path):
     InputError where it is another program's."""
     try:
         before = read_json(path) if is_there(path) else []
-    except InputError:                                      # no figures that anyone could miss
+    except InputError as error:                             # no figures that anyone could miss
+        tell(f"{error}; it will be written anew")
         return []
-    if not isinstance(before, list) or not all(isinstance(old, dict) for old in before):
+    if not isinstance(before, list) or not all(isinstance(old, dict) and "task" in old
+                                               for old in before):
         raise InputError(f"{path}: is there, and was not made here; choose another --out")
     return [old for old in before if "file" in old]
 
@@ -739,7 +741,8 @@ def claim_benchmark(args, benchmark, guard, world):
     """The prompts of a Benchmark (lists of ids), whose folder is taken for answers to them.
 
     InputError where it holds answers of another model or with other settings; or answers without
-    reasoning (--fast) where these are to have some, or with it where not."""
+    reasoning (--fast) where these are to have some, or with it where not; or predictions that no
+    answers here belong to."""
     prompts, _ = encode_prompts(guard.tokenizer, benchmark.records, args.max_length,
                                 args.max_new_tokens)
     out = Path(args.out) / benchmark.name
@@ -757,8 +760,8 @@ def claim_benchmark(args, benchmark, guard, world):
                          "choose another --out")
     made_here = is_there(fast) or is_there(parts_of(out / "answers.jsonl")) or is_reasoned
     if is_there(out / "generated_predictions.jsonl") and not made_here:
-        raise InputError(f"{out}/generated_predictions.jsonl: is there, and was not made here; "
-                         "choose another --out")
+        raise InputError(f"{out}/generated_predictions.jsonl: is there without the answers it was "
+                         "made of; move it away, or choose another --out")
     if world.rank == 0:
         hold(args.out)
     settings = answer_settings(args, guard)
@@ -911,7 +914,7 @@ def read_predictions(path, dataset, column=None, limit=None):
         forced = line.get("forced")
         if forced not in (None, False):                 # an answer without an end: add_forced
             case["verdict"] = dict.fromkeys(VERDICTS)
-            if forced is not True:                      # what `--moderate` says; not with which
+            if forced is not True:                      # True: nobody says which verdicts these are
                 case["forced"] = forced_verdict(forced, f"{path}: {place}")
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")

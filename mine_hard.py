@@ -170,8 +170,8 @@ def main(argv=None):
         raise InputError(f"{out}: already holds samples; add --resume to continue, "
                          "or choose another --out")
     if is_there(out / "hard.jsonl") and not any(out.glob("samples*")):
-        raise InputError(f"{out}/hard.jsonl: is there, and was not made here; choose another "
-                         "--out")
+        raise InputError(f"{out}/hard.jsonl: is there without the samples it was made of; move it "
+                         "away, or choose another --out")
     world = join_ranks(args.device)
     records = []
     sources = []

@@ -2234,9 +2234,11 @@ def join_ranks(name=None):
     if told == "1":
         return World(pick_device(name))
     others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not told.isdecimal() or told == "0" or not all(os.environ.get(name) for name in others):
-        raise InputError(f"WORLD_SIZE is {told} in the environment, but torchrun did not start "
-                         "this process: start it with torchrun, or unset WORLD_SIZE")
+    missing = [variable for variable in others if not os.environ.get(variable)]
+    if not told.isdecimal() or told == "0" or missing:
+        reason = f"{', '.join(missing)} not set" if missing else "which is no number of processes"
+        raise InputError(f"WORLD_SIZE is {told} in the environment, {reason}: start with torchrun, "
+                         "or unset WORLD_SIZE")
     ranks = int(told)
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"           # nobody touches another's GPU

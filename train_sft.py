@@ -172,7 +172,7 @@ def training_arguments(p):
 # ------------------------------------------------------------------ model and optimizer
 def fit_memory(args, world, examples):
     """Set args.max_tokens where it is not given. InputError if memory will not do, before any
-    weight is read."""
+    weight is loaded."""
     products, storage = training_dtypes(args, world)
     sizes = sorted(tokens_of(example, args.no_share) for example in examples)
     largest_batch = sum(sizes[-args.batch_size:])
@@ -487,18 +487,27 @@ def start_run(args, world):
     return found[-1] if found else None
 
 
+OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
+HASHED = {"data_hash": "data_hash (of records and tokenizer)",
+          "eval_hash": "eval_hash (of --eval-data)",
+          "config_hash": "config_hash (of --model's config.json)",
+          "weights_hash": "weights_hash (of --model's weights)",
+          "schedule_hash": "schedule_hash (of batches and learning rates)"}
+
+
 def check_same_run(args, before):
-    """InputError where a setting that shapes the result is not the one that the run began with.
-    before: the first line of its log; an older one has fewer settings."""
+    """InputError where a setting, or what was read, is not that with which the run began.
+    before: the first line of its log; an older one has fewer of these, or other names."""
     both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
     hashes = "data_hash eval_hash config_hash weights_hash schedule_hash"
     dpo = "beta sft"
     for name in f"{both} {hashes} {dpo}".split():
         now = getattr(args, name, None)
-        was = before.get(name, now)
+        was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
-            raise InputError(f"{args.out}: its run has {name} = {was!r}, not {now!r}; "
-                             "choose another --out")
+            what = HASHED.get(name, name)
+            raise InputError(f"{args.out}: its run has {what} = {was!r}, not {now!r}; "
+                             "give the same again, or choose another --out")
 
 
 class Interrupts:
@@ -510,7 +519,8 @@ class Interrupts:
         self.seen = 0
         self.after_step = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self.notice)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: to outlive the terminal
+                signal.signal(number, self.notice)
 
     def notice(self, number, frame):
         if not self.after_step:

@@ -47,7 +47,7 @@ MISTAKES = {
     ],
     "format_input": [
         ('"None" if response is None else response', 'response or "None"'),
-        ("{shown}\\n\\n", "{answer}\\n"),
+        ("{shown}\\n\\n", "{shown}\\n"),
     ],
     "check_nesting": [
         ("i < stop", "i <= stop"),
@@ -157,7 +157,7 @@ def batches(n, size, epochs, seed):
     "draw_token": [
         ("likelier < top_p", "likelier + p_pick[:, 0] < top_p"),
         ("likelier < top_p", "likelier <= top_p"),
-        ("torch.where(p_some > p_pick, p_some, 0)", "(p_some * (p_some > mine))"),
+        ("torch.where(p_some > p_pick, p_some, 0)", "torch.where(p_some < p_pick, p_some, 0)"),
         ("scaled / temperature", "scaled * temperature"),
         ("return logits.argmax(-1)", "return logits.argmax(0)"),
         (

@@ -242,7 +242,8 @@ def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, 
 def test_files_that_were_not_made_here_are_not_written_over(place, capsys, stage, file):
     (place / "out" / file).parent.mkdir(parents=True, exist_ok=True)
     (place / "out" / file).write_text('{"lm-eval": 1}\n')
-    assert "is there, and was not made here; choose another --out" in fails(capsys, run, place, stage)
+    says = "is there, and was not made here" if "results" in file else "move it away, or choose another --out"
+    assert says in fails(capsys, run, place, stage)
     assert (place / "out" / file).read_text() == '{"lm-eval": 1}\n'
 
 
@@ -252,12 +253,12 @@ def test_ranks_that_torchrun_did_not_start_are_refused(place, capsys, monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert "start it with torchrun, or unset WORLD_SIZE" in fails(capsys, run, place, "sft")
+    assert ": start with torchrun, or unset WORLD_SIZE" in fails(capsys, run, place, "sft")
 
 
 def test_a_field_that_stands_twice_is_refused(place, capsys):
     (place / "records.jsonl").write_text('{"instruction": "i", "input": "x", "output": "harmful", "output": "unharmful"}\n')
-    assert "records.jsonl: line 1 is not valid JSON: has a field twice" in fails(capsys, run, place, "sft")
+    assert "records.jsonl: line 1 is not valid JSON: the field 'output' stands twice" in fails(capsys, run, place, "sft")
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu", "privateuseone:0", "CPU"])
@@ -312,7 +313,7 @@ def test_weights_that_a_rate_made_infinite_are_not_written(place, capsys):
     (b'{"prompt": "a", "response": 3}', 'may have the text "response"'), (b"{'prompt': 'a'}", "quotes"),
     (b'{"prompt": "a", "respones": "b"}', "unknown field 'respones'"), (b"", "is empty"),
     (b'{"prompt": "caf\xe9"}', "utf-8"), (b'{"prompt": ' + b"[" * 10 ** 5, "recursion"),
-    (b'{"prompt": "a", "prompt": "b"}', "has a field twice"), (b'{"prompt": NaN}', 'the text "prompt"'),
+    (b'{"prompt": "a", "prompt": "b"}', "the field 'prompt' stands twice"), (b'{"prompt": NaN}', 'the text "prompt"'),
     (b'\xff\xfe{\x00"\x00', "utf-8"), (b"1" * 5000, "digits")])
 def test_a_bad_line_is_answered_and_the_stream_goes_on(place, capsys, monkeypatch, line, says):
     stream = io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}\r\n' + line + b'\n{"prompt": "b"}')
@@ -360,7 +361,7 @@ def test_figures_of_other_files_are_not_written_over_without_a_word(place, capsy
         (place / "figures/results.json").write_text(damaged)
         evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
         assert json.loads((place / "figures/results.json").read_text())[0]["f1"] == 100
-    for foreign in ("[1, {}]", '{"results": 1}', "5"):
+    for foreign in ("[1, {}]", '{"results": 1}', "5", '[{"name": 1}]'):
         (place / "figures/results.json").write_text(foreign)
         with pytest.raises(SystemExit, match="results.json: is there, and was not made here"):
             evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])

@@ -105,12 +105,17 @@ def test_gold_of_a_trace_a_block_and_a_word():
     assert tuple(gold_verdict({**record(H), "input": format_input("a") + "\n"}).values()) == (H, None, None)
 
 
-@pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: " \n" + text, lambda text: text.replace(":\n", ": \n")])
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\n", "\r\n"), lambda text: " \n" + text, lambda text: text.replace(":\n", ": \n"),
+    lambda text: text.replace(":\n", "\uff1a\n"), lambda text: text.replace(":\n", ":\u00a0\n"), lambda text: text.replace("\n\nAI", "\n \t\nAI"),
+    lambda text: text.replace("Human user", "HUMAN USER").replace("AI assistant", "Ai Assistant"), lambda text: "\ufeff" + text])
 def test_markers_with_other_line_ends_or_spaces_are_markers(change):
     for response, gold in (("b", (None, None, H)), (None, (H, None, None))):
         exchange = change(format_input("a", response))
         assert tuple(gold_verdict({"input": exchange, "output": H}).values()) == gold
         assert data.split_input(exchange) == ("a", response)
+        saved = data.exchange_of("Sort.\n" + exchange.lstrip("\ufeff \n"))           # as generated_predictions.jsonl has it
+        assert tuple(gold_verdict({"input": saved, "output": H}).values()) == gold
 
 
 @pytest.mark.parametrize("after", ["", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "assistant\n\n", "<|im_end|>\n<|im_start|>assistant\n",

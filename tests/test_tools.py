@@ -752,5 +752,7 @@ def test_a_name_that_no_picture_may_hold_is_spelled_out(tmp_path):
 
 
 def test_every_mutant_still_finds_its_place():
-    for file, right, wrong, _ in mutants.MUTANTS:
+    for file, right, wrong, test in mutants.MUTANTS:
         assert (mutants.ROOT / file).read_text().count(right) == 1 and right != wrong, (file, right)
+        path, _, word = test.partition(" -k ")
+        assert re.search(rf"def test_\w*{word}", (mutants.ROOT / "tests" / path).read_text()), test

@@ -147,13 +147,13 @@ def test_the_data_and_the_tokenizer_belong_to_a_run(tmp_path, capsys, file, chan
             run(tmp_path / "a", *arguments, "--resume")
         assert not ended.value.code and "this run is finished" in capsys.readouterr().out
     changed(tmp_path / file, change)
-    with pytest.raises(InputError, match=r"its run has data_hash = \d+, not \d+; choose another --out"):
+    with pytest.raises(InputError, match=r"its run has data_hash .*= \d+, not \d+; give the same again, or choose another --out"):
         run(tmp_path / "a", *arguments, "--resume")
 
 
 def test_the_schedule_belongs_to_a_run(tmp_path, monkeypatch):
     run(tmp_path / "a", "--max-steps", 1)
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has schedule_hash = "):
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has schedule_hash .*= "):
         patched.setattr(train_sft, "lr_at", lambda step, steps, peak: 0.5 * peak)
         run(tmp_path / "a", "--max-steps", 1, "--resume")
 
@@ -163,13 +163,13 @@ def test_the_held_out_records_belong_to_a_run(tmp_path):
     arguments = ["--max-steps", 1, "--eval-data", held_out]
     run(tmp_path / "a", *arguments)
     changed(held_out, label)
-    with pytest.raises(InputError, match=r"its run has eval_hash = \d+, not \d+; choose another --out"):
+    with pytest.raises(InputError, match=r"its run has eval_hash \(of --eval-data\) = \d+, not \d+; give the same again"):
         run(tmp_path / "a", *arguments, "--resume")
 
 
 def test_the_base_models_weights_belong_to_a_run(tmp_path, monkeypatch):
     run(tmp_path / "a", "--max-steps", 1)
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash = '.*', not 'new'"):
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its run has weights_hash .*= '.*', not 'new'"):
         patched.setattr(train_sft, "weights_hash", lambda folder: "new")
         run(tmp_path / "a", "--max-steps", 1, "--resume")
 
@@ -251,7 +251,7 @@ def test_a_run_does_not_go_on_with_another_config(tmp_path):
     config = tmp_path / "model/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 500.0}))
     (tmp_path / "a/config.json").unlink()
-    with pytest.raises(InputError, match="its run has config_hash = "):
+    with pytest.raises(InputError, match="its run has config_hash .*= "):
         run(tmp_path / "a", "--model", tmp_path / "model", "--max-steps", 1, "--resume")
 
 
@@ -365,6 +365,28 @@ def test_weights_too_large_for_the_bases_dtype_are_stored_in_float32(tmp_path, c
     saved = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     assert saved.dtype == torch.float32 and saved[0] == 1e5 and "weights are too large for float16" in capsys.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_nohup_outlives_a_terminal_that_is_closed():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)                                # as nohup does
+        interrupts = train_sft.Interrupts()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == interrupts.notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_log_of_before_is_compared_by_its_names(tmp_path):
+    run(tmp_path / "a", "--max-steps", 1)
+    log = tmp_path / "a/metrics.jsonl"
+    header, *rows = log.read_text().splitlines()
+    old = json.loads(header)
+    old["samples"], old["schedule"] = old.pop("examples"), old.pop("schedule_hash") + 1
+    log.write_text("\n".join([json.dumps(old), *rows]) + "\n")
+    with pytest.raises(InputError, match="schedule_hash .of batches and learning rates. = "):
+        run(tmp_path / "a", "--max-steps", 1, "--resume")
 
 
 def test_of_many_epochs_only_the_steps_that_are_made_are_laid_out(tmp_path):
