@@ -518,9 +518,11 @@ class Interrupts:
     def __init__(self):
         self.seen = 0
         self.after_step = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: to outlive the terminal
-                signal.signal(number, self.notice)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # as under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, self.notice)
 
     def notice(self, number, frame):
         if not self.after_step:

@@ -1,6 +1,7 @@
 """Baselines, reasoning synthesis, the corpus certificate: parsers by hand, servers that misbehave."""
 import email.utils
 import json
+import re
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
