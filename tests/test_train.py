@@ -106,7 +106,7 @@ def test_a_stopped_run_continues_to_the_same_end_bit_for_bit(tmp_path, monkeypat
     monkeypatch.setattr(train_sft, "update", original)
     assert not (tmp_path / "stopped/model.safetensors").exists()
     for flag, value in (("--lr", 1e-5), ("--dtype", "float64"), ("--format", "raw")):
-        with pytest.raises(InputError, match=f"its run has {flag[2:]} = .*; choose another --out"):
+        with pytest.raises(InputError, match=f"its run has {flag[2:]} = .*, or choose another --out"):
             run(tmp_path / "stopped", "--resume", flag, value)
     monkeypatch.setenv("PATH", "/nowhere")                                         # no git: the commit is unknown
     with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
@@ -188,7 +188,9 @@ def test_a_file_where_a_checkpoint_goes_is_replaced_and_damaged_lines_of_the_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_while_the_model_loads_ends_in_one_line(tmp_path, monkeypatch, number):
+def test_a_signal_while_the_model_loads_ends_in_one_line(tmp_path, monkeypatch, request, number):
+    before = signal.signal(number, signal.SIG_DFL)                                 # the tests may run under nohup
+    request.addfinalizer(lambda: signal.signal(number, before))
     load = train_sft.load_for_training
     with monkeypatch.context() as patched, pytest.raises(InputError, match="interrupted before the first step") as error:
         patched.setattr(train_sft, "load_for_training", lambda *args: (signal.raise_signal(number), load(*args))[1])
