@@ -77,11 +77,13 @@ def exchange_pattern(before, colon, spaces, newline):
     return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
 
 
+COLON = r"[:\uff1a]"                # of ASCII or of full width
+SOME_SPACES = r"[^\S\r\n]{0,20}"
+
 AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
 # as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
 # byte order mark before them, and line ends of Windows
-AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", r"[:\uff1a]", r"[^\S\r\n]{0,20}",
-                              r"(?<!\r)\r?\n")
+AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", COLON, SOME_SPACES, r"(?<!\r)\r?\n")
 
 
 def find_exchange(text):
@@ -138,8 +140,8 @@ SAID = r"\s*(.*(?:\n[^\w\n]*(?:x[^\w\n]+)?(?:(?:un)?harmful|refusal|compliance)[
 def line_of(name, rest=SAID):
     """What a line that begins with a name and a colon looks like; its group is what follows."""
     begin = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
-    colon = r"(?:[*_`\"']|[^\S\n])*[:\uff1a]"
-    return re.compile(rf"{begin}{name}{colon}{rest}", re.IGNORECASE | re.MULTILINE)
+    end = r"(?:[*_`\"']|[^\S\n])*" + COLON
+    return re.compile(rf"{begin}{name}{end}{rest}", re.IGNORECASE | re.MULTILINE)
 
 
 def answers_heading(text):
@@ -773,12 +775,13 @@ def deal(packs, rank, ranks):
 # ================================================================== machinery
 # ------------------------------------------------------------------ prompts of saved predictions
 # where an exchange begins in a longer text
-HUMAN_LINE = re.compile("(?i)" + HUMAN.strip(":\n") + r"[:\uff1a][^\S\r\n]{0,20}\r?\n")
+HUMAN_LINE = re.compile("(?i)" + HUMAN.strip(":\n") + COLON + SOME_SPACES + r"\r?\n")
 # how chat templates spell control tokens, with the bars of ASCII or of full width
 MARK = r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]"
 # what they write after an exchange: control tokens, and the role that answers
 FRAME = rf"(?:(?:{MARK}|assistant|model)\s*)+\Z"
-AFTER_EXCHANGE = re.compile(rf"(?<!(?i:AI assistant)[:\uff1a])\n\n\s*{FRAME}")
+NOT_ASSISTANT = "(?<!(?i:" + ASSISTANT.strip(":\n") + ")" + COLON + ")"
+AFTER_EXCHANGE = re.compile(rf"{NOT_ASSISTANT}\n\n\s*{FRAME}")
 # the same after a text that the template trimmed
 AFTER_TRIMMED = re.compile(rf"\s*(?={MARK}){FRAME}")
 ROLE_AFTER_TRIMMED = re.compile(r"(?:assistant|model)\s*\Z")
@@ -1510,11 +1513,11 @@ def parse_json(place, text):
 def without_repeats(pairs):
     """A JSON object's dict; ValueError where a name stands twice, as readers differ in which they
     take."""
-    count = Counter(name for name, _ in pairs)
-    if len(count) < len(pairs):
-        (name, _), = count.most_common(1)
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        (name, _), = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the field {name!r} stands twice")
-    return dict(pairs)
+    return known
 
 
 def read_json(path):

@@ -38,11 +38,10 @@ import numpy as np
 from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
                   common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
                   hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
-                  read_json, read_records, say, spelled, tell, warn, without_repeats,
-                  write_json)
-from mine_hard import (LazyModel, answer_prompts, check_room, claim_answers, claim_settings,
-                       encode_prompts, generation_arguments, generation_settings, has_answers,
-                       parts_of, write_lines)
+                  read_json, read_records, say, spelled, tell, without_repeats, write_json)
+from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
+                       claim_settings, encode_prompts, generation_arguments, generation_settings,
+                       has_answers, parts_of, write_lines)
 from model import World, answer_logprobs, fingerprint, generate_iter, join_ranks, read_arguments
 
 
@@ -487,8 +486,8 @@ def main(argv=None):
         return demo()
     args = parse_arguments(argv)
     world = join_ranks(args.device) if args.model else World(None)
-    if args.out:
-        former_results(Path(args.out) / "results.json")     # refuses another program's
+    results_file = Path(args.out) / "results.json" if args.out else None
+    former = former_results(results_file) if args.out else []       # refuses another program's
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
@@ -510,23 +509,22 @@ def main(argv=None):
     if world.rank == 0:
         averages = averages_of(results)
         if args.out:
-            path = Path(args.out) / "results.json"
             hold(args.out)
-            keep_times(path, results)
-            write_json(path, results + averages)
-            say(f"{tables(results, averages)}\nwrote {path}")
+            keep_times(results_file, former, results)
+            write_json(results_file, results + averages)
+            say(f"{tables(results, averages)}\nwrote {results_file}")
         else:
             print_line(tables(results, averages))
         tell_unused(args, results)
 
 
-def keep_times(path, results):
-    """Take the times from a results.json that is there, as answers that are there are not timed
-    again; say which other figures of it are written over."""
+def keep_times(path, former, results):
+    """Take the times from the results that were there, as answers that are there are not timed
+    again; say which other figures of theirs are written over."""
     here = {key_of(result): result for result in results}
     gone = set()
     lost = set()
-    for old in former_results(path):
+    for old in former:
         new = here.get(key_of(old))
         if new is None:
             gone.add(" ".join(filter(None, key_of(old))))
@@ -708,12 +706,10 @@ def arriving(stream):
 
 
 # ------------------------------------------------------------------ answers to score
-def check_labels(path, golds):
-    """Say how many of these records have no label; InputError if none has one."""
-    without = sum(not any(gold.values()) for gold in golds)
-    if without == len(golds):
-        raise InputError(f"{path}: no record has a label (harmful, unharmful, refusal, compliance)")
-    warn(without, f"records have no usable label and are left out: {path}")
+def check_scored(path, golds):
+    """check_labels: a record without one is left out."""
+    check_labels(golds, f"{path}: no record has a label",
+                 f"records have no usable label and are left out: {path}")
 
 
 @dataclass
@@ -732,7 +728,7 @@ def read_benchmark(path, name=None, limit=None):
     name = name or Path(path).stem
     records = read_records(path)[:limit]
     golds = [labels_of(record, name) for record in records]
-    check_labels(path, golds)
+    check_scored(path, golds)
     tasks = [task for task in VERDICTS if any(gold[task] for gold in golds)]
     return Benchmark(path, name, records, golds, tasks)
 
@@ -919,7 +915,7 @@ def read_predictions(path, dataset, column=None, limit=None):
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
-    check_labels(path, [case["gold"] for case in cases])
+    check_scored(path, [case["gold"] for case in cases])
     return cases
 
 

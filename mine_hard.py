@@ -179,7 +179,9 @@ def main(argv=None):
         some = read_records(path)[:args.limit]
         records += some
         sources += [Path(path).stem] * len(some)
-    check_labels(args.data, records)
+    check_labels([gold_verdict(record) for record in records],
+                 f"{' '.join(args.data)}: no output is a label",
+                 "records have no usable label: all answers to them count as wrong")
     if world.rank == 0:
         hold(out)
     asked = []
@@ -208,13 +210,13 @@ def main(argv=None):
         say(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
 
 
-def check_labels(paths, records):
-    """Say how many records have no usable label, so that no answer is right; InputError if all."""
-    unlabelled = sum(not any(gold_verdict(record).values()) for record in records)
-    if unlabelled == len(records):
-        raise InputError(f"{' '.join(paths)}: no output is a label "
-                         "(harmful, unharmful, refusal, compliance)")
-    warn(unlabelled, "records have no usable label: all answers to them count as wrong")
+def check_labels(golds, fault, remark):
+    """Say how many of these records have no label, with this remark; InputError if none has one,
+    with this fault."""
+    unlabelled = sum(not any(gold.values()) for gold in golds)
+    if unlabelled == len(golds):
+        raise InputError(f"{fault} (harmful, unharmful, refusal, compliance)")
+    warn(unlabelled, remark)
 
 
 def report(count, n, k):

@@ -169,7 +169,7 @@ MUTANTS = [
     # labels, and a record in another format
     ("data.py", "return value is None or value != value or", "return value is None or", "test_data.py -k column_counts"),
     ("data.py", "    between = text[exchange.end(1):exchange.start(2)]", "    between = ASSISTANT", "test_data.py -k markers_stay"),
-    ("mine_hard.py", "    check_labels(args.data, records)\n", "", "test_mine.py -k without_labels"),
+    ("mine_hard.py", "if unlabelled == len(golds):", "if False:", "test_mine.py -k without_labels"),
     # resuming with other data; equal samples of one prompt; pairs that are equal as they are encoded; signals
     ("train_sft.py", "args.data_hash = fingerprint([*all_ids(examples), alphas])", "args.data_hash = 0", "test_train.py -k belong_to_a_run"),
     ("train_sft.py", "fingerprint([*all_ids(examples), alphas])", "fingerprint(all_ids(examples))", "test_dpo.py -k weights_belong"),

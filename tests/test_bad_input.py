@@ -201,15 +201,6 @@ def interrupted(place, monkeypatch):
     return place / "out/step-000001"
 
 
-def rewritten(change):
-    """A safetensors file whose {name: tensor} is changed."""
-    def spoil(path):
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-    return spoil
-
-
 @pytest.mark.parametrize("arguments, says", [(["--batch-size", 3], "out: its run has batch_size = 2, not 3"),
                                              (["--batch-size", 2, "--seed", 1], "out: its run has seed = 42, not 1"),
                                              (["--batch-size", 2, "--epochs", 2], "its run has epochs = 1, not 2"),
@@ -226,13 +217,13 @@ def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch
     ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON"),
     ("state.json", text("{}"), "state.json does not say this step; remove this folder to go on from the checkpoint before it"),
     ("state.json", text('{"step": 2}'), "state.json does not say this step"), ("state.json", text('{"step": "1"}'), "state.json does not say this step"),
-    ("model.safetensors", rewritten(lambda tensors: tensors.pop("model.norm.weight")), "model.norm.weight is missing; remove this folder"),
-    ("model.safetensors", rewritten(lambda tensors: tensors.update(x=torch.ones(1))), "x is unknown"),
-    ("model.safetensors", rewritten(lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()})), "another shape or dtype"),
-    ("optimizer.safetensors", rewritten(lambda tensors: tensors.clear()), "is missing"),
-    ("optimizer.safetensors", rewritten(lambda tensors: tensors.pop("model.norm.weight:exp_avg")), "model.norm.weight:exp_avg is missing"),
-    ("optimizer.safetensors", rewritten(lambda tensors: tensors.update({"x:y": torch.ones(1)})), "x:y is unknown"),
-    ("optimizer.safetensors", rewritten(lambda tensors: tensors.update({"model.norm.weight:step": torch.ones(2)})), "another shape or dtype")])
+    ("model.safetensors", tensors(lambda weights: weights.pop("model.norm.weight")), "model.norm.weight is missing; remove this folder"),
+    ("model.safetensors", tensors(lambda weights: weights.update(x=torch.ones(1))), "x is unknown"),
+    ("model.safetensors", tensors(lambda weights: weights.update({"model.norm.weight": weights["model.norm.weight"].bfloat16()})), "another shape or dtype"),
+    ("optimizer.safetensors", tensors(lambda weights: weights.clear()), "is missing"),
+    ("optimizer.safetensors", tensors(lambda weights: weights.pop("model.norm.weight:exp_avg")), "model.norm.weight:exp_avg is missing"),
+    ("optimizer.safetensors", tensors(lambda weights: weights.update({"x:y": torch.ones(1)})), "x:y is unknown"),
+    ("optimizer.safetensors", tensors(lambda weights: weights.update({"model.norm.weight:step": torch.ones(2)})), "another shape or dtype")])
 def test_a_damaged_checkpoint_is_named(place, capsys, monkeypatch, file, spoil, says):
     spoil(interrupted(place, monkeypatch) / file)
     assert says in fails(capsys, run, place, "sft", "--resume", "--batch-size", 2)
