@@ -42,6 +42,9 @@ is kept: the same command goes on. OUT/answers holds all that the tables need, a
 task; folders of two machines merge by copying, as long as a cell is from one of them.
 Not as in the paper: beta = 0.01 x 257 / (mean length of a chosen answer), because these answers are
 shorter than the paper's 257 tokens; learning rates are those of the demo.
+
+A variant of your own: what it trains in Cell.build, or its pairs in Cell.pairs_for; its name in
+VARIANTS and a row of CONTRASTS, both in ablation_table.py.
 """
 import argparse
 import contextlib

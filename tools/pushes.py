@@ -1,8 +1,8 @@
 """Why HS-DPO ties SFT on the chosen: what each arm of one trained cell did to which tokens.
 
-    python tools/pushes.py OUT/s0.5_corpus201_seed1 --arms chosen hs_dpo swapped step
+    python tools/pushes.py CELL --arms chosen hs_dpo swapped step
 
-CELL is a folder that tools/ablation.py wrote, with its models. Its pairs are those of k = 4, on
+CELL is a folder that tools/ablation.py wrote, with its models: OUT/s0.5_corpus201_seed1, say. Its pairs are those of k = 4, on
 which the arms trained; held out are the prompts that only 8 answers show to be hard. Three tables:
 
 1  how far each arm moved the weights, and the cosine with the way that the first arm went
