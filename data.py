@@ -26,7 +26,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +69,10 @@ def format_input(prompt, response=None):
 
 def exchange_pattern(before, colon, spaces, newline):
     """What matches an exchange; its groups are the prompt and the response. A marker typed into the
-    prompt is part of it, as the last one counts; the two newlines at the end may be missing."""
+    prompt is part of it, as the last one counts; the two newlines at the end may be missing, and
+    where the response is empty the one before it, too."""
     human = HUMAN.strip(":\n") + colon + spaces + newline
-    assistant = ASSISTANT.strip(":\n") + colon + spaces + newline
+    assistant = ASSISTANT.strip(":\n") + colon + spaces + rf"(?:{newline}|\Z)"
     blank = newline + spaces + newline
     return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
 
@@ -168,12 +168,10 @@ def verdict_word(said, words):
     None too where the word is negated ("not harmful", "harmful: no", a cross beside it) or joined
     to another one by a slash or "or" ("harmful/unharmful"), and where the other word follows."""
     # signs, the word, no letter or digit next (underscores aside), the rest
-    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said, re.IGNORECASE)
-    if not found or found[2].lower() not in words:          # IGNORECASE takes \u017f for an s
+    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said.lower())
+    if not found:
         return None
-    before = found[1]
-    word = found[2].lower()
-    rest = found[3].lower()
+    before, word, rest = found.groups()
     other = words[1] if word == words[0] else words[0]
     # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
     # whatever else does could negate it
@@ -302,8 +300,9 @@ FORMATS = {
                     ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
-CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled; what is so is never read as text
+CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled: see add_token
 REQUEST = "REQUEST"             # the user's text, where a chat template is tried
+ANSWER = "ANSWER"               # the assistant's
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
 
@@ -458,14 +457,25 @@ class Tokenizer:
         self.after = template.close + template.head.format("assistant")
         self.trim = False                                           # spaces around the user's text?
         self.jinja = jinja_of(start, template)
-        ends = [mark for mark in template.ends if mark in self.special]
+        self.use_control(self.before + self.after)
+        self.use_ends(template.ends)
+
+    def use_ends(self, marks):
+        """Set end_mark, the first of these control tokens that the vocabulary has, or else the
+        folder's eos_token; and `stop`, the ids that end an answer: first the end mark's, then those
+        of STOPS and of the folder's generation_config.json."""
+        eos = content_of(read_told(self.folder).get("eos_token"))
+        ends = [mark for mark in (*marks, eos) if mark in self.special]
         if not ends:
-            raise InputError(f"{self.folder}: the vocabulary has no control token "
-                             f"{template.ends[0]}; try another --format")
+            raise InputError(f"{self.folder}: the vocabulary has no control token {marks[0]}, nor "
+                             "is another one its eos_token; try another --format")
         self.end_mark = ends[0]
-        self.use_control(self.before + self.after + self.end_mark)
-        others = [mark for mark in STOPS if mark in self.special and mark != self.end_mark]
-        ids = [self.special[mark] for mark in (self.end_mark, *others)]
+        self.use_control(self.end_mark)
+        told = read_object(self.folder / "generation_config.json", {}).get("eos_token_id")
+        told = told if isinstance(told, list) else [told]
+        others = [self.special[mark] for mark in STOPS if mark in self.special]
+        others += [id for id in self.special.values() if id in told]
+        ids = dict.fromkeys([self.special[self.end_mark], *others])         # each once
         self.stop = [id for id in ids if id < self.size]
 
     def use_control(self, text):
@@ -511,15 +521,27 @@ class Tokenizer:
             self.after = after
             self.trim = trims_start
             self.jinja = spelled_out(template)
+            self.use_ends([self.closing_mark(template) or template.get("eos_token"),
+                           *FORMATS[self.format].ends])
         else:
             tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
+
+    def closing_mark(self, template):
+        """The control token that a chat template writes after an assistant's turn; None where there
+        is none, or it cannot be told."""
+        try:
+            _, found, after = render_turn(template, REQUEST, ANSWER).rpartition(ANSWER)
+        except NotKnown:
+            return None
+        marks = [piece for piece in self.split_control(after) if piece in self.special]
+        return marks[0] if found and marks else None
 
     def save_pretrained(self, folder):
         """Write the vocabulary, the chat template and every stop id,
         so that other engines stop too."""
         folder = Path(folder)
         for name, content in self.files.items():
-            write_whole(folder / name, partial(write_bytes, content))
+            write_bytes(folder / name, content)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         # so that who loads the folder has the same control tokens, whatever tokenizer.json says
         others = sorted(word for word in self.special if not CONTROL.fullmatch(word))
@@ -613,11 +635,10 @@ def common_prefix(sequences):
     count."""
     first = min(sequences)
     last = max(sequences)         # in dictionary order: of all sequences these two differ earliest
-    shortest = min(len(first), len(last))
-    for place in range(shortest - 1):
+    for place in range(len(first) - 1):
         if first[place] != last[place]:
             return place
-    return max(0, shortest - 1)
+    return len(first) - 1
 
 
 # ------------------------------------------------------------------ the tree packer
@@ -908,9 +929,14 @@ def control_names(folder):
     for entry in by_id.values() if isinstance(by_id, dict) else []:
         if isinstance(entry, dict) and entry.get("special"):
             entries.append(entry)
-    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    texts = map(content_of, entries)
     template = str(read_chat_template(folder).get("chat_template", ""))
     return {*filter(lambda text: isinstance(text, str), texts), *re.findall(MARK, template)}
+
+
+def content_of(token):
+    """The text of a token: files hold it, or an object that has it as its content."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def add_token(path, entry, vocabulary, control):
@@ -1104,13 +1130,14 @@ def read_tokenizer_model(path):
 
 
 def read_sizes(folder, vocabulary):
-    """(vocab_size, max_position_embeddings) of this folder's model, infinite where they are not
-    told; InputError where text can have more ids. (Control tokens that no template uses may lie
-    beyond.)"""
+    """(vocab_size, max_position_embeddings) of this folder's model, infinite where there is no
+    config.json; InputError where text can have more ids. (Control tokens that no template uses may
+    lie beyond.)"""
     path = folder / "config.json"
     config = read_object(path, {})
     size = config.get("vocab_size", math.inf)
-    context = config.get("max_position_embeddings", math.inf)
+    untold = 2048 if config else math.inf                   # what LlamaConfig takes then
+    context = config.get("max_position_embeddings", untold)
     for number in (size, context):
         if number != math.inf and (type(number) is not int or number >= 2 ** 31):
             raise InputError(f"{path}: vocab_size and max_position_embeddings must be whole "
@@ -1124,7 +1151,7 @@ def read_sizes(folder, vocabulary):
 
 # ------------------------------------------------------------------ the folder's own chat template
 # It is written in Jinja, whose expressions are nearly Python's: Python parses them, and the kinds
-# of node that chat templates use are evaluated here. A filter, `x | trim`, is read as `x.trim`.
+# of node that chat templates use are evaluated here. Of filters `x | trim` is known: `x.strip()`.
 class NotKnown(Exception):
     """A piece of Jinja that is not evaluated here."""
 
@@ -1177,17 +1204,18 @@ def read_chat_template(folder):
     try:
         if isinstance(text, list):                          # several, each with a name
             text = {entry["name"]: entry["template"] for entry in text}.get("default", "")
-        found = {"chat_template": text + ""}
+        found = {"chat_template": text + ""}                # TypeError unless it is a text
     except (TypeError, KeyError):
         raise InputError(f"{config}: chat_template is neither a text nor a list of them, each with "
                          "name and template") from None
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = told.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if token is not None and not isinstance(text, str):
+        if token is None:
+            continue
+        content = content_of(token)
+        if not isinstance(content, str):
             raise InputError(f"{config}: {name} is {token!r}, which is no text")
-        if token is not None:
-            found[name] = text
+        found[name] = content
     return found
 
 
@@ -1199,11 +1227,14 @@ def find_format(template, special):
     return "chatml" if "<|im_start|>" in known else "raw"
 
 
-def render_turn(template, request):
-    """What a chat template makes of one user's turn, ready for the answer; NotKnown where it holds
-    what is not evaluated here. template: as read_chat_template gives it."""
-    names = {**template, "messages": [{"role": "user", "content": request}], "tools": None,
-             "documents": None, "add_generation_prompt": True,
+def render_turn(template, request, answer=None):
+    """What a chat template makes of one user's turn, ready for the answer, or with it; NotKnown
+    where it holds what is not evaluated here. template: as read_chat_template gives it."""
+    messages = [{"role": "user", "content": request}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    names = {**template, "messages": messages, "tools": None,
+             "documents": None, "add_generation_prompt": answer is None,
              "true": True, "false": False, "none": None}
     text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
     text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
@@ -1212,7 +1243,7 @@ def render_turn(template, request):
     text = re.sub(r"-([}%#]\})\s*", r"\1", text)
     tokens = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
     try:
-        nodes, _ = parse_template(iter(tokens), ("",))
+        nodes, _ = parse_template(iter(tokens), ())
         return "".join(run_template(nodes, names))
     except (TypeError, RecursionError) as error:            # a loop over nothing; deep nesting
         raise NotKnown(error) from None
@@ -1247,7 +1278,7 @@ def parse_template(tokens, until):
             nodes.append(("if", "", branches))
         else:
             raise NotKnown(token)
-    if until != ("",):
+    if until:
         raise NotKnown(f"no {until[-1]}")
     return nodes, ""
 
@@ -1264,9 +1295,10 @@ def run_template(nodes, names):
             name, _, expression = text.partition("=")
             names[name.strip()] = evaluate(expression, names)
         elif kind == "if":
-            chosen = [body for condition, body in branches if evaluate(condition, names)][:1]
-            for body in chosen:
-                yield from run_template(body, names)
+            for condition, body in branches:
+                if evaluate(condition, names):
+                    yield from run_template(body, names)
+                    break
         else:
             name, _, expression = text.partition(" in ")
             values = evaluate(expression, names)
@@ -1280,8 +1312,8 @@ def run_template(nodes, names):
 
 def evaluate(expression, names):
     """The value of a Jinja expression; NotKnown where it holds more than chat templates use."""
-    pieces = re.split(r"('[^']*'|\"[^\"]*\")", " ".join(["", expression.strip(), ""]))
-    pieces[0::2] = [re.sub(r"\s*\|\s*(\w+)", r".\1", code) for code in pieces[0::2]]     # filters
+    pieces = re.split(r"('[^']*'|\"[^\"]*\")", expression)
+    pieces[0::2] = [re.sub(r"\s*\|\s*trim\b", ".strip()", code) for code in pieces[0::2]]
     pieces[1::2] = [text.replace("\n", "\\n") for text in pieces[1::2]]     # in quotes
     try:
         return value_of(ast.parse(f"({''.join(pieces)})", mode="eval").body, names)
@@ -1299,8 +1331,6 @@ def value_of(node, names):
         return node.value
     if isinstance(node, ast.Name):
         return names.get(node.id, UNDEFINED)
-    if isinstance(node, ast.Attribute) and node.attr == "trim":
-        return value(node.value).strip()
     if isinstance(node, ast.Attribute):
         return value(node.value).get(node.attr, UNDEFINED)
     if isinstance(node, ast.Call) and ast.unparse(node).endswith(".strip()"):
@@ -1462,12 +1492,12 @@ def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all; half a surrogate pair as JSON spells
     it."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, partial(write_bytes, text.encode("utf-8", "backslashreplace")))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_bytes(content, path):
-    """Write a file that holds this."""
-    path.write_bytes(content)
+def write_bytes(path, content):
+    """Write a file that holds this, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 @contextlib.contextmanager
@@ -1556,13 +1586,8 @@ def show_pack(tokenizer, p):
     tokens = p.tokens.tolist()
     end = p.end.tolist()
     T = len(tokens)
-    position = []                   # of each row, how many before it are still seen
-    seen = []                       # the ends of these: each is the last one's, or before it
-    for i in range(T):
-        while seen and seen[-1] <= i:
-            seen.pop()
-        position.append(len(seen))
-        seen.append(end[i])
+    closed = torch.bincount(p.end).cumsum(0)[:T]            # of each row, how many end before it
+    position = (torch.arange(T) - closed).tolist()          # how many it sees before its own
     same_answer = p.answer[1:] == p.answer[:-1]
     scored = set(p.rows[1:][same_answer].tolist())  # of an answer: its first row is the prompt's
 

@@ -42,7 +42,8 @@ from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, a
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
-from model import World, answer_logprobs, fingerprint, generate_iter, join_ranks, read_arguments
+from model import (World, answer_logprobs, fingerprint, folder_name, generate_iter, join_ranks,
+                   read_arguments)
 
 
 # ------------------------------------------------------------------ the figures
@@ -122,15 +123,14 @@ def reasoning_verdict(text):
     (request), 2 (completion) and 3 (response), spaces and case free. What follows the last
     "answers:", in any case and anywhere (not only where answers_heading finds it), is not read,
     unless the text begins with it."""
-    marks = [found.start() for found in re.finditer("answers:", text, re.I)]
-    reasoning = text[:marks[-1]] if marks else text
-    parts = re.split(r"#\s*Task\s*(\d)", reasoning or text, flags=re.I)
+    text = text.lower()
+    reasoning, _, _ = text.rpartition("answers:")           # "" where there is none
+    parts = re.split(r"#\s*task\s*(\d)", reasoning or text)
     sections = dict(zip(parts[1::2], parts[2::2]))
     said = {}
     for number, (task, words) in zip("123", VERDICTS.items()):
-        section = sections.get(number, "")
-        found = re.findall(rf"\b({'|'.join(words)})\b", section, re.I)
-        said[task] = found[-1].lower() if found else None
+        found = re.findall(rf"\b({'|'.join(words)})\b", sections.get(number, ""))
+        said[task] = found[-1] if found else None
     return said
 
 
@@ -189,10 +189,12 @@ def score_cases(cases, dataset, legacy=False, fpr=None):
         if not pairs:
             continue
         result = {"file": cases[0]["file"], "dataset": dataset,
-                  "task": task, "n": len(pairs)}
-        result.update(f1_figures(pairs, task), unparsable=predicted.count(None),
-                      reasoning_disagrees=disagreements(labelled, task))
-        result.update(cost_figures(labelled), **forced_figures(labelled, task))
+                  "task": task, "n": len(pairs),
+                  **f1_figures(pairs, task),
+                  "unparsable": predicted.count(None),
+                  "reasoning_disagrees": disagreements(labelled, task),
+                  **cost_figures(labelled),
+                  **forced_figures(labelled, task)}
         if not legacy and all(task in case.get("p", {}) for case in labelled):
             result.update(probability_figures(labelled, task, fpr))
         results.append(result)
@@ -369,10 +371,12 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     request, completion, response: a word, or None where it is missing or not asked for
     parsed: did the answer end, and has its Answers block every verdict that is needed?
     forced: it did not end, and the verdicts are the likelier words after what was written
-    cut: the end of the exchange was not read, or one of its characters is not in the vocabulary
+    cut: not all of the request and response was read (fit_prompt), or the vocabulary lacks one of
+        their characters
     p_harmful: {"request": P, "response": P}, as far as asked for; reasoning: the answer's text
 
-    With on_unparsable a harm verdict that is missing or forced is that word instead."""
+    With on_unparsable a harm verdict that is missing, forced, or about a text that is cut, is that
+    word instead."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
@@ -382,7 +386,7 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
         verdict = conclude(model, tokenizer, prompts[number], ids, has_response)
         if on_unparsable:
             for task in verdict["p_harmful"]:               # the harm verdicts that are asked for
-                if verdict["forced"] or verdict[task] is None:
+                if verdict["forced"] or verdict[task] is None or cuts[number]:
                     verdict[task] = on_unparsable
         yield number, {**verdict, "cut": cuts[number]}
 
@@ -420,14 +424,14 @@ def block_verdict(text):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="model folder")
+    p.add_argument("--model", type=folder_name, help="model folder")
     p.add_argument("--data", nargs="+", metavar="FILE",
                    help="benchmarks: records whose output is a label")
     p.add_argument("--predictions", nargs="+", metavar="FILE",
                    help="score these answers; no model is needed")
     p.add_argument("--dataset",
                    help="its name (default: the file's, or a prediction file's folder's)")
-    p.add_argument("--out", help="folder for answers and results.json")
+    p.add_argument("--out", type=folder_name, help="folder for answers and results.json")
     p.add_argument("--legacy", action="store_true",
                    help="score as the released evaluate.py, to the bit")
     p.add_argument("--k", type=at_least(1, most=10_000), default=1,
@@ -447,12 +451,12 @@ def parse_arguments(argv):
     p.add_argument("--batch", type=at_least(1), default=64, metavar="N",
                    help="with --moderate: judge up to N lines that are there together")
     p.add_argument("--on-unparsable", choices=["harmful"],
-                   help="say this where a harm verdict is missing or forced")
+                   help="say this where a harm verdict is missing or forced, or the text was cut")
     generation_arguments(p)
     p.set_defaults(max_new_tokens=None)
     args = read_arguments(p, argv)
     if args.max_new_tokens is None:
-        args.max_new_tokens = 512 if args.moderate or args.prompt is not None else 2048
+        args.max_new_tokens = 2048 if args.data else 512
     for is_wrong, message in contradictions(args):
         if is_wrong:
             p.error(message)
@@ -462,22 +466,29 @@ def parse_arguments(argv):
 def contradictions(args):
     """[(is it so?, message)] of arguments that do not go together."""
     names = [args.dataset or Path(path).stem for path in args.data or []]
-    asks = args.data or args.moderate or args.prompt is not None
+    files = [Path(path).resolve() for path in args.predictions or []]
+    moderates = args.moderate or args.prompt is not None
+    scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
     for_data = args.fast or args.k > 1 or args.scores
     return [
         (not (args.predictions or args.model), "--model DIR or --predictions FILE... is missing"),
-        (args.model and not asks, "--data FILE..., --prompt TEXT or --moderate is missing"),
+        (args.model and not (args.data or moderates),
+         "--data FILE..., --prompt TEXT or --moderate is missing"),
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
-        (not names and for_data, "--fast, --k, --scores are for --data"),
+        (not args.data and for_data, "--fast, --k, --scores are for --data"),
+        (len(set(files)) < len(files), "--predictions: a file is named twice"),
+        (args.dataset and Path(args.dataset).name != args.dataset, "--dataset is a name, no path"),
+        (args.legacy and args.fpr is not None, "--legacy uses no probabilities; leave out --fpr"),
         (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
         (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
         (args.response is not None and args.prompt is None, "--response goes with --prompt TEXT"),
-        (args.on_unparsable and not args.moderate and args.prompt is None,
-         "--on-unparsable is for --prompt and --moderate"),
+        (args.on_unparsable and not moderates, "--on-unparsable is for --prompt and --moderate"),
         (args.data and not args.model, "--data FILE... needs --model DIR"),
-        ((args.data or args.predictions) and (args.moderate or args.prompt is not None),
+        ((args.data or args.predictions) and moderates,
          "--prompt and --moderate go without --data and --predictions"),
+        (moderates and scoring,
+         "--out, --dataset, --by, --legacy and --fpr are for --data and --predictions"),
     ]
 
 
@@ -497,7 +508,7 @@ def main(argv=None):
         guard = LazyModel(args, args.model, world.device)
         if args.moderate and world.ranks > 1:
             raise InputError("--moderate: one process reads the lines; start it without torchrun")
-        if args.prompt is not None or args.moderate:
+        if not args.data:                                   # --prompt or --moderate
             return moderate_lines(args, guard)
         # all files and folders before the first is answered, which can take hours
         benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
@@ -532,13 +543,19 @@ def keep_times(path, former, results):
         for name in old.keys() - new.keys():
             if name not in TIMES:
                 lost.add(name)
-            elif old.get("n") == new["n"] and isinstance(old[name], (int, float)):
+            elif is_of_same_answers(old, new) and isinstance(old[name], (int, float)):
                 new[name] = old[name]
     if gone:
         tell(f"{path}: the figures of {'; '.join(sorted(gone))} were there and are written over; "
              "score all files together, or choose another --out")
     if lost:
         tell(f"{path}: {', '.join(sorted(lost))} were there and are written over")
+
+
+def is_of_same_answers(old, new):
+    """Do two results of a file stand on as many answers, which are as long?"""
+    return all(old.get(name) == new.get(name)
+               for name in ("n", "tokens_per_query", "tokens_p50", "tokens_p95"))
 
 
 def former_results(path):
@@ -742,29 +759,28 @@ def claim_benchmark(args, benchmark, guard, world):
     prompts, _ = encode_prompts(guard.tokenizer, benchmark.records, args.max_length,
                                 args.max_new_tokens)
     out = Path(args.out) / benchmark.name
+    answers = out / "answers.jsonl"
+    predictions = out / "generated_predictions.jsonl"
+    # what each kind was made with
     fast = out / "fast.json"
-    is_reasoned = has_answers(out / "answers.jsonl")
-    is_fast = is_there(fast) and is_there(out / "generated_predictions.jsonl") and not is_reasoned
-    if args.fast:
-        holds_other = is_reasoned
-        kind = "with"
-    else:
-        holds_other = is_fast
-        kind = "without"
-    if holds_other:
+    reasoned = parts_of(answers) / "settings.json"
+    other = reasoned if args.fast else fast
+    is_made = has_answers(answers) or is_there(predictions)
+    if is_made and is_there(other):
+        kind = "with" if args.fast else "without"
         raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
                          "choose another --out")
-    made_here = is_there(fast) or is_there(parts_of(out / "answers.jsonl")) or is_reasoned
-    if is_there(out / "generated_predictions.jsonl") and not made_here:
-        raise InputError(f"{out}/generated_predictions.jsonl: is there without the answers it was "
-                         "made of; move it away, or choose another --out")
+    if is_there(predictions) and not (has_answers(answers) or is_there(fast) or is_there(reasoned)):
+        raise InputError(f"{predictions}: is there without the answers it was made of; move it "
+                         "away, or choose another --out")
     if world.rank == 0:
         hold(args.out)
+        other.unlink(missing_ok=True)                       # of a run that answered nothing
     settings = answer_settings(args, guard)
     if args.fast:
-        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, is_fast, world)
+        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, is_made, world)
     else:
-        claim_answers(prompts, out / "answers.jsonl", world, settings, args)
+        claim_answers(prompts, answers, world, settings, args, predictions)
     return prompts
 
 
@@ -885,11 +901,13 @@ def keep_probabilities(cases, path):
     asked again; nothing where they are damaged, as they are about to be written anew."""
     try:
         before = [line for _, line in parse_records(path)] if is_there(path) else []
-        for case, line in zip(cases, before):
-            if isinstance(line, dict) and line.get("predict") == case["text"] and "p" in line:
-                case["p"] = probabilities(line["p"], path)
+        kept = [(case, probabilities(line["p"], path)) for case, line in zip(cases, before)
+                if isinstance(line, dict) and line.get("predict") == case["text"] and "p" in line]
     except InputError as error:
         tell(f"{error}; its probabilities are not kept")
+        return
+    for case, p in kept:
+        case["p"] = p
 
 
 def read_predictions(path, dataset, column=None, limit=None):
@@ -898,7 +916,7 @@ def read_predictions(path, dataset, column=None, limit=None):
     cases = []
     for place, line in islice(parse_records(path), limit):
         fields = line if isinstance(line, dict) else {}
-        prompt = fields.get("prompt") or ""
+        prompt = "" if fields.get("prompt") is None else fields["prompt"]
         label = fields.get("label")
         text = fields.get("predict")
         if not all(isinstance(told, str) for told in (prompt, label, text)):

@@ -7,9 +7,9 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, with verdicts)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-hard.jsonl follows from samples.jsonl and --judge, --pair, --gamma: change one of these, add
---resume, and no model is loaded. The rules are the paper's; for the released code's see --judge
-and --pair.
+hard.jsonl follows from samples.jsonl, the records' labels and --judge, --pair, --gamma: change one
+of the latter, add --resume, and no model is loaded. The rules are the paper's; for the released
+code's see --judge and --pair.
 
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
@@ -19,7 +19,9 @@ and --pair.
 """
 import argparse
 import json
+import os
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -29,8 +31,8 @@ from pathlib import Path
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
                   interruptible, is_there, on_terminal, parse_records, parse_verdict, read_object,
                   read_records, reading, say, warn, write_json, write_whole)
-from model import (Job, Llama, config_hash, fingerprint, generate_iter, join_ranks, name_of,
-                   pick_dtype, plan_capacity, read_arguments, weights_hash)
+from model import (Job, Llama, config_hash, fingerprint, folder_name, generate_iter, join_ranks,
+                   name_of, pick_dtype, plan_capacity, read_arguments, weights_hash)
 
 
 # ------------------------------------------------------------------ the method
@@ -138,10 +140,11 @@ def outcome(k_correct, k_incorrect):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", nargs="+", default=["out/sft"], metavar="DIR",
+    p.add_argument("--model", type=folder_name, nargs="+", default=["out/sft"], metavar="DIR",
                    help="one model, or an ensemble")
     p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
-    p.add_argument("--out", default="out/hard", help="folder for samples.jsonl and hard.jsonl")
+    p.add_argument("--out", type=folder_name, default="out/hard",
+                   help="folder for samples.jsonl and hard.jsonl")
     p.add_argument("--k", type=at_least(1, most=10_000), default=4,
                    help="answers to each prompt (released code: 4)")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0,
@@ -164,14 +167,10 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    with reading(out):
-        holds_samples = any(out.glob("samples*.jsonl")) or any(out.glob("samples*.parts/*.jsonl"))
-    if holds_samples and not args.resume:
-        raise InputError(f"{out}: already holds samples; add --resume to continue, "
-                         "or choose another --out")
-    if is_there(out / "hard.jsonl") and not any(out.glob("samples*")):
-        raise InputError(f"{out}/hard.jsonl: is there without the samples it was made of; move it "
-                         "away, or choose another --out")
+    names = [f"samples-{number}.jsonl" for number in range(len(args.model))]
+    if len(args.model) == 1:
+        names = ["samples.jsonl"]
+    check_out(args, out, names)
     world = join_ranks(args.device)
     records = []
     sources = []
@@ -185,14 +184,14 @@ def main(argv=None):
     if world.rank == 0:
         hold(out)
     asked = []
-    for number, folder in enumerate(args.model):
-        name = "samples.jsonl" if len(args.model) == 1 else f"samples-{number}.jsonl"
+    prompts = []
+    for name, folder in zip(names, args.model):
         guard = LazyModel(args, folder, world.device)
-        prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
+        encoded, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
+        if encoded != prompts:                              # of one tokenizer they are held once
+            prompts = encoded
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
-        claim_answers(prompts, out / name, world, settings, args)
-        if asked and prompts == asked[-1][1]:
-            prompts = asked[-1][1]                          # of one tokenizer: held once
+        claim_answers(prompts, out / name, world, settings, args, out / "hard.jsonl")
         asked.append((guard, prompts, out / name, settings))
     answers = []
     while asked:                                            # one model is in memory at a time
@@ -208,6 +207,28 @@ def main(argv=None):
         spread = ", ".join(f"{weight:.2f} x {n}"
                            for weight, n in sorted(weights.items()))
         say(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
+
+
+def check_out(args, out, names):
+    """InputError where --out holds what is not this run's: samples, though it does not resume;
+    those of other models than its own, whose files have these names; or a hard.jsonl alone."""
+    if len(set(map(os.path.realpath, args.model))) < len(args.model):
+        raise InputError("--model: a folder is named twice")
+    with reading(out):
+        claimed = [path.name.removesuffix(".parts") for path in out.glob("samples*")]
+    samples = [name for name in claimed
+               if re.fullmatch(r"samples(-\d+)?\.jsonl", name) and has_answers(out / name)]
+    hard = out / "hard.jsonl"
+    if is_there(hard) and not claimed:
+        raise InputError(f"{hard}: is there without the samples it was made of; move it away, or "
+                         "choose another --out")
+    if (samples or is_there(hard)) and not args.resume:
+        raise InputError(f"{out}: already holds samples; add --resume to continue, "
+                         "or choose another --out")
+    others = sorted(set(samples) - set(names))
+    if others:
+        raise InputError(f"{out}/{others[0]}: is of a run with another number of models; choose "
+                         "another --out")
 
 
 def check_labels(golds, fault, remark):
@@ -291,10 +312,11 @@ def encode_prompts(tokenizer, records, max_length, max_new_tokens):
     return prompts, [cut or lost for cut, lost in zip(cuts, lossy)]
 
 
-def claim_answers(prompts, path, world, settings, args):
+def claim_answers(prompts, path, world, settings, args, result):
     """Take path and its folder for the answers to these prompts, which answer_prompts writes there.
     InputError where others are there, made with other settings or nobody knows with which, or
-    another process writes there."""
+    another process writes there. result: the file that is made of the answers; where it is there,
+    so were they."""
     folder = parts_of(path)
     if has_answers(path) and "prompts" not in read_object(folder / "settings.json", {}):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
@@ -302,7 +324,8 @@ def claim_answers(prompts, path, world, settings, args):
     if world.rank == 0:
         hold(folder)
     settings = {**settings, "block": block_size(args, world), "prompts": fingerprint(prompts)}
-    claim_settings(folder / "settings.json", settings, has_answers(path), world)
+    answered = has_answers(path) or is_there(result)
+    claim_settings(folder / "settings.json", settings, answered, world)
 
 
 def parts_of(path):
@@ -356,20 +379,26 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
 
 
 def check_room(guard, longest, k, max_new_tokens, kv_tokens):
-    """InputError unless k answers to a prompt of `longest` tokens fit in --kv-tokens. Asked before
-    anything is answered, so that a run does not fail at its longest prompt hours later. Reads the
-    weights. (A page may be asked for that is not needed then.)"""
+    """InputError unless k answers that share a prompt of `longest` tokens fit in --kv-tokens. Asked
+    before anything is answered, so that a run does not fail at its longest prompt hours later.
+    Reads the weights. (A page may be asked for that is not needed then.)"""
     job = Job(0, [0] * longest, list(range(k)))
     cached = longest - 1                # as if all but one token had keys: that takes most pages
     plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
 
 
 def is_whole(part, first, count, k):
-    """Does the file of a block answer `count` prompts from number `first` on? (A crash may leave an
-    empty one.)"""
-    if not is_there(part):
+    """Does the file of a block answer `count` prompts from number `first` on?"""
+    try:
+        lines = [line for _, line in parse_records(part)]
+    except InputError:                                      # absent, or what a crash left of it
         return False
-    lines = [line for _, line in parse_records(part)]
+    return are_answers(lines, first, count, k)
+
+
+def are_answers(lines, first, count, k):
+    """Do these lines hold k answers to each of `count` prompts, from number `first` on, in
+    order?"""
     return len(lines) == count and all(is_answered(line, first + n, k)
                                        for n, line in enumerate(lines))
 
@@ -382,8 +411,7 @@ def read_answers(path, count, k):
         lines = [line for _, line in parse_records(path)]
     except InputError as error:
         raise InputError(f"{error}; {advice}") from None
-    whole = [is_answered(line, number, k) for number, line in enumerate(lines)]
-    if len(lines) != count or not all(whole):
+    if not are_answers(lines, 0, count, k):
         raise InputError(f"{path}: is damaged: it should have {k} answers to each of {count} "
                          f"prompts, in order; {advice}")
     for line in lines:
@@ -398,24 +426,27 @@ def as_read_today(samples):
 
 def is_answered(line, number, k):
     """Is this a line that answer_block writes, of the prompt of this number?"""
-    if not isinstance(line, dict) or line.get("prompt") != number:
+    if not isinstance(line, dict) or type(line.get("prompt")) is not int:
         return False
     samples = line.get("samples")
-    return isinstance(samples, list) and len(samples) == k and all(map(is_sample, samples))
+    is_list = isinstance(samples, list) and len(samples) == k
+    return line["prompt"] == number and is_list and all(map(is_sample, samples))
 
 
 def is_sample(sample):
     """Is this what `describe` makes of an answer?"""
     kinds = {"text": str, "finish": str, "tokens": int, "verdict": dict}
-    return isinstance(sample, dict) and all(isinstance(sample.get(name), kind)
-                                            for name, kind in kinds.items())
+    return (isinstance(sample, dict)
+            and all(type(sample.get(name)) is kind for name, kind in kinds.items())
+            and sample["finish"] in ("stop", "length")
+            and 0 <= sample["tokens"] < 2 ** 63)
 
 
 def answer_block(guard, prompts, first, settings, args, meter, seconds):
     """The lines of one block, whose first prompt has number `first`, in the order of its prompts;
     seconds: as answer_prompts gives it back."""
     names = ("k", "max_new_tokens", "temperature", "top_p", "seed")
-    options = {name: settings[name] for name in names if name in settings}
+    options = {name: settings[name] for name in names if name in settings}  # eval: no top_p
     tokenizer = guard.tokenizer
     answered = generate_iter(guard.model, prompts, stop=tokenizer.stop, kv_tokens=args.kv_tokens,
                              share=not args.no_share, **options)

@@ -82,8 +82,7 @@ class LlamaConfig:
         raw["tie_word_embeddings"] = raw.get("tie_word_embeddings") or False
         raw["num_key_value_heads"] = (raw.get("num_key_value_heads")
                                       or raw.get("num_attention_heads"))
-        names = [f.name for f in fields(cls)]
-        known = {name: raw[name] for name in names if name in raw}
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         try:
             config = cls(**known)
             fault = config_fault(config)
@@ -503,6 +502,7 @@ def hash32(*numbers):
 
 def fingerprint(sequences):
     """A number of 32 bits that depends on every item of these sequences."""
+    # 0, 0: so that it stays what the folders of earlier runs hold
     return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
 
 
@@ -513,17 +513,23 @@ def sample_seed(seed, prompt, sample):
 
 def uniform(seed, position, attempt):
     """Numbers in (0, 1), (B,), that depend on nothing but seed (B,), position (B,) and attempt.
-    Integer arithmetic, then float64: the same bits on every device, in any batch. The mixer is
-    lowbias32 (Wellons 2018) with all shifts 16: x ^= x >> 16 and a multiplication, twice, and a
-    last x ^= x >> 16."""
-    x = seed + position * 0x9E3779B9 + attempt * 0x85EBCA6B
-    x = x & 0xFFFFFFFF                                      # 32 bits of an int64
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x846CA68B) & 0xFFFFFFFF
-    x = x ^ (x >> 16)
+    Integer arithmetic, then float64: the same bits on every device, in any batch."""
+    x = mixed(seed + position * 0x9E3779B9 + attempt * 0x85EBCA6B)
     if x.device.type == "mps":                              # which has no float64
         x = x.cpu()
     return (x.double() + 0.5) / 2 ** 32
+
+
+def mixed(x):
+    # 32 bits, each of which depends on the lowest 32 of x, an int64: lowbias32 (Wellons 2018) with
+    # all shifts 16: x ^= x >> 16 and a multiplication, twice, and a last x ^= x >> 16. draw_kernel
+    # runs these lines, too
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x846CA68B
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
@@ -544,9 +550,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     if use_kernels(logits):
         return launch_draw_kernel(logits, seed, position, temperature, top_p)
     V = logits.shape[1]
-    scaled = full_precision(logits)
-    if temperature != 1:
-        scaled = scaled / temperature
+    scaled = full_precision(logits) / temperature
     p = scaled.softmax(-1)                                  # (B, V)
     if V % BUCKET:
         p = functional.pad(p, (0, -V % BUCKET))     # whole buckets: zeros that nothing draws
@@ -1093,13 +1097,12 @@ class TreeAttention(torch.autograd.Function):
                q, k, v, do, out, lse, delta, dq,
                ctx.end, ctx.first, ctx.tiles,
                *ctx.sizes)
-        dk, dv = q.new_empty(2, T, H, E, dtype=torch.float32)
+        by_head = q.new_empty(2, T, H, E, dtype=torch.float32)      # dk and dv
         launch(tree_backward_kv, (H, cdiv(T, C)), warps_kv,
-               q, k, v, do, lse, delta, dk, dv, ctx.end,
+               q, k, v, do, lse, delta, *by_head, ctx.end,
                *ctx.sizes, C)
-        dk = dk.unflatten(1, (G, -1)).sum(2)                # over the heads that share a key
-        dv = dv.unflatten(1, (G, -1)).sum(2)
-        return dq, dk.to(k.dtype), dv.to(k.dtype), None
+        dk, dv = by_head.unflatten(2, (G, -1)).sum(3).to(k.dtype)   # over heads that share a key
+        return dq, dk, dv, None
 
 
 @jit
@@ -1124,9 +1127,10 @@ def launch_rope_kernel(x, cos, sin):
     """apply_rope by rope_kernel: a program for 32 heads."""
     T, H, E = x.shape
     B = 32
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x = x.contiguous()
+    out = torch.empty_like(x)
     launch(rope_kernel, (cdiv(T * H, B),), 4,
-           x.contiguous(), cos, sin, out,
+           x, cos, sin, out,
            T * H, H, E, B)
     return out
 
@@ -1206,17 +1210,7 @@ def launch_row_gradients(z, target, log_sum, grad):
     return z
 
 
-@jit
-def mixed(x):
-    # what `uniform` makes of x = seed + position * ... + attempt * ..., an int64
-    x = x & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * 0x846CA68B
-    x = x & 0xFFFFFFFF
-    x = x ^ (x >> 16)
-    u = (x.to(tl.float64) + 0.5) / 4294967296
-    return u.to(tl.float32)
+mixed_by_kernel = jit(mixed)
 
 
 @jit
@@ -1244,7 +1238,8 @@ def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
     x = tl.load(SEED + n) + tl.load(POSITION + n) * 0x9E3779B9
     rejected = True
     while rejected:
-        goal = mixed(x) * total
+        u = (mixed_by_kernel(x).to(tl.float64) + 0.5) / 4294967296
+        goal = u.to(tl.float32) * total
         x += 0x85EBCA6B                                 # of the next attempt
         start = 0
         before = 0.0                                    # the mass before `start`
@@ -1317,7 +1312,8 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         return
     sampling = Sampling(max_new_tokens, temperature, top_p, list(stop), seed)
     if share:
-        # or more than it, if they have more in common; of a single prompt all but its last token
+        # what all prompts begin with: the instruction, or more if they have more in common; of a
+        # single prompt all but its last token
         instruction = prompts[0][:common_prefix(prompts)]
         groups = [list(range(k))]                           # of samples that share their prompt
     else:
@@ -1432,13 +1428,12 @@ class PagePool:
         assert len(set(self.free)) == len(self.free), "a page had two owners"
 
     def move(self, moved):
-        """Copy pages to free ones, {page: the free one that takes its place}."""
+        """Copy pages, {page: another that was claimed to take its place}, and free them."""
         old, new = torch.tensor(list(moved.items()), device=self.bias.device).T
         for k, v in zip(self.k, self.v):                    # by layer: the copies are short
             k[new] = k[old]
             v[new] = v[old]
         self.bias[new] = self.bias[old]
-        self.free = sorted(set(self.free) - set(moved.values()))
         self.give_back(list(moved))
 
     def fill(self, page, offset):
@@ -1492,8 +1487,8 @@ def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
     g = n % G
     i = tl.program_id(1) * M + tl.arange(0, M)
     asks = i < W
-    reader = page * (W // R) + i // R
-    row = tl.load(READERS + reader, mask=asks, other=0)
+    result = page * (W // R) + i // R                   # of the group: page by page
+    row = tl.load(READERS + result, mask=asks, other=0)
     column = tl.arange(0, E)[None]
     place = (row * G + g) * R + i % R                   # of the query in Q
     q = tl.load(Q + place[:, None] * E + column, mask=asks[:, None], other=0.0)
@@ -1510,11 +1505,11 @@ def page_kernel(Q, READERS, K, V, BIAS, LSE, OUT, W,
     total = tl.maximum(tl.sum(p, 1), 1.0)               # less only where no key is
     out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     out = out / total[:, None]
-    result = (reader * G + g) * R + i % R
-    tl.store(OUT + result[:, None] * E + column, out, mask=asks[:, None])
+    at = (result * G + g) * R + i % R                   # of the query in OUT and LSE
+    tl.store(OUT + at[:, None] * E + column, out, mask=asks[:, None])
     ln_2 = 0.6931471805599453
     lse = (top + tl.log2(total)) * ln_2
-    tl.store(LSE + result, lse, mask=asks)
+    tl.store(LSE + at, lse, mask=asks)
 
 
 def launch_page_kernel(q, readers, k, v, bias, lse, out):
@@ -1531,9 +1526,10 @@ def launch_page_kernel(q, readers, k, v, bias, lse, out):
 
 def join_results(lse, out, terms, count, dtype):
     """Join what each query head of each row found in its pages: lse (results, G, R) and out
-    (results, G, R, E) -> (B H, E) in dtype. terms (B H, S): line b H + h says where head h of row b
-    finds its results, as places in lse.flatten(), where head h of result r lies at r H + h. The
-    first count[b] are real; the others name the empty result, which join_kernel skips."""
+    (results, G, R, E) -> (B H, E) in dtype. terms (B H, S), S the most results of a row: line
+    b H + h says where head h of row b finds its results, as places in lse.flatten(), where head h
+    of result r lies at r H + h. The first count[b] are real; the others name the empty result,
+    which join_kernel skips."""
     E = out.shape[-1]
     if use_kernels(lse) and E in KERNEL_WIDTHS:
         return launch_join_kernel(lse, out, terms, count, dtype)
@@ -1659,7 +1655,8 @@ class Engine:
         longest = sampling.max_new_tokens + capacity.poll
         self.history = torch.zeros(capacity.slots, longest, dtype=torch.long,
                                    device=self.device)      # ids drawn in each slot
-        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)    # a logit no number?
+        # was a logit NaN or infinite?
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
         self.jobs = []                                      # under way, the oldest first
@@ -1761,19 +1758,17 @@ class Engine:
         """Give every slot pages for its next `poll` tokens. Where none are left, the youngest jobs
         make room, so that the oldest finish; they are returned, and when one starts again, it draws
         the same (see sample_seed), samples that had ended included: a job goes back whole. The
-        youngest may be the very job that asks: it has no slots then and gets nothing more."""
+        youngest may be the very job that asks: it has no slots then and needs nothing."""
         put_back = []
         for job in list(self.jobs):
             need = pages_for(job.drawn + self.capacity.poll)
-            for slot in list(job.slots):
-                own = self.owned.get(slot, ())
-                more = need - len(own)
-                while job.slots and more > len(self.pool.free):
-                    youngest = self.jobs[-1]
-                    put_back.append(youngest)
-                    self.release(list(youngest.slots))
-                if job.slots and more > 0:
-                    self.owned[slot] += self.pool.take_highest(more)
+            while sum(need - len(self.owned[slot]) for slot in job.slots) > len(self.pool.free):
+                youngest = self.jobs[-1]
+                put_back.append(youngest)
+                self.release(youngest.slots)
+            for slot in job.slots:
+                own = self.owned[slot]
+                own += self.pool.take_highest(need - len(own))
         return put_back
 
     def release(self, slots):
@@ -1797,7 +1792,7 @@ class Engine:
         one below it, the lowest page of a sample to the highest free one above it."""
         prompt_pages = sorted(page for job in self.jobs for page in job.pages)
         sample_pages = sorted(page for own in self.owned.values() for page in own)
-        free = list(self.pool.free)
+        free = self.pool.free                               # what is popped is claimed
         moved = {}
         while prompt_pages and free and free[0] < prompt_pages[-1]:
             moved[prompt_pages.pop()] = free.pop(0)
@@ -1818,8 +1813,9 @@ class Engine:
         batch = self.make_batch()
         step = partial(self.step, batch)
         for n in range(self.capacity.poll):
-            if n == 1:                                      # step 0 ran as written, which loaded
-                step = self.record(step)                    # all kernels; from step 1 on: replayed
+            if n == 1:
+                # step 0 ran as written, which loaded all kernels; from here on it is replayed
+                step = self.record(step)
             hidden = step()
             self.draw(batch.slot, hidden, batch.length, batch.drawn)
             batch.drawn += 1                                # in place: a replay reads it again
@@ -1937,12 +1933,11 @@ class Engine:
         ids = self.history[slot[:, None], column]
         ends = torch.isin(ids, self.stop)
         ends |= column == self.sampling.max_new_tokens - 1
-        first_end = ends.int().argmax(1, keepdim=True)
-        length = column.gather(1, first_end)[:, 0] + 1
-        length = torch.where(ends.any(1), length, 0)        # 0: not done
-        done = {slot: count for (slot, _), count in zip(known, length.tolist()) if count}
+        never = self.history.shape[1] + 1                   # more ids than a slot can hold
+        length = torch.where(ends, column + 1, never).amin(1)       # up to the first end
+        done = {slot: count for (slot, _), count in zip(known, length.tolist()) if count < never}
         answers = self.answers(done)
-        self.release(list(done))
+        self.release(done)
         return answers
 
     def answers(self, done):
@@ -2020,6 +2015,9 @@ def rope_of(path, raw, rope):
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope scaling {rope!r} is unknown, only 'llama3' is")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if raw.get("rope_theta") not in (None, theta):
+        raise InputError(f"{path}: rope_theta is {raw['rope_theta']!r} and {theta!r}")
+    check_usual(path, rope)
     rope = {name: value for name, value in rope.items() if name != "rope_theta"}
     kind = rope.get("rope_type") or rope.get("type")
     plain = kind == "default" or kind is None and not any(rope.values())
@@ -2046,10 +2044,17 @@ def check_llama(path, raw):
         raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")
     if raw.get("quantization_config"):
         raise InputError(f"{path}: has a quantization_config; quantized weights are not known")
-    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-             "rope_interleaved": False, "partial_rotary_factor": 1.0}
-    for name, value in usual.items():
-        given = raw.get(name) or value
+    check_usual(path, raw)
+
+
+USUAL = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+         "rope_interleaved": False, "partial_rotary_factor": 1.0}
+
+
+def check_usual(path, told):
+    """InputError where a dict of config.json has another value than the only one that is known."""
+    for name, value in USUAL.items():
+        given = told.get(name) or value
         if given != value:
             raise InputError(f"{path}: {name} is {given!r}, only {value!r} is known")
 
@@ -2069,10 +2074,16 @@ def config_fault(c):
         return f"max_position_embeddings is {context!r}, not a whole number from 1 to 2^31 - 1"
     if type(c.tie_word_embeddings) is not bool:
         return f"tie_word_embeddings is {c.tie_word_embeddings!r}, neither true nor false"
-    for name in ("rms_norm_eps", "rope_theta"):
-        number = getattr(c, name)
+    numbers = {"rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta}
+    if c.rope_scaling:
+        for name in ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"):
+            numbers[name] = c.rope_scaling[name]
+    for name, number in numbers.items():
         if type(number) not in (int, float) or not 0 < number <= torch.finfo(torch.float64).max:
             return f"{name} is {number!r}, not a number above 0"
+    if c.rope_scaling and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        return "low_freq_factor is not below high_freq_factor"
     frequencies = rope_frequencies(c)
     if not (frequencies > 0).all() or not frequencies.isfinite().all():
         return f"rope_scaling {c.rope_scaling} turns by angles that are no numbers"
@@ -2083,8 +2094,11 @@ def weight_files(folder):
     """The safetensors files of a folder: model.safetensors, else the shards that an index names."""
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if is_there(whole) or not is_there(index):
+    if is_there(whole):
         return [whole]
+    if not is_there(index):
+        raise InputError(f"{whole}: no such file; nor is {index.name} there, which would name its "
+                         "parts, all of them safetensors")
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
@@ -2124,7 +2138,7 @@ def config_hash(folder):
 def check_is_there(path):
     """InputError where there is no such file of weights."""
     if not is_there(path):
-        raise InputError(f"{path}: no such file; a model folder holds config.json and safetensors")
+        raise InputError(f"{path}: no such file; fetch or write it again")
 
 
 def read_tensors(path):
@@ -2304,13 +2318,12 @@ def read_arguments(p, argv, **demo):
         p.set_defaults(data=corpus or ["toy/train_*.json"])
         p.set_defaults(**demo)
         args = p.parse_args(argv)
-    if args.model:                                          # DIR/ is DIR
-        several = isinstance(args.model, list)
-        args.model = list(map(without_slash, args.model)) if several else without_slash(args.model)
     choose_kernels(args.kernels)
     return args
 
 
-def without_slash(folder):
-    """A folder's name as it is compared and remembered."""
-    return str(Path(folder))
+def folder_name(text):
+    """An argparse type: a folder's name as it is compared and remembered; DIR/ is DIR."""
+    if not text:                                            # of a shell variable that is not set
+        raise argparse.ArgumentTypeError("is empty")
+    return str(Path(text))

@@ -14,7 +14,7 @@ no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss
                                                            and its reference
-    machinery                                              what metrics.jsonl reports beside it
+    machinery                                              what metrics.jsonl has beside the loss
 """
 import argparse
 import sys
@@ -26,10 +26,10 @@ from torch.nn import functional
 
 from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
                   read_records, warn)
-from model import answer_logprobs, join_ranks, read_arguments
-from train_sft import (Interrupts, Log, batches, checkpoint_folder, describe_run, end_early,
-                       fit_memory, is_due, load_for_training, lr_at, make_optimizer, resume, save,
-                       save_final, start_run, token_counts, training_arguments, update)
+from model import answer_logprobs, folder_name, join_ranks, read_arguments
+from train_sft import (Interrupts, Log, batches, describe_run, finish_step, fit_memory,
+                       load_for_training, lr_at, make_optimizer, resume, save_final, start_run,
+                       token_counts, training_arguments, update)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
@@ -84,10 +84,11 @@ def reference_logprobs(model, examples, args, world):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="out/sft",
+    p.add_argument("--model", type=folder_name, default="out/sft",
                    help="folder of the R-SFT model; also the reference")
     p.add_argument("--data", nargs="+", metavar="FILE", help="hard samples")
-    p.add_argument("--out", default="out/dpo", help="folder for the trained model")
+    p.add_argument("--out", type=folder_name, default="out/dpo",
+                   help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-6, help="peak rate (paper: 5e-6)")
     p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
     p.add_argument("--batch-size", type=at_least(1), default=256,
@@ -115,7 +116,7 @@ def read_pairs(tokenizer, args):
     alphas = []
     for example, record in zip(examples, records):
         weight = record.get("weight", record.get("sample_weight", 1.0))     # the released name
-        if not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
+        if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
             raise InputError(f"{files}: a weight is {weight!r}; it must be a number from 0 on")
         chosen, rejected = example.answers
         if chosen != rejected:
@@ -157,18 +158,18 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            in_batch = torch.unique(p.answer // 2)          # (B,) the pairs of this pack: which of
-            in_data = torch.tensor(numbers)[in_batch]       # (B,) the batch, which of `examples`
+            in_batch = torch.unique(p.answer // 2)          # (B,) its pairs' numbers in the batch
+            in_data = torch.tensor(numbers)[in_batch]       # (B,) and in `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[in_batch]
             ref = reference[in_data].to(policy)             # (B, 2), on its device, in its dtype
-            length = lengths[in_data].to(policy)            # (B, 2), chosen and rejected
+            tokens = lengths[in_data].to(policy)            # (B, 2), chosen and rejected
             alpha = alphas[in_data].to(policy)
-            part = pairs_loss(policy, ref, length[:, 0], alpha, args.beta, args.sft)
+            part = pairs_loss(policy, ref, tokens[:, 0], alpha, args.beta, args.sft)
             in_block = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
             in_block = in_block.view(-1, 2)[in_batch]       # (B, 2), as policy
-            part.update(watched(part["loss"], policy, in_block, length))
+            part.update(watched(part["loss"], policy, in_block, tokens))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -180,11 +181,7 @@ def main(argv=None):
         figures = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=count, **counts)
         log.write(step, figures)
 
-        stop = world.sum(interrupts.seen) > 0
-        if stop or is_due(step, steps, args.save_every):
-            save(checkpoint_folder(args, step), model, optimizer, step, world, args.keep)
-        if stop:
-            end_early(step, world)
+        finish_step(args, step, steps, model, optimizer, world, interrupts)
     save_final(args, model, tokenizer, world)
 
 

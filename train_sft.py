@@ -36,11 +36,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
 from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, on_terminal, pack,
-                  parse_records, read_object, read_records, say, tell, write_json, write_whole,
-                  writing)
+                  parse_json, read_object, read_records, reading, say, tell, write_json,
+                  write_whole, writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
-                   fingerprint, join_ranks, name_of, pick_dtype, read_arguments, read_tensors,
-                   weight_files, weights_hash)
+                   fingerprint, folder_name, free_on_gpu, join_ranks, name_of, pick_dtype,
+                   read_arguments, read_tensors, weights_hash)
 
 
 def sft_loss(logprobs, count):
@@ -69,10 +69,12 @@ def batches(n, size, epochs, seed):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="toy/model", help="folder with a pretrained LLaMA")
+    p.add_argument("--model", type=folder_name, default="toy/model",
+                   help="folder with a pretrained LLaMA")
     p.add_argument("--data", nargs="+", metavar="FILE",
                    help="records with instruction, input, output")
-    p.add_argument("--out", default="out/sft", help="folder for the trained model")
+    p.add_argument("--out", type=folder_name, default="out/sft",
+                   help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-5, help="peak rate (paper: 5e-5)")
     p.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data (paper: 3)")
     p.add_argument("--batch-size", type=at_least(1), default=384,
@@ -134,11 +136,7 @@ def main(argv=None):
             figures["eval_loss"] = held_out_loss(model, held_out, args, world)
         log.write(step, figures)
 
-        stop = world.sum(interrupts.seen) > 0
-        if stop or is_due(step, steps, args.save_every):
-            save(checkpoint_folder(args, step), model, optimizer, step, world, args.keep)
-        if stop:
-            end_early(step, world)
+        finish_step(args, step, steps, model, optimizer, world, interrupts)
     save_final(args, model, tokenizer, world)
 
 
@@ -229,7 +227,7 @@ def default_max_tokens(weights, world, need):
     where need(tokens) bytes are over 90% of what is free (the rest is lost between blocks)."""
     most = 32768 if weights < 2e9 else 16384
     while world.device.type == "cuda" and most > 8192:
-        free, _ = torch.cuda.mem_get_info(world.device)
+        free = free_on_gpu(world.device)
         if world.sum(need(most) > 0.9 * free) == 0:                     # on no rank is it too much
             return most
         most //= 2
@@ -318,19 +316,22 @@ def token_counts(batch, packs, world):
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def checkpoint_folder(args, step):
-    """Where the checkpoint after this step goes."""
-    return Path(args.out) / checkpoint_name(step)
+def finish_step(args, step, steps, model, optimizer, world, interrupts):
+    """Save every --save-every steps, but not after the last one, as the model itself is written
+    then; and after a signal to any rank, which ends the run on all of them."""
+    stop = world.sum(interrupts.seen) > 0
+    due = args.save_every > 0 and step % args.save_every == 0 and step < steps
+    if stop or due:
+        folder = Path(args.out) / checkpoint_name(step)
+        save(folder, model, optimizer, step, world, args.keep)
+    if stop:
+        world.wait()                                        # torchrun kills whoever still writes
+        raise InputError(f"interrupted after step {step}; the same command with --resume continues")
 
 
 def checkpoint_name(step):
-    """What its folder is called."""
+    """What the folder of the checkpoint after this step is called."""
     return f"step-{step:06d}"
-
-
-def is_due(step, steps, every):
-    """Is a checkpoint due after this step? (After the last one, the model itself is written.)"""
-    return every > 0 and step % every == 0 and step < steps
 
 
 def save(folder, model, optimizer, step, world, keep=2):
@@ -354,7 +355,9 @@ def save(folder, model, optimizer, step, world, keep=2):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     for old in checkpoints(folder.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with writing(old):
+            left = old.rename(f"{old}.tmp")                 # which a kill leaves to the next save
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_final(args, model, tokenizer, world):
@@ -395,26 +398,20 @@ def resume(folder, model, optimizer):
         raise not_whole(folder, "state.json does not say this step")
     if hasattr(model, "reshard"):                       # FSDP: a forward pass leaves the head whole
         model.reshard()
-    weights = {}
-    for path in weight_files(folder):
-        weights.update(read_tensors(path))
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    check_tensors(folder, weights, trained)
+    weights = dict(read_tensors(folder / "model.safetensors"))
+    check_tensors(folder, weights, dict(model.named_parameters()))
     states.set_model_state_dict(model, weights, options=WHOLE)
     # the optimizer makes its moments in the first call;
     # they are then filled, so there is one copy only
     moments = moments_of(states.get_optimizer_state_dict(model, optimizer))
-    left = set(moments)
     for name, tensor in read_tensors(folder / "optimizer.safetensors"):
-        check_tensors(folder, {name: tensor}, {name: moments.get(name)})
-        left.remove(name)
-        into = moments[name]
+        into = moments.pop(name, None)
+        check_tensors(folder, {name: tensor}, {name: into})
         if hasattr(into, "device_mesh"):
             tensor = dist.tensor.distribute_tensor(tensor.to(into.device), into.device_mesh,
                                                    into.placements)
         into.copy_(tensor)
-    if left:
-        raise not_whole(folder, f"{min(left)} is missing")
+    check_tensors(folder, {}, moments)                  # what is left of these is missing there
     return step
 
 
@@ -470,20 +467,23 @@ def start_run(args, world):
         hold(args.out)
     log = Path(args.out) / "metrics.jsonl"
     final = Path(args.out) / "config.json"
-    holds_others = (final.exists() or checkpoints(args.out)) and not log.exists()
-    if log.exists() and not args.resume or holds_others:
-        advice = "" if holds_others else "add --resume, or "
-        raise InputError(f"{args.out}: already holds a run or a model; "
-                         f"{advice}choose another --out")
-    if log.exists():
-        _, before = next(parse_records(log), (None, None))
-        if not isinstance(before, dict):
-            raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
-        check_same_run(args, before)
+    found = checkpoints(args.out)
+    holds = f"{args.out}: already holds a run or a model;"
+    if not log.exists():
+        if final.exists() or found:
+            raise InputError(f"{holds} choose another --out")
+        return None
+    if not args.resume:
+        raise InputError(f"{holds} add --resume, or choose another --out")
+    with reading(log), open(log, "rb") as file:             # a kill may have cut a later line
+        first_line = file.readline().decode()
+    before = parse_json(log, first_line or "null")
+    if not isinstance(before, dict):
+        raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
+    check_same_run(args, before)
     if final.exists():
         say(f"{args.out}: this run is finished")
         sys.exit()
-    found = checkpoints(args.out) if args.resume else []
     return found[-1] if found else None
 
 
@@ -499,9 +499,7 @@ def check_same_run(args, before):
     """InputError where a setting, or what was read, is not that with which the run began.
     before: the first line of its log; an older one has fewer of these, or other names."""
     both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
-    hashes = "data_hash eval_hash config_hash weights_hash schedule_hash"
-    dpo = "beta sft"
-    for name in f"{both} {hashes} {dpo}".split():
+    for name in [*both.split(), *HASHED, "beta", "sft"]:
         now = getattr(args, name, None)
         was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
@@ -533,12 +531,6 @@ class Interrupts:
         signal.signal(number, again)
 
 
-def end_early(step, world):
-    """End after a step that was saved, on all ranks."""
-    world.wait()                                            # torchrun kills whoever still writes
-    raise InputError(f"interrupted after step {step}; the same command with --resume continues")
-
-
 class Log:
     """metrics.jsonl (first line: arguments and versions; then one object a step) and the console
     line; written by rank 0."""
@@ -557,7 +549,7 @@ class Log:
         """Write the first line anew, and keep the lines of steps that the checkpoint has."""
         header = {**vars(args), "torch": torch.__version__, "git": git_commit()}
         lines = [json.dumps(header, default=str)]
-        if self.done and self.path.exists():
+        if self.done:
             lines += self.lines_to_keep()
         text = "".join(line + "\n" for line in lines)
         write_whole(self.path, lambda path: path.write_text(text))

@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import sandbox
@@ -302,7 +301,7 @@ def check_writable(path):
 
 def write_text(path, text):
     """Write a file whole, whatever is in the text."""
-    write_whole(path, partial(write_bytes, text.encode("utf-8", "backslashreplace")))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def head_of(exercises):

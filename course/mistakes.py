@@ -101,7 +101,7 @@ def check_nesting(end):
     ],
     "common_prefix": [
         ("min(sequences)", "sequences[0]"),
-        ("return max(0, shortest - 1)", "return shortest"),
+        ("return len(first) - 1", "return len(first)"),
         ("            return place", "            return place + 1"),
         '''\
 def common_prefix(sequences):
@@ -158,7 +158,7 @@ def batches(n, size, epochs, seed):
         ("likelier < top_p", "likelier + p_pick[:, 0] < top_p"),
         ("likelier < top_p", "likelier <= top_p"),
         ("torch.where(p_some > p_pick, p_some, 0)", "torch.where(p_some < p_pick, p_some, 0)"),
-        ("scaled / temperature", "scaled * temperature"),
+        ("full_precision(logits) / temperature", "full_precision(logits) * temperature"),
         ("return logits.argmax(-1)", "return logits.argmax(0)"),
         (
             "uniform(seed[some], position[some], attempt)",
@@ -277,11 +277,11 @@ def answer_sums(logprobs, answer, n):
     ],
     "majority": [("if verdict[task])", ")"), ("key=votes.get, ", ""), ("max(votes", "min(votes")],
     "reasoning_verdict": [
-        ("found[-1].lower()", "found[0].lower()"),
+        ("found[-1]", "found[0]"),
         (r"\b({", "({"),
-        ("text[:marks[-1]] if", "text[marks[-1]:] if"),
+        ("reasoning, _, _ = ", "_, _, reasoning = "),
         ("reasoning or text", "text"),
-        (".lower() if", " if"),
+        ("text.lower()", "text"),
     ],
     "legacy_pairs": [
         ("text[-300:]", "text"),
@@ -350,7 +350,7 @@ def answer_sums(logprobs, answer, n):
         ("(top + tl.log2(total)) * ln_2", "top + tl.log2(total)"),
         ("out = out / total[:, None]", "out = out"),
         ("tl.program_id(1) * M", "0"),
-        ("(row * G + g)", "(reader * G + g)"),
+        ("(row * G + g)", "(result * G + g)"),
     ],
 }
 

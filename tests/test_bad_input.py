@@ -129,6 +129,7 @@ FILES = [
     ("model/model.safetensors", sharded, "mine", "b.safetensors: damaged or cut short"),
     ("model/model.safetensors", without_shard, "eval", "b.safetensors: no such file"),
     ("model/model.safetensors", move("pytorch_model.bin"), "sft", "model.safetensors: no such file; .* safetensors"),
+    ("model/model.safetensors", move("model-00001-of-00001.safetensors"), "sft", "^[^\n]*model.safetensors: no such file; nor is model.safetensors.index.json"),
     ("model/model.safetensors", text(POINTER), "sft", "model.safetensors: damaged or cut short .* fetch"),
     ("model/model.safetensors", text(""), "dpo", "model.safetensors: damaged or cut short"),
     ("model/tokenizer.json", move("vocab.json"), "sft", "neither tokenizer.json nor tokenizer.model"),

@@ -206,7 +206,7 @@ def look_seconds(looks=6):
     capacity = Capacity(pages=2 + SLOTS * 40, slots=SLOTS, width=4, poll=32)
     with torch.inference_mode():
         engine = Engine(model, [], sampling, capacity)
-        engine.read = lambda tokens, end, places: torch.zeros(len(tokens), 16)
+        engine.feed = lambda tokens, end, places: torch.zeros(len(tokens), 16)
         jobs = [Job(number, [1] * 64 * 4, list(range(4))) for number in range(SLOTS // 4)]
         engine.admit(jobs)
         times = []

@@ -143,6 +143,10 @@ def test_an_exchange_is_found_where_the_template_trimmed_it_too(before, after):
 
 def test_an_exchange_whose_end_is_missing_is_one():
     assert data.split_input("Human user:\nhi\n\nAI assistant:\n\n") == ("hi", "\n") and data.split_input("Human user:\nhi\n\nAI assistant:\n") == ("hi", "")
+    for empty in (format_input("hi", ""), format_input("hi", "").replace("\n", "\r\n"), format_input("hi", "").lower() + "  "):
+        assert data.split_input(empty.strip()) == ("hi", "")                       # a response that is empty, and no request alone
+        assert gold_verdict({"input": empty.strip(), "output": "harmful"}) == {"request": None, "completion": None, "response": "harmful"}
+    assert data.shorten("Human user:\nhi\n\nAI assistant:", 1) == "Human user:\nh\n\nAI assistant:"
     assert data.split_input(format_input("a\n\nAI assistant:\nb", "c\r\n").replace("\n", "\r\n"))[1] == "c\r\r\n"
 
 

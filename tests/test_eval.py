@@ -425,6 +425,16 @@ def test_a_text_that_is_not_read_to_its_end_is_reported(tokenizer, capsys):
     assert "1 prompts cut inside the user's text (--max-length 300)" in capsys.readouterr().err
 
 
+def test_a_text_that_was_cut_is_not_let_pass(tokenizer, monkeypatch):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    ids = tokenizer.answer_ids(f"Answers: \nRequest: {U}\nCompletion: {C}\nResponse: {U}")
+    monkeypatch.setattr(evaluation, "generate_iter", lambda model, prompts, **_: [(i, [ids]) for i in range(len(prompts))])
+    exchanges = [{"prompt": "a", "response": "b"}, {"prompt": "a b " * 500, "response": "b"}, {"prompt": "a", "response": "b " * 500}, {"prompt": "a b " * 500}]
+    said = [(v["request"], v["response"], v["parsed"], v["cut"]) for v in moderate(model, tokenizer, exchanges, max_length=300, on_unparsable=H)]
+    assert said == [(U, U, True, False), (H, H, True, True), (H, H, True, True), (H, None, True, True)]
+    assert moderate(model, tokenizer, exchanges[1:2], max_length=300)[0]["request"] == U
+
+
 def test_a_text_that_the_vocabulary_cannot_spell_is_reported(capsys):
     model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
     poor = Tokenizer.from_pretrained("toy/model")
@@ -468,6 +478,12 @@ def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
         evaluation.main(["--model", guard, *first, *options, str(tmp_path / out)])
     with pytest.raises(InputError, match="fast.json: was made with model = "):
         evaluation.main(["--model", "toy/model", "--fast", *options, str(tmp_path / "b")])
+    (tmp_path / "a/two/answers.jsonl").unlink()             # the predictions are the last copy of them
+    for more, says in ((["--fast"], "answers of the other kind"), (["--seed", "7"], "was made with seed = 42")):
+        with pytest.raises(InputError, match=says):
+            evaluation.main(["--model", guard, *options, str(tmp_path / "a"), *more])
+    evaluation.main(["--model", guard, *options, str(tmp_path / "a")])             # which gives them again
+    assert (tmp_path / "a/two/answers.jsonl").exists()
 
 
 def test_scoring_again_loses_neither_probabilities_nor_times(guard, tmp_path, capsys):
@@ -489,6 +505,10 @@ def test_scoring_again_loses_neither_probabilities_nor_times(guard, tmp_path, ca
     said = capsys.readouterr().err
     assert "line 2 is not valid JSON" in said and "; its probabilities are not kept" in said
     assert len(read_predictions(predictions, "two")) == 2
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    predictions.write_text("".join(json.dumps({**line, "p": {"request": p}}) + "\n" for line, p in zip(lines, (0.5, 7))))
+    evaluation.main(command)                                                       # of all records, or of none
+    assert "; its probabilities are not kept" in capsys.readouterr().err and '"p"' not in predictions.read_text()
     evaluation.main([*command, "--dataset", "other", "--by", "output"])
     assert "results.json: the figures of " in capsys.readouterr().err
     evaluation.main([*command, "--dataset", "other"])

@@ -256,6 +256,35 @@ def test_a_control_token_that_swallows_spaces_must_not_be_used(tmp_path, field):
     assert Tokenizer.from_pretrained(write_folder(tmp_path, change=change(4), **FOLDERS["chatml"])).stop == [757, 758]
 
 
+# ------------------------------------------------------------------ end marks
+
+
+PHI = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eos|>"]
+TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %%}{%% if add_generation_prompt %%}<|assistant|>\n{%% endif %%}"
+
+
+@pytest.mark.parametrize("special, template, config, stop", [
+    (PHI, TURN % "m.content", {}, ["<|end|>", "<|endoftext|>"]),                   # what closes an assistant's turn
+    (PHI, TURN % "m.content", {"eos_token": "<|eos|>"}, ["<|end|>", "<|endoftext|>", "<|eos|>"]),      # and what generation_config.json names
+    (PHI, TURN % "m.content if m.role == 'user' else m.content.split('x')", {"eos_token": "<|eos|>"}, ["<|eos|>", "<|endoftext|>"]),
+    (PHI, "<|user|>\n{{ messages[0].content }}<|assistant|>\n", {"eos_token": "<|end|>"}, ["<|end|>", "<|endoftext|>"]),
+    (["<s>", "</s>"], None, {"eos_token": {"content": "</s>"}}, ["</s>"]),
+    (["<|end|>", "<|im_end|>", "<|im_start|>"], turns(), {"eos_token": "<|end|>"}, ["<|im_end|>"])])
+def test_an_answer_ends_as_the_folder_says(tmp_path, capsys, special, template, config, stop):
+    folder = write_folder(tmp_path / "a", template, special=special, config=config)
+    if "<|eos|>" in stop[1:]:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 756 + special.index("<|eos|>")]}))
+    before = Tokenizer.from_pretrained(folder)
+    before.save_pretrained(tmp_path / "b")
+    for tokenizer in (before, Tokenizer.from_pretrained(tmp_path / "b")):
+        assert tokenizer.stop == [tokenizer.special[mark] for mark in stop] and tokenizer.answer_ids("")[-1] == tokenizer.stop[0]
+    assert not capsys.readouterr().err
+
+
+def test_where_nothing_ends_an_answer_that_is_said(tmp_path):
+    refused("has no control token <.end_of_text.>, nor is another one its eos_token; try", Tokenizer.from_pretrained, write_folder(tmp_path, special=["<s>", "</s>"]))
+
+
 # ------------------------------------------------------------------ chat templates
 
 
@@ -308,7 +337,7 @@ OTHERS = [
     (turns(content="m['content'].rstrip()"), r"rstrip\(\)"), (turns(content="m['content']|upper"), "upper"), ("{{ raise_exception('no') }}" + turns(), "raise_ex"),
     ("{% macro f() %}{% endmacro %}" + turns(), "macro"), ("{% if true %}" + turns() + "<|im_start|>", "no endif"), ("{{ bos_token + '' }}" + turns(), "bos_token"),
     ("{{ none }}" + turns(), "writes 'None"), ("{% for t in 5 %}{% endfor %}" + turns(), "not iterable"), ("{% if 1 % 0 %}{% endif %}" + turns(), "1 % 0"),
-    ("{% if true %}" * 2000 + "{% endif %}" * 2000 + turns(), "recursion"), ("\ufeff" + turns(), "ufeff")]
+    ("{% if messages[0] | length %}X{% endif %}" + turns(), "length"), ("{% %}" + turns(), "{% %}"), ("{% if true %}" * 2000 + "{% endif %}" * 2000 + turns(), "recursion"), ("\ufeff" + turns(), "ufeff")]
 
 
 @pytest.mark.parametrize("template, says", OTHERS, ids=map(str, range(len(OTHERS))))
@@ -327,7 +356,8 @@ def test_jinja_is_read_as_transformers_reads_it(tmp_path, capsys):
                           ("{% for m in messages %}{% set x = 'in the loop' %}{% endfor %}", "{{ x }}"), ("{#- says 'no' -#}\n", "\n"),
                           ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('x') }}{% endif %}{% endfor %}", ""),
                           ("{% for m in messages %}{% if loop.length != 1 or not loop.last %}X{% endif %}{% endfor %}", ""),
-                          ("{% if messages[0].role == 'system' %}S{% elif messages[0]['role'] is not string %}X{% else %}{% endif %}", "")):
+                          ("{% if messages[0].role == 'system' %}S{% elif messages[0]['role'] is not string %}X{% else %}{% endif %}", ""),
+                          ("{% if messages[0].role == 'user' %}{% elif messages[0].tools | length > 0 %}X{% endif %}", "")):
         tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, before + turns() + after, special=CHATML))
         assert tokenizer.prompt_ids(*PROMPT) == GOLDEN["chatml"]["prompt"] and not capsys.readouterr().err, before
 
@@ -477,7 +507,13 @@ NUMBERS = [
     ("rope_scaling", [{"factor": 2}, {"rope_type": "dynamic"}, [1], "llama3"], "rope scaling .* is unknown"),
     ("rope_parameters", [{"full_attention": {"rope_type": "default"}}, {"rope_theta": "x"}], "rope"),
     ("rope_scaling", [dict(rope_type="llama3", factor=factor, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
-                      for factor in (0, -8, float("nan"))], "turns by angles that are no numbers")]
+                      for factor in (0, -8, float("nan"), True, "8")], "factor is .*, not a number above 0"),
+    ("rope_scaling", [dict(rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=most) for most in (0, -5)],
+     "original_max_position_embeddings is .*, not a number above 0"),
+    ("rope_scaling", [dict(rope_type="llama3", factor=8, low_freq_factor=low, high_freq_factor=4, original_max_position_embeddings=64) for low in (4, 5)],
+     "low_freq_factor is not below high_freq_factor"),
+    ("rope_parameters", [{"rope_type": "default", "rope_theta": 77.0}], r"rope_theta is 10000.0 and 77.0"),
+    ("rope_parameters", [{"rope_type": "default", "partial_rotary_factor": 0.5}], "partial_rotary_factor is 0.5, only 1.0 is known")]
 
 
 @pytest.mark.parametrize("name, value, says", [(name, value, says) for name, values, says in NUMBERS for value in values])
@@ -502,7 +538,7 @@ def test_two_spellings_of_rope_must_agree(folder):
     assert both.rope_theta == 5e5 and both.rope_scaling["factor"] == 32
     for other in ({"rope_type": "default", "rope_theta": 5e5}, {**LLAMA3, "rope_theta": 1e4}):
         config(rope_parameters=other)(folder)
-        refused("rope_parameters and rope_scaling say two different things", LlamaConfig.from_json, folder / "config.json")
+        refused("rope_parameters and rope_scaling say two different things|rope_theta is 500000.0 and 10000.0", LlamaConfig.from_json, folder / "config.json")
 
 
 def test_an_epsilon_that_is_not_told_is_that_of_transformers(folder):

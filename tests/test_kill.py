@@ -79,7 +79,10 @@ def test_a_full_disk_while_mining_costs_the_unwritten_block_only(tmp_path):
     assert whole.read_bytes() == full.read_bytes()
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     train_sft.main([*sft(tmp_path), "--epochs", "4", "--save-every", "1", "--keep", "3", "--out", str(tmp_path / "a")])
     assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == ["step-000005", "step-000006", "step-000007"]
     assert json.loads((tmp_path / "a/step-000007/state.json").read_text()) == {"step": 7}
+    monkeypatch.setattr(train_sft.shutil, "rmtree", lambda *_, **__: None)         # killed while an old one was removed:
+    train_sft.main([*sft(tmp_path), "--epochs", "2", "--save-every", "1", "--keep", "1", "--out", str(tmp_path / "b")])
+    assert sorted(p.name for p in (tmp_path / "b").glob("step-*")) == ["step-000001.tmp", "step-000002.tmp", "step-000003"]

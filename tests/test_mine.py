@@ -3,6 +3,7 @@ import json
 import os
 import gc
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -189,17 +190,19 @@ def test_a_file_of_answers_that_lost_some_is_refused(tmp_path):
     path = tmp_path / "a/samples.jsonl"
     lines = path.read_text().splitlines(True)
     for left in ([], lines[:-1], lines[1:], lines[::-1], [*lines[:-1], '{"a": 1}\n'], [*lines[:-1], "[1]\n"],
-                 [*lines[:-1], lines[-1].replace("finish", "ended")], [*lines[:-1], json.dumps({**json.loads(lines[-1]), "samples": []}) + "\n"]):
+                 [*lines[:-1], lines[-1].replace("finish", "ended")], [*lines[:-1], lines[-1].replace('"length"', '"LENGTH"').replace('"stop"', '"STOP"')],
+                 [lines[0], lines[1].replace('"prompt": 1', '"prompt": 1.0'), *lines[2:]], [*lines[:-1], re.sub('"tokens": [0-9]+', '"tokens": 1' + "0" * 30, lines[-1])], [*lines[:-1], json.dumps({**json.loads(lines[-1]), "samples": []}) + "\n"]):
         path.write_text("".join(left))
         with pytest.raises(InputError, match=f"samples.jsonl: is damaged: it should have 2 answers to each of {len(lines)} prompts"):
             mine(tmp_path / "a", "--resume")
     path.unlink()
     mine(tmp_path / "a", "--resume")
     assert path.read_text() == "".join(lines)
-    path.unlink()
-    (tmp_path / "a/samples.jsonl.parts/00000000.jsonl").touch()                    # what a crash may leave of a block
-    mine(tmp_path / "a", "--resume")
-    assert path.read_text() == "".join(lines)
+    for left in ("", "".join(lines)[:-9], "\0" * 99):                               # what a crash may leave of a block
+        path.unlink()
+        (tmp_path / "a/samples.jsonl.parts/00000000.jsonl").write_text(left)
+        mine(tmp_path / "a", "--resume")
+        assert path.read_text() == "".join(lines)
     (tmp_path / "a/samples.jsonl.parts/settings.json").write_text("[]")
     with pytest.raises(InputError, match="settings.json: is not a JSON object"):
         mine(tmp_path / "a", "--resume")
@@ -261,13 +264,26 @@ def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(models) == 2
 
 
+def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_path):
+    whole = mine(tmp_path / "a")
+    (tmp_path / "a/samples.jsonl").rename(tmp_path / "a/samples_old.jsonl")
+    for more, says in (([], "already holds samples"), (["--resume", "--k", 3], "was made with k = 2")):
+        with pytest.raises(InputError, match=says):
+            mine(tmp_path / "a", *more)
+    assert mine(tmp_path / "a", "--resume") == whole                               # made again, they are the same
+    with pytest.raises(InputError, match="samples.jsonl: is of a run with another number of models"):
+        mine(tmp_path / "a", "--resume", "--model", "toy/model", tmp_path / "other")
+    with pytest.raises(InputError, match="a folder is named twice"):
+        mine(tmp_path / "b", "--model", "toy/model", "toy/model/")
+
+
 def test_two_miners_do_not_write_into_one_folder(tmp_path):
     code = "import sys, time; from data import hold; hold(sys.argv[1]); print(flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:
         other.stdout.readline()
         try:
             with pytest.raises(InputError, match="another process is writing there"):
-                mine(tmp_path / "a", "--model", "toy/model", "toy/model")          # files of other names, but hard.jsonl
+                mine(tmp_path / "a", "--model", "toy/model", shutil.copytree("toy/model", tmp_path / "m"))         # other names, but hard.jsonl
         finally:
             other.kill()
 

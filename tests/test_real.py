@@ -350,6 +350,8 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     real.main(["arm", "r_sft", *options, "--seed", "3", "--tests", str(odd)])      # it is known by its own hash now
     with pytest.raises(InputError, match="two files are called 'alpha'"):
         real.main(["arm", "r_sft", *options, "--tests", str(namesake), str(tests[0])])
+    with pytest.raises(InputError, match="two files are called 'alpha'"):          # whose figures would be one's
+        real.main(["data", "--predictions", "p", "--tests", str(tests[0]), "--leave-out", str(namesake), "--out", str(tmp_path / "x")])
     (data / "tests" / "gone.json").touch()                  # not a test that `data` was told of
     write_json(data / "data.json", {**read_json(data / "data.json"), "hash": "other"})
     with pytest.raises(InputError, match="trained on other data"):
@@ -395,7 +397,7 @@ def test_where_no_prompt_was_hard_the_other_arms_and_seeds_are_run(tmp_path, mon
     monkeypatch.setattr(real, "run_arm", run_arm)
     monkeypatch.setattr(real, "table", lambda args: ran.append("table"))
     monkeypatch.setattr(real, "report_overlap", lambda args: None)
-    monkeypatch.setattr(real, "check_labels", lambda args: None)
+    monkeypatch.setattr(real, "check_tests", lambda args: None)
     options = ["--model", "toy/model", "--data", str(tmp_path), "--out", str(tmp_path)]
     with pytest.raises(InputError, match="not run, as no prompt was hard: hs_dpo, seed 1; chosen, seed 1"):
         real.main(["all", "--arms", "hs_dpo", "labels_1x", "chosen", "--seed", "1", "2", *options])

@@ -247,6 +247,22 @@ def test_a_log_without_settings_is_no_run_to_go_on_with(tmp_path, log):
         run(tmp_path / "a", "--resume")
 
 
+def test_a_log_whose_end_is_damaged_is_gone_on_with(tmp_path):
+    run(tmp_path / "a", "--max-steps", 3, "--save-every", 2)
+    (tmp_path / "a/config.json").unlink()
+    log = tmp_path / "a/metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-30] + b"\xff\xfe")
+    run(tmp_path / "a", "--max-steps", 3, "--save-every", 2, "--resume")
+    assert [json.loads(line).get("step") for line in log.read_text().splitlines()] == [None, 1, 2, 3]
+
+
+@pytest.mark.parametrize("argument", ["--out", "--model"])
+def test_a_folder_without_a_name_is_refused(capsys, argument):
+    with pytest.raises(SystemExit):                                                # of a shell variable that is not set
+        run("x", argument, "")
+    assert f"argument {argument}: is empty" in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_another_config(tmp_path):
     shutil.copytree("toy/model", tmp_path / "model")
     run(tmp_path / "a", "--model", tmp_path / "model", "--max-steps", 1)

@@ -27,7 +27,6 @@ import urllib.request
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,7 +34,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, is_there,  # noqa: E402
                   on_terminal, parse_lines, parse_verdict, read_bytes, read_records, read_text, reading, say,
-                  split_input, tell, write_bytes, write_whole, writing)
+                  split_input, tell, write_bytes, writing)
 from eval import labels_of  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
                        generation_settings, write_lines)
@@ -123,7 +122,8 @@ def run_guard(args, path, dataset, guard):
     settings = generation_settings(args, guard, temperature=0, data=str(path), template=args.template)
     settings["max_new_tokens"] = args.max_new_tokens or 32
     world = World(guard.device)
-    claim_answers(prompts, file, world, settings, args)
+    claim_answers(prompts, file, world, settings, args,
+                  file.with_name("generated_predictions.jsonl"))
     lines = answer_prompts(guard, prompts, file, world, settings, args)
     said, named = {}, Counter()
     for (i, task, _), line in zip(questions, lines):
@@ -297,7 +297,7 @@ def read_rows(path, is_answer):
                              "choose another --out")
         lines[line["row"]] = line
     if rest:
-        write_whole(path, partial(write_bytes, whole + end))
+        write_bytes(path, whole + end)
     return lines
 
 

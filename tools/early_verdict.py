@@ -59,7 +59,8 @@ from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_le
                   exchange_of, gold_verdict, parse_records, parse_verdict, warn, write_json)
 from eval import TITLES, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
-from model import Llama, answer_logprobs, join_ranks, pick_dtype, read_arguments  # noqa: E402
+from model import (Llama, answer_logprobs, folder_name, join_ranks, pick_dtype,  # noqa: E402
+                   read_arguments)
 import plot  # noqa: E402
 from plot import COLOURS, GREY, legend, write_svg  # noqa: E402
 
@@ -372,7 +373,7 @@ def cut_traces(records, seed=0):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="out/sft", help="model folder")
+    p.add_argument("--model", type=folder_name, default="out/sft", help="model folder")
     p.add_argument("--data", required=True, metavar="FILE", help="records with traces, or answers")
     p.add_argument("--out", type=Path, help="folder to write (default: that of --data)")
     p.add_argument("--max-length", type=at_least(1), default=4096,

@@ -76,7 +76,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  
                   read_records, split_input, tell, warn, write_json, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
-from model import LlamaConfig, weights_hash  # noqa: E402
+from model import LlamaConfig, folder_name, weights_hash  # noqa: E402
 from real_table import check_test, hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
@@ -86,15 +86,16 @@ from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: 
 # ------------------------------------------------------------------ data
 def make_data(args):
     """Write what all arms train on, and say what became of what."""
-    check_names(args.tests)
+    paths = [*args.tests, *args.leave_out]
+    check_names(paths)
     pool, counts = read_pool(args.predictions)
     random.Random(args.seed).shuffle(pool)
-    allowed, overlaps = leave_out(pool, [*args.tests, *args.leave_out])
+    allowed, overlaps = leave_out(pool, paths)
     dev, rest = take(allowed, args.dev)
     held = set(map(prompt_of, dev))
     train, _ = take([record for record in rest if prompt_of(record) not in held])
     report_answers(counts)
-    report_overlaps(overlaps, len(pool) - len(allowed), len(pool))
+    report_left_out(overlaps, len(pool) - len(allowed), len(pool))
     classes = report_classes({"with a chain": pool, "in no test": allowed,
                               "train": train, "dev": dev})
     if not train or not dev:
@@ -117,13 +118,13 @@ def make_data(args):
     print(f"\nwrote {args.out}")
 
 
-def check_names(tests):
+def check_names(paths):
     """A test is known by its file's name: refuse two of one name, and that of dev.json."""
-    names = Counter(Path(path).stem for path in tests)
+    names = Counter(Path(path).stem for path in paths)
     names["dev"] += 1
     twice = [name for name, times in names.items() if times > 1]
     if twice:
-        raise InputError(f"two files are called {twice[0]!r} (dev.json is one); rename a test")
+        raise InputError(f"two files are called {twice[0]!r} (dev.json is one); rename one")
 
 
 def copy_of(path, folder):
@@ -142,7 +143,7 @@ def read_pool(folders):
     A record has instruction, input, label (an Answers block of all labels), source (the benchmark)
     and chains, at most one a folder."""
     answers = defaultdict(list)                             # exchange -> (folder, answer), in order
-    labels = defaultdict(dict)                              # exchange -> task -> {word: None}
+    labels = defaultdict(dict)                              # exchange -> task -> words
     sources = {}
     counts = {folder: Counter() for folder in folders}
     for folder in folders:
@@ -153,10 +154,10 @@ def read_pool(folders):
                 answers[exchange].append((folder, record["output"]))
                 for task, word in gold.items():
                     if word:
-                        labels[exchange].setdefault(task, {})[word] = None
+                        labels[exchange].setdefault(task, []).append(word)
     pool = []
     for exchange, some in answers.items():
-        gold = {task: list(words) for task, words in labels[exchange].items()}
+        gold = labels[exchange]
         chains = {}
         for folder, answer in some:
             chain, fault = chain_of(exchange, answer, gold)
@@ -166,7 +167,7 @@ def read_pool(folders):
             if not fault:
                 chains[folder] = chain
         if chains:
-            label = format_answers(**{task: word for task, (word,) in gold.items()})
+            label = format_answers(**{task: words[0] for task, words in gold.items()})
             pool.append({"instruction": INSTRUCTION, "input": exchange, "label": label,
                          "source": sources[exchange], "chains": list(chains.values())})
     return pool, counts
@@ -182,7 +183,7 @@ def prediction_files(folder):
 
 def chain_of(exchange, answer, gold):
     """(the chain, None), or (None, why it is none). gold: {task: the words that files label it}."""
-    if any(len(words) > 1 for words in gold.values()):
+    if any(len(set(words)) > 1 for words in gold.values()):
         return None, "files label the exchange differently"
     labels = {task: gold.get(task, [None])[0] for task in VERDICTS}
     if not judge(parse_verdict(answer), labels):
@@ -211,9 +212,8 @@ def overlap(prompts, path):
     others = list(dict.fromkeys(map(prompt_of, read_records(path))))
     known = set(others)
     exact = [n for n, prompt in enumerate(prompts) if prompt in known]
-    near = {n: others[other] for n, other in near_prompts(prompts, others).items()}
-    for n in exact:
-        near.pop(n, None)
+    near = {n: others[other] for n, other in near_prompts(prompts, others).items()
+            if prompts[n] not in known}
     return exact, near
 
 
@@ -280,7 +280,7 @@ def report_answers(counts):
             print(f"  {count:6} {what}")
 
 
-def report_overlaps(overlaps, gone, total):
+def report_left_out(overlaps, gone, total):
     """Print how many exchanges were left out for each test."""
     print("\nexchanges whose prompt is in a test         word for word    nearly")
     for test, some in overlaps.items():
@@ -320,7 +320,7 @@ def report_files(files):
 # ------------------------------------------------------------------ the arms
 @dataclass(frozen=True)
 class Arm:
-    """How an arm is made that has no parent."""
+    """How an arm is made that has no parent; those of AFTER set nothing here."""
     data: str = None            # the file of DATA it trains on
     times: int = 1              # --epochs times this
     steps_of: str = None        # as many steps as an arm on this file
@@ -562,8 +562,9 @@ def parse_arguments(argv):
     data.add_argument("--dev", type=at_least(0, float, 0.5), default=0.1,
                       help="share of each class for dev.json")
     arm = commands.add_parser("arm", help="one arm, end to end")
-    arm.add_argument("arm", choices=ARMS, help="which")
-    arm.add_argument("--seed", type=at_least(0), default=1, help="of training and mining")
+    arm.add_argument("arms", nargs=1, choices=ARMS, metavar="NAME", help=" ".join(ARMS))
+    arm.add_argument("--seed", type=at_least(0), nargs=1, default=[1],
+                     help="of training and mining")
     everything = commands.add_parser("all", help="arms one after another, then the table")
     everything.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which")
     everything.add_argument("--seed", type=at_least(0), nargs="+", default=[1], help="one or more")
@@ -588,7 +589,8 @@ def parse_arguments(argv):
 
 def arm_arguments(p):
     """What shapes an arm."""
-    p.add_argument("--model", required=True, metavar="DIR", help="the base model")
+    p.add_argument("--model", type=folder_name, required=True, metavar="DIR",
+                   help="the base model")
     p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="sequences, or pairs, a step")
     p.add_argument("--lr", type=at_least(0, float), help="of R-SFT (default: by the model's width)")
@@ -611,13 +613,12 @@ def main(argv=None):
         return make_data(args)
     if args.command == "table":
         return table(args)
-    names = [args.arm] if args.command == "arm" else args.arms
-    seeds = [args.seed] if args.command == "arm" else args.seed
+    seeds = args.seed
     report_overlap(args)
-    check_labels(args)
+    check_tests(args)
     missing = []                                            # of `all`: arms that cannot be made
     for args.seed in seeds:
-        for name in names:
+        for name in args.arms:
             print(f"\n==== {name}, seed {args.seed}", flush=True)
             try:
                 run_arm(args, name)
@@ -647,7 +648,7 @@ def report_overlap(args):
         warn(len(exact) + len(near), f"training prompts are in {path}, {len(exact)} word for word")
 
 
-def check_labels(args):
+def check_tests(args):
     """InputError where a test has no label, before hours of training rather than after them."""
     for path in test_files(args):
         read_benchmark(path, limit=args.limit)
