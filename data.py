@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -289,7 +290,8 @@ class Template:
     start: str          # before the first turn, if the vocabulary has it
     head: str           # opens the turn of a role
     close: str          # ends a turn
-    ends: tuple         # what ends an answer: the first of these that the vocabulary has
+    ends: tuple         # what ends an answer: the first of these that the vocabulary has, where no
+                        # template of the folder is followed
 
 
 FORMATS = {
@@ -444,31 +446,29 @@ class Tokenizer:
         template = read_chat_template(folder)
         name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
         tokenizer = cls(vocabulary, name, folder, size, context)
-        if template and not format:
-            tokenizer.follow(template)
+        if format or not template or not tokenizer.follow(template):
+            tokenizer.use_ends(FORMATS[name].ends)
         check_round_trip(tokenizer)
         return tokenizer
 
     def use_template(self, template):
-        """Set what stands before and after a user's text, and the end marks, as far as they
-        exist."""
+        """Set what stands before and after a user's text, as far as it exists."""
         start = template.start if template.start in self.special else ""
         self.before = start + template.head.format("user")
         self.after = template.close + template.head.format("assistant")
         self.trim = False                                           # spaces around the user's text?
         self.jinja = jinja_of(start, template)
         self.use_control(self.before + self.after)
-        self.use_ends(template.ends)
 
     def use_ends(self, marks):
         """Set end_mark, the first of these control tokens that the vocabulary has, or else the
         folder's eos_token; and `stop`, the ids that end an answer: first the end mark's, then those
         of STOPS and of the folder's generation_config.json."""
         eos = content_of(read_told(self.folder).get("eos_token"))
-        ends = [mark for mark in (*marks, eos) if mark in self.special]
+        ends = [mark for mark in (*marks, eos) if isinstance(mark, str) and mark in self.special]
         if not ends:
-            raise InputError(f"{self.folder}: the vocabulary has no control token {marks[0]}, nor "
-                             "is another one its eos_token; try another --format")
+            raise InputError(f"{self.folder}: the vocabulary has no control token {marks[-1]}, and "
+                             "no eos_token that is one; try another --format")
         self.end_mark = ends[0]
         self.use_control(self.end_mark)
         told = read_object(self.folder / "generation_config.json", {}).get("eos_token_id")
@@ -500,41 +500,49 @@ class Tokenizer:
                                  "around it (lstrip, rstrip, single_word), which is not known here")
 
     def follow(self, template):
-        """Write what the folder's own chat template writes around a turn, where that is no more
-        than control tokens and roles; else say on stderr that our prompt is another one."""
+        """Write what the folder's own chat template writes around a turn, and end answers as it
+        does, where that is no more than control tokens and roles; else say on stderr that our
+        prompt is another one. Returns whether it is followed."""
         ours = f"our prompts are {self.before + REQUEST + self.after!r}"
         try:
-            rendered = render_turn(template, REQUEST)
-            trims_start = render_turn(template, "\n" + REQUEST) == rendered
-            trims_end = render_turn(template, REQUEST + "\n") == rendered
+            rendered = render_turns(template, REQUEST)
+            trims_start = render_turns(template, "\n" + REQUEST) == rendered
+            trims_end = render_turns(template, REQUEST + "\n") == rendered
         except NotKnown as error:
             tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
                  f"{ours}")
-            return
+            return False
         before, found, after = rendered.partition(REQUEST)
         control = {*self.special, *self.words}
         words = [piece for piece in split_at(control, before + after) if piece not in control]
         known = set(" ".join(words).split()) <= {"user", "assistant"}
-        if found and known and trims_start == trims_end:
-            self.use_control(before + after)
-            self.before = before
-            self.after = after
-            self.trim = trims_start
-            self.jinja = spelled_out(template)
-            self.use_ends([self.closing_mark(template) or template.get("eos_token"),
-                           *FORMATS[self.format].ends])
-        else:
+        if not found or not known or trims_start != trims_end:
             tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
+            return False
+        self.use_control(before + after)
+        self.before = before
+        self.after = after
+        self.trim = trims_start
+        self.jinja = spelled_out(template)
+        end = self.closing_mark(template) or template.get("eos_token")
+        self.use_ends([end, *FORMATS[self.format].ends])
+        return True
 
     def closing_mark(self, template):
         """The control token that a chat template writes after an assistant's turn; None where there
         is none, or it cannot be told."""
         try:
-            _, found, after = render_turn(template, REQUEST, ANSWER).rpartition(ANSWER)
+            turns = render_turns(template, REQUEST, ANSWER, REQUEST)
         except NotKnown:
             return None
-        marks = [piece for piece in self.split_control(after) if piece in self.special]
-        return marks[0] if found and marks else None
+        between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
+        pieces = self.split_control(between)
+        next_turn = self.split_control(self.before)
+        while pieces and next_turn and pieces[-1] == next_turn[-1]:     # what opens the user's
+            pieces.pop()
+            next_turn.pop()
+        marks = [piece for piece in pieces if piece in self.special]
+        return marks[0] if marks else None
 
     def save_pretrained(self, folder):
         """Write the vocabulary, the chat template and every stop id,
@@ -1227,14 +1235,14 @@ def find_format(template, special):
     return "chatml" if "<|im_start|>" in known else "raw"
 
 
-def render_turn(template, request, answer=None):
-    """What a chat template makes of one user's turn, ready for the answer, or with it; NotKnown
-    where it holds what is not evaluated here. template: as read_chat_template gives it."""
-    messages = [{"role": "user", "content": request}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
+def render_turns(template, *contents):
+    """What a chat template makes of turns of the user and the assistant, in alternation, ready for
+    the next answer; NotKnown where it holds what is not evaluated here. template: as
+    read_chat_template gives it."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     names = {**template, "messages": messages, "tools": None,
-             "documents": None, "add_generation_prompt": answer is None,
+             "documents": None, "add_generation_prompt": True,
              "true": True, "false": False, "none": None}
     text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
     text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
@@ -1392,7 +1400,8 @@ def tell(remark):
 
 @contextlib.contextmanager
 def interruptible(advice):
-    """Make Ctrl-C one line that says how to go on."""
+    """Make Ctrl-C, and SIGTERM, one line that says how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -375,8 +375,8 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
         their characters
     p_harmful: {"request": P, "response": P}, as far as asked for; reasoning: the answer's text
 
-    With on_unparsable a harm verdict that is missing, forced, or about a text that is cut, is that
-    word instead."""
+    With on_unparsable a harm verdict that is missing or forced is that word instead, and so is
+    every one where cut is true."""
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
                for e in exchanges]
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
@@ -451,7 +451,7 @@ def parse_arguments(argv):
     p.add_argument("--batch", type=at_least(1), default=64, metavar="N",
                    help="with --moderate: judge up to N lines that are there together")
     p.add_argument("--on-unparsable", choices=["harmful"],
-                   help="say this where a harm verdict is missing or forced, or the text was cut")
+                   help="say this where a harm verdict is missing or forced, or text was cut")
     generation_arguments(p)
     p.set_defaults(max_new_tokens=None)
     args = read_arguments(p, argv)
@@ -466,7 +466,7 @@ def parse_arguments(argv):
 def contradictions(args):
     """[(is it so?, message)] of arguments that do not go together."""
     names = [args.dataset or Path(path).stem for path in args.data or []]
-    files = [Path(path).resolve() for path in args.predictions or []]
+    files = [os.path.realpath(path) for path in args.predictions or []]
     moderates = args.moderate or args.prompt is not None
     scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
     for_data = args.fast or args.k > 1 or args.scores
@@ -478,7 +478,8 @@ def contradictions(args):
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
         (not args.data and for_data, "--fast, --k, --scores are for --data"),
         (len(set(files)) < len(files), "--predictions: a file is named twice"),
-        (args.dataset and Path(args.dataset).name != args.dataset, "--dataset is a name, no path"),
+        (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
+         "--dataset is a name, no path"),
         (args.legacy and args.fpr is not None, "--legacy uses no probabilities; leave out --fpr"),
         (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
         (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
@@ -761,24 +762,23 @@ def claim_benchmark(args, benchmark, guard, world):
     out = Path(args.out) / benchmark.name
     answers = out / "answers.jsonl"
     predictions = out / "generated_predictions.jsonl"
-    # what each kind was made with
-    fast = out / "fast.json"
-    reasoned = parts_of(answers) / "settings.json"
-    other = reasoned if args.fast else fast
+    fast_settings = out / "fast.json"
+    settings_of_answers = parts_of(answers) / "settings.json"
+    is_fast = is_there(fast_settings) and not has_answers(answers)
+    is_reasoned = has_answers(answers) or is_there(settings_of_answers) and not is_fast
     is_made = has_answers(answers) or is_there(predictions)
-    if is_made and is_there(other):
+    if is_made and (is_reasoned if args.fast else is_fast):
         kind = "with" if args.fast else "without"
         raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
                          "choose another --out")
-    if is_there(predictions) and not (has_answers(answers) or is_there(fast) or is_there(reasoned)):
+    if is_made and not (is_fast or is_reasoned):
         raise InputError(f"{predictions}: is there without the answers it was made of; move it "
                          "away, or choose another --out")
     if world.rank == 0:
         hold(args.out)
-        other.unlink(missing_ok=True)                       # of a run that answered nothing
     settings = answer_settings(args, guard)
     if args.fast:
-        claim_settings(fast, {**settings, "prompts": fingerprint(prompts)}, is_made, world)
+        claim_settings(fast_settings, {**settings, "prompts": fingerprint(prompts)}, is_made, world)
     else:
         claim_answers(prompts, answers, world, settings, args, predictions)
     return prompts
@@ -1004,8 +1004,10 @@ def tables(results, averages):
         some = [result for result in results if result["task"] == task]
         lines += map(table_line, some)
         n = sum(result["n"] for result in some if "slice" not in result)
+        paper = paper_average(some)
         lines.append(f"{'weighted average':24} {n:5}  {average['weighted_f1']:6.2f}   "
-                     f"macro average {average['macro_f1']:6.2f}")
+                     f"macro average {average['macro_f1']:6.2f}"
+                     + (f"   paper, weighted: {side_by_side(paper)}" if paper else ""))
     whole = [result for result in results if "slice" not in result]
     return "\n".join([*lines, "", *notes(whole)])
 
@@ -1050,11 +1052,27 @@ def table_line(r):
     else:
         name = r["dataset"]
         figures = paper_entry(r["task"], name)[2:]
-    paper = "  /  ".join(f"{f1:.2f}" for f1 in figures)
+    paper = side_by_side(figures)
     return (f"{name[:24]:24} {r['n']:5}  {r['f1']:6.2f}   "
             f"{low:5.1f} - {high:5.1f}   "
             f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['false_positive_rate']:5.1f} "
             f"{r['unparsable']:5}   {paper}")
+
+
+def side_by_side(figures):
+    """F1 of several models, as text."""
+    return "  /  ".join(f"{f1:.2f}" for f1 in figures)
+
+
+def paper_average(results):
+    """The paper's F1 of these results' data sets, for each of its models the average weighted by
+    its numbers of records; nothing where it has not all of them."""
+    entries = [paper_entry(result["task"], result["dataset"])
+               for result in results if "slice" not in result]
+    if not all(entries):
+        return []
+    _, counts, *columns = zip(*entries)
+    return [weighted_average(column, counts) for column in columns]
 
 
 def paper_entry(task, dataset):

@@ -7,6 +7,7 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, with verdicts)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
+Of several models each has a file of its own, samples-0.jsonl, samples-1.jsonl, ...
 hard.jsonl follows from samples.jsonl, the records' labels and --judge, --pair, --gamma: change one
 of the latter, add --resume, and no model is loaded. The rules are the paper's; for the released
 code's see --judge and --pair.
@@ -22,7 +23,6 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from collections import Counter
 from functools import cached_property
@@ -210,14 +210,14 @@ def main(argv=None):
 
 
 def check_out(args, out, names):
-    """InputError where --out holds what is not this run's: samples, though it does not resume;
-    those of other models than its own, whose files have these names; or a hard.jsonl alone."""
+    """InputError where a model is named twice, or --out holds samples though the run does not
+    resume, samples of other files than its own (names), or a hard.jsonl alone."""
     if len(set(map(os.path.realpath, args.model))) < len(args.model):
         raise InputError("--model: a folder is named twice")
     with reading(out):
-        claimed = [path.name.removesuffix(".parts") for path in out.glob("samples*")]
-    samples = [name for name in claimed
-               if re.fullmatch(r"samples(-\d+)?\.jsonl", name) and has_answers(out / name)]
+        found = {path.name.removesuffix(".parts") for path in out.glob("samples*")}
+    claimed = [name for name in found if re.fullmatch(r"samples(-\d+)?\.jsonl", name)]
+    samples = [name for name in claimed if has_answers(out / name)]
     hard = out / "hard.jsonl"
     if is_there(hard) and not claimed:
         raise InputError(f"{hard}: is there without the samples it was made of; move it away, or "
@@ -316,15 +316,15 @@ def claim_answers(prompts, path, world, settings, args, result):
     """Take path and its folder for the answers to these prompts, which answer_prompts writes there.
     InputError where others are there, made with other settings or nobody knows with which, or
     another process writes there. result: the file that is made of the answers; where it is there,
-    so were they."""
+    so were they, even if they have gone."""
     folder = parts_of(path)
-    if has_answers(path) and "prompts" not in read_object(folder / "settings.json", {}):
+    answered = has_answers(path) or is_there(result)
+    if answered and "prompts" not in read_object(folder / "settings.json", {}):
         raise InputError(f"{path}: {folder}/settings.json, which says what it was made with, is "
                          "gone or not whole; choose another --out")
     if world.rank == 0:
         hold(folder)
     settings = {**settings, "block": block_size(args, world), "prompts": fingerprint(prompts)}
-    answered = has_answers(path) or is_there(result)
     claim_settings(folder / "settings.json", settings, answered, world)
 
 

@@ -18,6 +18,7 @@ Part III decodes many samples at once:
     attend_pages, join_results      attention over it
     Engine                          what generate_iter calls, in the same order
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
+Simpler than elsewhere: LLaMA alone, without biases, dropout or quantized weights.
 
 Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
 G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
@@ -25,10 +26,11 @@ G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samp
 """
 import argparse
 import atexit
+import contextlib
 import hashlib
 import math
 import os
-import sys
+import re
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -861,8 +863,8 @@ except ImportError:                     # no wheel for this system: the twins do
     def jit(kernel):
         return kernel
 
-KERNEL_WIDTHS = (16, 32, 64, 128)       # head widths E that the attention kernels know
-LOGITS_OF_PROGRAM = 4096                # of one row
+KERNEL_WIDTHS = (16, 32, 64, 128)       # head widths E that the kernels know
+LOGITS_OF_PROGRAM = 4096                # of one row: 16 a thread of 8 warps; not tuned
 
 
 def choose_kernels(name):
@@ -1124,7 +1126,7 @@ def rope_kernel(X, COS, SIN, OUT, N, H: constexpr, E: constexpr, B: constexpr):
 
 
 def launch_rope_kernel(x, cos, sin):
-    """apply_rope by rope_kernel: a program for 32 heads."""
+    """apply_rope by rope_kernel: a program for 32 heads (not tuned)."""
     T, H, E = x.shape
     B = 32
     x = x.contiguous()
@@ -1639,7 +1641,9 @@ class Engine:
     """Decodes many samples at once over a paged cache. Jobs are started by `admit`, get room for
     their next tokens by `reserve`, lie close by `compact`, advance by `decode` and leave by
     `finish`: see generate_iter."""
-    PREFILL = 4096              # a pass takes prompts until it has so many tokens, or more
+    # a pass takes prompts until it has so many tokens, or more: enough that products are large, and
+    # few enough that what the layers hold of them is small beside the cache
+    PREFILL = 4096
 
     def __init__(self, model, instruction, sampling, capacity):
         c = model.config
@@ -1955,11 +1959,11 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
     """The Capacity for these jobs, whose prompts begin with `cached` tokens that have keys;
     InputError where kv_tokens cannot hold the largest of them alone."""
     if model.head.is_cuda:
-        poll = 32
-        slots = 1024
+        poll = 32               # steps between two looks, each of which waits for the GPU
+        slots = 1024            # rows for which weights are read once a step
     else:
-        poll = 4
-        slots = 128
+        poll = 4                # a look waits for nothing; a sample that has ended costs until then
+        slots = 128             # more rows are hardly faster
     poll = max(1, min(poll, max_new_tokens - 1))
     width = len(jobs[0].samples)
     slots = max(width, max_slots or slots)
@@ -1979,7 +1983,8 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
 
 
 def default_kv_tokens(model):
-    """How many keys 2 GiB hold on a CPU, and 70% of what is free on a GPU."""
+    """How many keys 2 GiB hold on a CPU, and 70% of what is free on a GPU: the rest is for what a
+    pass over prompts holds, and is lost between blocks."""
     c = model.config
     memory = 2 ** 31
     if model.head.is_cuda:
@@ -2278,13 +2283,21 @@ def free_on_gpu(device):
     return free
 
 
+def free_on_host():
+    """Bytes that one rank can have of this machine: its memory, less what other programs hold, or
+    what its container may hold, where that is told; shared by the ranks that run here."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        told = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        bounds += [1024 * int(told[1])] if told else []
+    with contextlib.suppress(OSError, ValueError):          # "max": no bound
+        bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(bounds) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def check_memory(need, device, advice):
     """InputError with `advice` if the device cannot hold `need` bytes: better now than later."""
-    if device.type == "cuda":
-        there = free_on_gpu(device)
-    else:
-        pages = os.sysconf("SC_PHYS_PAGES")
-        there = pages * os.sysconf("SC_PAGE_SIZE")
+    there = free_on_gpu(device) if device.type == "cuda" else free_on_host()
     if need > there:
         raise InputError(f"needs {need / GIB:.1f} GiB, "
                          f"{there / GIB:.1f} are there: {advice}")

@@ -164,12 +164,12 @@ def main(argv=None):
             logprobs = model(p.tokens, p.end, p.rows, p.targets)
             policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[in_batch]
             ref = reference[in_data].to(policy)             # (B, 2), on its device, in its dtype
-            tokens = lengths[in_data].to(policy)            # (B, 2), chosen and rejected
+            answer_lengths = lengths[in_data].to(policy)    # (B, 2), chosen and rejected
             alpha = alphas[in_data].to(policy)
-            part = pairs_loss(policy, ref, tokens[:, 0], alpha, args.beta, args.sft)
+            part = pairs_loss(policy, ref, answer_lengths[:, 0], alpha, args.beta, args.sft)
             in_block = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
             in_block = in_block.view(-1, 2)[in_batch]       # (B, 2), as policy
-            part.update(watched(part["loss"], policy, in_block, tokens))
+            part.update(watched(part["loss"], policy, in_block, answer_lengths))
             (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()

@@ -16,9 +16,11 @@ no dropout.
     machinery                      what train_dpo.py has in common: nothing about SFT
 """
 import argparse
+import contextlib
 import json
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -26,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
@@ -35,9 +38,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, on_terminal, pack,
-                  parse_json, read_object, read_records, reading, say, tell, write_json,
-                  write_whole, writing)
+from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, is_there,
+                  on_terminal, pack, parse_json, read_object, read_records, reading, say, tell,
+                  write_json, write_whole, writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
                    fingerprint, folder_name, free_on_gpu, join_ranks, name_of, pick_dtype,
                    read_arguments, read_tensors, weights_hash)
@@ -344,8 +347,7 @@ def save(folder, model, optimizer, step, world, keep=2):
     moments = {name: value.contiguous() for name, value in moments_of(state).items()}
     folder = Path(folder)
     temporary = Path(f"{folder}.tmp")
-    for left in folder.parent.glob("step-[0-9]*.tmp"):      # of a kill while it was written
-        shutil.rmtree(left, ignore_errors=True)
+    remove_left(folder.parent)
     model.save_pretrained(temporary, model.head.dtype, weights)
     write_whole(temporary / "optimizer.safetensors", lambda path: save_file(moments, path))
     write_json(temporary / "state.json", {"step": step})
@@ -366,9 +368,7 @@ def save_final(args, model, tokenizer, world):
     weights = states.get_model_state_dict(model, options=WHOLE)
     if world.rank > 0:
         return
-    for left in Path(args.out).glob(".tmp" + 6 * "[A-Za-z0-9]"):
-        if left.is_file():                              # what a kill leaves of safetensors' writing
-            left.unlink()
+    remove_left(Path(args.out))
     tokenizer.save_pretrained(args.out)
     dtype = getattr(torch, model.config.torch_dtype)
     if any(overflows(weight, dtype) for weight in weights.values()):
@@ -376,6 +376,16 @@ def save_final(args, model, tokenizer, world):
         model.config.torch_dtype = "float32"
     model.save_pretrained(args.out, state=weights)
     say(f"wrote {args.out}")
+
+
+def remove_left(out):
+    """Remove what a kill leaves in a run's folder: of a checkpoint that was written or removed, and
+    of safetensors' own writing."""
+    for folder in out.glob("step-[0-9]*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for left in out.glob(".tmp" + 6 * "[A-Za-z0-9]"):
+        if left.is_file():
+            left.unlink()
 
 
 def overflows(weight, dtype):
@@ -396,6 +406,9 @@ def resume(folder, model, optimizer):
     step = read_object(folder / "state.json").get("step")
     if type(step) is not int or folder.name != checkpoint_name(step):
         raise not_whole(folder, "state.json does not say this step")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        if not is_there(folder / name):
+            raise not_whole(folder, f"{name} is missing")
     if hasattr(model, "reshard"):                       # FSDP: a forward pass leaves the head whole
         model.reshard()
     weights = dict(read_tensors(folder / "model.safetensors"))
@@ -476,7 +489,7 @@ def start_run(args, world):
     if not args.resume:
         raise InputError(f"{holds} add --resume, or choose another --out")
     with reading(log), open(log, "rb") as file:             # a kill may have cut a later line
-        first_line = file.readline().decode()
+        first_line = file.readline().decode("utf-8-sig")
     before = parse_json(log, first_line or "null")
     if not isinstance(before, dict):
         raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
@@ -547,7 +560,8 @@ class Log:
 
     def begin(self, args):
         """Write the first line anew, and keep the lines of steps that the checkpoint has."""
-        header = {**vars(args), "torch": torch.__version__, "git": git_commit()}
+        header = {**vars(args), **versions(), "device": self.world.device,
+                  "ranks": self.world.ranks, "git": git_commit()}
         lines = [json.dumps(header, default=str)]
         if self.done:
             lines += self.lines_to_keep()
@@ -592,6 +606,15 @@ class Log:
                 f"lr {figures['lr']:.1e}  grad {figures['grad_norm']:6.2f}  "
                 f"{figures['tokens_per_second']:8,.0f} tokens/s  "
                 f"{figures['peak_memory']:.1f} GiB  {left:.1f} min left ")
+
+
+def versions():
+    """Of Python and of each package that a run may use, where it is there."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numpy", "tiktoken", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_commit():

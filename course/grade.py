@@ -37,7 +37,7 @@ from rules import refusals
 if __name__ != "__mp_main__":       # as which the process of a graded function loads this file, and
     sys.path.insert(0, str(ROOT))   # there nothing that solves an exercise may be in memory
     from data import (InputError, at_least, is_there, read_object, read_text, write_bytes,
-                      write_json, write_whole, writing)
+                      write_json, writing)
 
 NEEDED = ["toy/model", "tests/test_exercises.py", "tests/test_exercises_kernels.py",
           "course/cases.py", "course/exercises.py"]
@@ -287,7 +287,7 @@ def feedback_path(args, name):
 
 
 def check_writable(path):
-    """InputError unless `write_whole` can write this file. One that is there stays as it is."""
+    """InputError unless `write_bytes` can write this file. One that is there stays as it is."""
     with writing(path):
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is a folder, or no plain file; choose another name")

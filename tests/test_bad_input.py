@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(place, capsys, monkeypatch
 
 @pytest.mark.parametrize("file, spoil, says", [
     ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "optimizer.safetensors: damaged or cut short"),
-    ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors: no such file"),
+    ("optimizer.safetensors", lambda path: path.unlink(), "optimizer.safetensors is missing; remove this folder"),
     ("model.safetensors", text(""), "model.safetensors: damaged or cut short"), ("state.json", text(""), "state.json is not valid JSON"),
     ("state.json", text("{}"), "state.json does not say this step; remove this folder to go on from the checkpoint before it"),
     ("state.json", text('{"step": 2}'), "state.json does not say this step"), ("state.json", text('{"step": "1"}'), "state.json does not say this step"),

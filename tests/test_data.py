@@ -374,6 +374,14 @@ def test_common_prefix_leaves_every_sequence_a_token():
 # ------------------------------------------------------------------ packer
 
 
+def test_the_ids_of_the_record_that_readme_follows(tokenizer):
+    record = read_records("toy/train_aegis.json")[36]
+    prompt, answer = tokenizer.prompt_ids(record["instruction"], record["input"]), tokenizer.answer_ids(record["output"])
+    assert (prompt[:5], answer[:5], answer[-1]) == ([756, 758, 84, 340, 759], [2, 361, 220, 16, 198], 760)
+    p, = pack([data.Example(prompt, [answer])], 1000)
+    assert (len(prompt), len(answer), len(p.tokens), len(p.rows)) == (173, 106, 278, 106)
+
+
 def test_the_pack_of_the_readme_example():
     # instruction 1, prompt 2 3, answers 4 5 $ and 6 7 $ with $ = 0: predicted, never fed
     p, = pack([Example([1, 2, 3], [[4, 5, 0], [6, 7, 0]], root_length=1)], 100)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import eval as evaluation
-from conftest import ROOT
 from data import VERDICTS, InputError, Tokenizer, format_answers, format_input, parse_verdict
 from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
                   legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score_cases, simple,
@@ -171,6 +170,13 @@ def test_moderate_never_reports_a_missing_verdict_as_safe(tokenizer):
         assert set(result["p_harmful"]) <= {"request", "response"}
     closed = moderate(model, tokenizer, exchanges, max_new_tokens=3, on_unparsable=H)
     assert closed[0]["request"] == H and closed[1]["response"] == H and not closed[1]["parsed"]
+
+
+def test_averages_stand_beside_the_papers():
+    result = lambda task, dataset, **more: dict(task=task, dataset=dataset, n=10, **more)
+    whole = [result("completion", "XSTestResponseRefusal"), result("completion", "0_4_wildguardtest", slice="a=1"), result("completion", "WildGuardTest")]
+    assert [round(f1, 2) for f1 in evaluation.paper_average(whole)] == [88.51, 85.95, 89.96]       # as the paper prints them
+    assert evaluation.paper_average([*whole, result("completion", "mine")]) == []
 
 
 def test_score_from_files_and_their_mistakes(tmp_path):
@@ -483,6 +489,13 @@ def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
         with pytest.raises(InputError, match=says):
             evaluation.main(["--model", guard, *options, str(tmp_path / "a"), *more])
     evaluation.main(["--model", guard, *options, str(tmp_path / "a")])             # which gives them again
+    (tmp_path / "a/two/fast.json").write_text("{}")         # of a run that answered nothing
+    evaluation.main(["--model", guard, *options, str(tmp_path / "a")])
+    (tmp_path / "a/two/fast.json").unlink()
+    (tmp_path / "a/two/answers.jsonl.parts/settings.json").unlink()
+    with pytest.raises(InputError, match="answers of the other kind"):
+        evaluation.main(["--model", guard, "--fast", *options, str(tmp_path / "a")])
+    (tmp_path / "a/two/answers.jsonl.parts/settings.json").write_text("{}")
     assert (tmp_path / "a/two/answers.jsonl").exists()
 
 

@@ -5,6 +5,7 @@ The functions check_... run inside the patched copy, each in a process of its ow
 """
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -37,7 +38,15 @@ def test_a_fork_applies_runs_and_keeps_its_promise(name, tmp_path):
 def test_every_patch_is_listed_with_its_check():
     text = (ROOT / "course/forks/README.md").read_text()
     for name in PATCHES:
-        assert f"`{name}.patch`" in text and any(check.startswith(f"check_{name}") for check in globals())
+        row, = re.findall(rf"^\| `{name}.patch` .*$", text, re.MULTILINE)
+        assert any(check.startswith(f"check_{name}") for check in globals())
+        patch = (ROOT / "course/forks" / f"{name}.patch").read_text()
+        lines = re.search(r"\((\d+) lines\)", row)
+        assert not lines or int(lines[1]) == len(re.findall(r"^\+[^+\n]", patch, re.MULTILINE)), row
+        for file, names in re.findall(r"`(\w+\.py): ([\w., ]+)`", row):
+            code = (ROOT / file).read_text() + patch
+            for function in names.split(", "):
+                assert re.search(rf"(def|class) {function.split('.')[-1]}\b", code), (file, function)
 
 
 def test_what_needs_no_patch_is_a_flag():

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 from conftest import ROOT

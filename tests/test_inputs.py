@@ -268,6 +268,10 @@ TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %
     (PHI, TURN % "m.content", {"eos_token": "<|eos|>"}, ["<|end|>", "<|endoftext|>", "<|eos|>"]),      # and what generation_config.json names
     (PHI, TURN % "m.content if m.role == 'user' else m.content.split('x')", {"eos_token": "<|eos|>"}, ["<|eos|>", "<|endoftext|>"]),
     (PHI, "<|user|>\n{{ messages[0].content }}<|assistant|>\n", {"eos_token": "<|end|>"}, ["<|end|>", "<|endoftext|>"]),
+    (PHI[1:], TURN % "m.content", {}, ["<|end|>"]),
+    (PHI, (TURN % "m.content").replace("{% if add_generation_prompt %}", "{% if true %}"), {}, ["<|end|>", "<|endoftext|>"]),
+    (PHI, (TURN % "m.content").replace("<|end|>", "").replace("add_generation_prompt", "true"), {}, ["<|endoftext|>"]),      # it always asks for more
+    (["<|end|>", "<|endoftext|>"], None, {"eos_token": ["<|end|>"]}, ["<|endoftext|>"]),
     (["<s>", "</s>"], None, {"eos_token": {"content": "</s>"}}, ["</s>"]),
     (["<|end|>", "<|im_end|>", "<|im_start|>"], turns(), {"eos_token": "<|end|>"}, ["<|im_end|>"])])
 def test_an_answer_ends_as_the_folder_says(tmp_path, capsys, special, template, config, stop):
@@ -282,7 +286,7 @@ def test_an_answer_ends_as_the_folder_says(tmp_path, capsys, special, template, 
 
 
 def test_where_nothing_ends_an_answer_that_is_said(tmp_path):
-    refused("has no control token <.end_of_text.>, nor is another one its eos_token; try", Tokenizer.from_pretrained, write_folder(tmp_path, special=["<s>", "</s>"]))
+    refused("has no control token <.im_end.>, and no eos_token that is one; try", Tokenizer.from_pretrained, write_folder(tmp_path, special=["<s>", "</s>"]))
 
 
 # ------------------------------------------------------------------ chat templates

@@ -1,6 +1,5 @@
 """Judging, pairing, weighting, and a file that does not depend on interruptions."""
 import json
-import os
 import gc
 import random
 import re
@@ -262,6 +261,12 @@ def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
     shutil.copytree("toy/model", tmp_path / "other")
     mine_hard.main([*map(str, ARGS), "--block", "7", "--model", "toy/model", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
     assert len(models) == 2
+
+
+def test_a_job_that_is_told_to_end_says_how_to_go_on(tmp_path):
+    code = "import os, signal; from data import interruptible\nwith interruptible('add --resume'): os.kill(os.getpid(), signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "interrupted; add --resume\n")
 
 
 def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_path):

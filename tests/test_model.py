@@ -12,7 +12,7 @@ from conftest import CONFIG, tiny_model, tiny_examples
 from make_golden import CONFIGS, QUESTIONS, ROWS, TOKENS, random_weights
 from safetensors.torch import save_file
 
-from data import InputError, Tokenizer, pack
+from data import INSTRUCTION, InputError, Tokenizer, format_input, pack
 from model import (Engine, Llama, LlamaConfig, PagePool, RMSNorm, apply_rope, attention,
                    attention_by_mask, draw_token, generate, generate_plain, number_reads,
                    rms_norm, rope_frequencies, rope_tables, row_tiles, sample_seed, token_logprobs,
@@ -285,6 +285,25 @@ def test_greedy_and_sampled_generation_equal_no_cache():
             assert generate(model, prompts, **options, **more) == want, more
         assert generate(model, prompts[::-1], **options)[::-1] == want       # another composition
         assert [generate(model, [p], **options)[0] for p in prompts] == want
+
+
+def test_the_toy_model_in_fp32_answers_as_without_a_cache():
+    model, tokenizer = Llama.from_pretrained("toy/model", "cpu", torch.float32), Tokenizer.from_pretrained("toy/model")
+    prompts = [tokenizer.prompt_ids(INSTRUCTION, format_input(text)) for text in ("The gate belongs to Ada. Please open the gate.", "Hi!", "")]
+    for temperature in (0, 1.0):
+        options = dict(k=2, max_new_tokens=12, temperature=temperature, stop=tokenizer.stop, seed=3)
+        want = generate_plain(model, prompts, **options)
+        for more in ({}, {"kv_tokens": 640}, {"share": False}, {"share": False, "kv_tokens": 640}):
+            assert generate(model, prompts, **options, **more) == want, more
+
+
+@pytest.mark.parametrize("tiny", [0, 1e-6, 1e-39, 1e-300])
+def test_a_temperature_or_a_top_p_near_zero_leaves_the_likeliest_token(tiny):
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    seed, position = torch.arange(50), torch.zeros(50, dtype=torch.long)
+    for x in (logits, logits.double(), 1e4 * logits):
+        assert torch.equal(draw_token(x, seed, position, tiny, 0.95), x.argmax(1))
+        assert torch.equal(draw_token(x, seed, position, 1.0, tiny), x.argmax(1))
 
 
 def test_generation_where_slots_end_between_two_looks_and_jobs_are_put_back():

@@ -50,6 +50,11 @@ Response: unharmful"""
 
 
 # ------------------------------------------------------------------ what becomes of an answer
+def test_minutes_are_of_training_and_of_every_test(tmp_path):
+    (tmp_path / "seconds.txt").write_text("10.0 train_sft.py DATA/traces.json\n5.0 eval.py DATA/dev.json\n2.0 eval.py civil_dev.json\n1.0 eval.py dev.json\n")
+    assert real_table.seconds_of(tmp_path) == 12
+
+
 def test_a_tidy_trace_stays_as_it_is():
     assert tidy(TRACE, has_response=True) == (TRACE, None)
     without_heading = TRACE.removeprefix("# Task 1\n\n")

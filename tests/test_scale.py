@@ -22,7 +22,7 @@ def test_one_command_measures_every_line(capsys):
     assert all(f"| {name} |" in said for name in names)
     seconds = small["rows"][3]["seconds"]
     assert f"{1000 * seconds / 3:.1f} ms of a step" in said
-    assert f"{100 * seconds * 1000 / small['tokens']:.2f}% of it at 1,000 tokens a second" in said
+    assert f"{100 * seconds * 1000 / small['tokens']:.2f}% of the model's time at 1,000 tokens a second" in said
 
 
 def test_generated_records_are_as_long_as_real_ones(tmp_path):

@@ -496,6 +496,31 @@ def test_question_names_what_is_known_and_holds_no_verdict_of_its_own():
     assert question("p", None, ONE)[1]["content"].endswith(f"Request: {H}\nCompletion: None\nResponse: None")
 
 
+def test_a_heading_that_comes_again_adds_to_its_section_and_half_a_heading_is_not_left():
+    text = "# Task 1\n## Reasoning Step 1: a\n# Task 1 Conclusion: unharmful\n\n## Final Answers:\nRequest: unharmful"
+    assert synthesize.steps_in(synthesize.sections(text)[1]) == [(1, "a")]
+    assert synthesize.output_of(text, {}, "own") == text[:text.index("\n\n##")] + "\n\nAnswers: \nRequest: unharmful\nCompletion: None\nResponse: None"
+    other = "Answers:\nCompletion: refusal\n\nAnswers: \nRequest: unharmful"        # verdicts of the block that was checked
+    assert "Completion: None" in synthesize.output_of(other, {}, "own")
+
+
+def test_a_wrong_number_of_new_tokens_is_no_text_that_is_too_long():
+    assert baselines.is_too_long("This model's maximum context length is 4096 tokens (52 in the messages, 2048 in the completion)")
+    assert not baselines.is_too_long("max_tokens is too large: 32000. This model supports at most 16384 completion tokens")
+
+    class Lost:
+        def read(self, most):
+            raise ConnectionResetError
+    assert baselines.text_of_error(Lost()) == ""
+
+
+def test_nothing_is_asked_about_a_file_without_labels(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([{"instruction": "i", "input": "a", "output": "a text"}]))
+    for more in (["--guard", "toy/model"], ["--url", "http://localhost:1/v1", "--model", "m"]):
+        with pytest.raises(InputError, match="d.json: no record has a label"):
+            baselines.main(["--data", str(tmp_path / "d.json"), "--out", str(tmp_path / "o"), *more])
+
+
 def test_read_exchanges_and_their_mistakes(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "labels": {"response": H}},
                                               {"prompt": "p", "labels": {"request": H, "response": None}},
@@ -506,6 +531,7 @@ def test_read_exchanges_and_their_mistakes(tmp_path):
                           ({"prompt": "p", "labels": {"request": R}}, "unknown label request = 'refusal'"),
                           ({"prompt": "p", "labels": {"verdict": H}}, "unknown label verdict"),
                           ({"prompt": "p", "labels": {"response": H}}, "but no response"),
+                          ({"input": "Human user:\na\n\nAI assistant:\nNone\n\n", "output": "refusal"}, "a label completion, but no response"),
                           ({"prompt": "p", "response": 1, "labels": {}}, "must be text or null")):
         with pytest.raises(InputError, match=message):
             read_exchanges(write_jsonl(path, [line]))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_sft
 from data import Example, InputError, Tokenizer, deal, pack
-from model import Llama, LlamaConfig, World
+from model import Llama, LlamaConfig, World, free_on_host
 from processes import tiny_folder, write_records
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
@@ -329,6 +329,22 @@ def test_a_run_that_does_not_fit_ends_before_weights_load(tmp_path, monkeypatch)
     monkeypatch.setattr("model.read_tensors", lambda path: pytest.fail("weights were read"))
     with pytest.raises(SystemExit, match="needs .* GiB, 0.0 are there: use --recompute"):
         train_sft.main(["--data", "toy/dev.json", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_memory_is_what_others_leave_what_a_container_may_hold_and_shared_by_ranks(monkeypatch):
+    told = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   6000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    def read(path):
+        if str(path) not in told:
+            raise FileNotFoundError
+        return told[str(path)]
+    monkeypatch.setattr("model.os.sysconf", lambda name: 1024 if name == "SC_PAGE_SIZE" else 8000)
+    monkeypatch.setattr("model.Path.read_text", read)
+    assert free_on_host() == 6000 * 1024
+    told["/sys/fs/cgroup/memory.max"] = "4096000\n"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_on_host() == 1024000
+    told.clear()                                            # no Linux
+    assert free_on_host() == 8000 * 1024 / 4
 
 
 def test_memory_of_training_by_hand():

@@ -77,7 +77,7 @@ import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
 from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict, parse_records,  # noqa: E402
-                  parse_verdict, read_records, split_input, write_json)
+                  read_records, split_input, write_json)
 from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
@@ -262,18 +262,27 @@ class Cell:
         out = self.mine("ensemble", models, 4)
         return [json.loads(line) for line in (out / "hard.jsonl").read_text().splitlines()]
 
+    def judged_answers(self):
+        """{input of a mined prompt: (its number, its right answers, its wrong ones)}, of all 8, as
+        texts."""
+        samples = self.samples(8)
+        judged = {}
+        for number, record in enumerate(self.pool()):
+            right = mine_hard.judge_by_all_fields(samples[number], gold_verdict(record))
+            texts = {True: [], False: []}
+            for sample, ok in zip(samples[number], right):
+                texts[ok].append(sample["text"])
+            judged[record["input"]] = (number, texts[True], texts[False])
+        return judged
+
     def two_correct(self):
         """The pairs of k = 4 with another correct answer, of all 8, rejected; without the prompts
         that have none."""
-        pool = self.pool()
-        samples = self.samples(8)
-        numbers = {record["input"]: number for number, record in enumerate(pool)}
+        judged = self.judged_answers()
         pairs = []
         for pair in self.pairs(4):
-            number = numbers[pair["input"]]
-            right = mine_hard.judge_by_all_fields(samples[number], gold_verdict(pool[number]))
-            others = [s["text"] for s, ok in zip(samples[number], right)
-                      if ok and s["text"] != pair["chosen"]]
+            number, correct, _ = judged[pair["input"]]
+            others = [text for text in correct if text != pair["chosen"]]
             if others:
                 rejected = random.Random(f"{self.seed} {number}").choice(others)
                 pairs.append({**pair, "rejected": rejected})
@@ -281,18 +290,12 @@ class Cell:
 
     def group(self, name, preferred):
         """All 8 answers; preferred False: the SFT term alone, on the same batches."""
-        pool = self.pool()
-        samples = self.samples(8)
-        numbers = {record["input"]: number for number, record in enumerate(pool)}
+        judged = self.judged_answers()
         pairs = self.pairs(8)
         prompts = []
         for pair in pairs:
-            number = numbers[pair["input"]]
-            right = mine_hard.judge_by_all_fields(samples[number], gold_verdict(pool[number]))
-            texts = {True: [], False: []}
-            for sample, ok in zip(samples[number], right):
-                texts[ok].append(sample["text"])
-            prompts.append({**pair, "correct": texts[True], "incorrect": texts[False]})
+            _, correct, incorrect = judged[pair["input"]]
+            prompts.append({**pair, "correct": correct, "incorrect": incorrect})
 
         def make_groups(tokenizer):
             return preferences.all_answers(tokenizer, prompts)
@@ -321,20 +324,17 @@ class Cell:
             paths = [str(self.folder / f"{file}.json") for file in files]
             evaluation.main(["--model", str(self.build(name)), "--data", *paths, "--out", str(out),
                              "--max-new-tokens", "224", *self.common])
-        return {file: self.table(out / file, self.folder / f"{file}.json") for file in files}
+        return {file: self.table(out / file) for file in files}
 
-    def table(self, predictions, data):
-        lines = (predictions / "generated_predictions.jsonl").read_text().splitlines()
+    def table(self, folder):
+        """The table of one file's predictions, see `answers`."""
         table = []
-        for record, line in zip(read_records(data), lines):
-            gold = gold_verdict(record)
-            said = json.loads(line)
-            text = "" if "forced" in said else said["predict"]          # no end, no verdict
-            told = parse_verdict(text)
+        for case in evaluation.read_predictions(folder / "generated_predictions.jsonl", folder.name):
             row = []
-            for task, words in VERDICTS.items():
-                label = -1 if gold[task] is None else int(gold[task] == words[0])
-                row.append((label, int(gold[task] == told[task])))
+            for task, (positive, _) in VERDICTS.items():
+                gold = case["gold"][task]
+                label = -1 if gold is None else int(gold == positive)
+                row.append((label, int(gold == case["verdict"][task])))
             table.append(row)
         return table
 

@@ -141,30 +141,34 @@ def interval(cells, others=None, groups=None, draws=1000):
 
 # ------------------------------------------------------------------ what is there
 def read_answers(out):
-    """All files of OUT/answers, the default shares of `labels` apart. InputError where there are
-    none, or where the files of one cell start from different R-SFT models."""
+    """All files of OUT/answers. InputError where there are none, or where the files of one cell
+    start from different R-SFT models."""
     found = [read_json(path) for path in sorted(Path(out).glob("answers/*/*.json"))]
     if not found:
         raise InputError(f"{out}/answers: no answers here; run tools/ablation.py --out {out}")
-    bases = {}
+    bases = {}                                              # cell -> the hash of its R-SFT model
     for file in found:
+        if not file["base"]:                                # a variant that needs none
+            continue
         cell = (file["corpus"], file["seed"], file["skip"])
-        base = file["base"] or bases.get(cell)
-        if bases.setdefault(cell, base) not in (None, base):
+        if bases.setdefault(cell, file["base"]) != file["base"]:
             raise InputError(f"{out}/answers: corpus {cell[0]}, seed {cell[1]}, s = {cell[2]} has "
                              "answers from two R-SFT models; keep those of one machine")
-        bases[cell] = base
     return found
 
 
-def tables_of(found, file="test"):
-    """{(variant, share): {(corpus, seed): table (n, 3, 2)}}; what has no share counts for all."""
-    shares = sorted({f["skip"] for f in found if f["skip"] is not None}) or [None]
+def tables_of(found, part="test"):
+    """{(variant, share): {(corpus, seed): table (n, 3, 2)}} of the answers to test.json or dev.json;
+    what has no share counts for all."""
+    shares = sorted({file["skip"] for file in found if file["skip"] is not None}) or [None]
     tables = defaultdict(dict)
-    for f in found:
-        if file in f:
-            for share in shares if f["skip"] is None else [f["skip"]]:
-                tables[f["variant"], share][f["corpus"], f["seed"]] = np.array(f[file])
+    for file in found:
+        if part not in file:
+            continue
+        cell = (file["corpus"], file["seed"])
+        of_file = shares if file["skip"] is None else [file["skip"]]
+        for share in of_file:
+            tables[file["variant"], share][cell] = np.array(file[part])
     return tables
 
 

@@ -6,12 +6,13 @@ import argparse
 import re
 import sys
 from collections import Counter, defaultdict
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, is_there,  # noqa: E402
                   output_of_columns, read_records, split_input)
+
+STEP = re.compile(r"^[#* \t]*Reasoning Step\b.*$", re.I | re.M)          # the heading of a step
 
 
 def prompt_of(record):
@@ -37,33 +38,57 @@ def keep_inputs(out, paths, option="--out"):
 
 
 def audit(paths):
-    """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks."""
-    seen = {}
+    """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks. A row is a place,
+    from 0 on, among the records that are read: those with an empty field are skipped, which stderr says."""
+    seen = set()                                            # prompts of the files before
     for path in paths:
         records = read_records(path, fields=("instruction", "input"))
         for record in records:
             record["output"] = output_of(path, record)
         gold = [gold_verdict(record) for record in records]
-        rows = defaultdict(list)
-        for i, record in enumerate(records):
-            rows[record["input"]].append(i)
-        steps = [len(re.findall(r"^[#* \t]*Reasoning Step\b", r["output"], re.I | re.M)) for r in records]
+        again, conflicting = same_inputs(records, gold)
         findings = {
-            "inputs that occur again": [i for same in rows.values() for i in same[1:]],
-            "inputs with two labels": [i for same in rows.values() for i in same
-                                       if len({str(gold[j]) for j in same}) > 1],
-            "prompts of an earlier file": [i for i, r in enumerate(records) if prompt_of(r) in seen],
-            "without any label": [i for i, g in enumerate(gold) if not any(g.values())],
-            "empty outputs": [i for i, r in enumerate(records) if not r["output"].strip()],
-            "outputs over 8,000 characters": [i for i, r in enumerate(records) if len(r["output"]) > 8000],
-            "leaked phrase 'The ground truth is'": [i for i, r in enumerate(records)
-                                                    if "the ground truth is" in r["output"].lower()],
-            "other instructions": [i for i, r in enumerate(records) if r["instruction"] != INSTRUCTION]}
-        print(f"\n{path}: {len(records)} records, {sum(steps)} reasoning steps, labels "
-              + ", ".join(f"{name} {dict(Counter(g[name] for g in gold if g[name]))}" for name in VERDICTS))
-        for what, where in findings.items():
-            print(f"  {len(where):6} {what}" + (f": rows {', '.join(map(str, islice(where, 8)))}" if where else ""))
-        seen.update(dict.fromkeys(map(prompt_of, records)))
+            "inputs that occur again": again,
+            "inputs with two labels": conflicting,
+            "prompts of an earlier file": rows_where(records, lambda r: prompt_of(r) in seen),
+            "without any label": rows_where(gold, lambda verdict: not any(verdict.values())),
+            "empty outputs": rows_where(records, lambda r: not r["output"].strip()),
+            "outputs over 8,000 characters": rows_where(records, lambda r: len(r["output"]) > 8000),
+            "leaked phrase 'The ground truth is'": rows_where(records, has_leak),
+            "other instructions": rows_where(records, lambda r: r["instruction"] != INSTRUCTION)}
+        steps = sum(len(STEP.findall(record["output"])) for record in records)
+        labels = []
+        for task in VERDICTS:
+            words = Counter(verdict[task] for verdict in gold if verdict[task])
+            labels.append(f"{task} {dict(words)}")
+        print(f"\n{path}: {len(records)} records, {steps} reasoning steps, labels {', '.join(labels)}")
+        for what, rows in findings.items():
+            some = ", ".join(map(str, rows[:8]))
+            print(f"  {len(rows):6} {what}" + (f": rows {some}" if rows else ""))
+        seen.update(map(prompt_of, records))
+
+
+def rows_where(items, is_odd):
+    """The places of the items of which that holds."""
+    return [row for row, item in enumerate(items) if is_odd(item)]
+
+
+def has_leak(record):
+    return "the ground truth is" in record["output"].lower()
+
+
+def same_inputs(records, gold):
+    """(rows whose input stood before, rows of inputs that have two labels)."""
+    with_input = defaultdict(list)                          # input -> the rows that have it
+    for row, record in enumerate(records):
+        with_input[record["input"]].append(row)
+    again = []
+    conflicting = []
+    for rows in with_input.values():
+        again += rows[1:]
+        if any(gold[row] != gold[rows[0]] for row in rows):
+            conflicting += rows
+    return again, conflicting
 
 
 # ------------------------------------------------------------------ prompts that are nearly the same

@@ -33,9 +33,9 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, is_there,  # noqa: E402
-                  on_terminal, parse_lines, parse_verdict, read_bytes, read_records, read_text, reading, say,
+                  on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
-from eval import labels_of  # noqa: E402
+from eval import read_benchmark  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
                        generation_settings, write_lines)
 from model import World, pick_device  # noqa: E402
@@ -89,23 +89,29 @@ def guard_ids(tokenizer, template, texts, room):
         question = guard_text(*(text and text[:most] for text in texts), template)
         return tokenizer.prompt_ids(*question.split("\n", 1))
 
-    low, high = 0, max(len(text or "") for text in texts)
-    if len(ids(high)) <= room:
-        return ids(high)
-    while high - low > 1:                                                     # low fits, high does not
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(ids(middle)) <= room else (low, middle)
-    if len(ids(low)) > room:
+    longest = max(len(text or "") for text in texts)
+    whole = ids(longest)
+    if len(whole) <= room:
+        return whole
+    fits = 0                                                # a length that fits: of 0 that is checked last
+    too_many = longest                                      # one that does not
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(ids(middle)) <= room:
+            fits = middle
+        else:
+            too_many = middle
+    cut = ids(fits)
+    if len(cut) > room:
         raise InputError(f"--max-length {room} is too short for the template itself")
-    return ids(low)
+    return cut
 
 
-def guard_questions(records, dataset):
+def guard_questions(benchmark):
     """[(record number, task, (prompt, response))]: each labelled task is a question of its own."""
     questions = []
-    for i, record in enumerate(records):
+    for i, (record, gold) in enumerate(zip(benchmark.records, benchmark.golds)):
         prompt, response = split_input(record["input"])
-        gold = labels_of(record, dataset)
         if gold["request"]:
             questions.append((i, "request", (prompt, None)))
         if gold["response"] and response is not None:
@@ -115,32 +121,36 @@ def guard_questions(records, dataset):
 
 def run_guard(args, path, dataset, guard):
     """Prediction lines of LLaMA Guard, a LazyModel, for one file."""
-    records, file = read_records(path)[:args.limit], Path(args.out) / dataset / "answers.jsonl"
-    questions = guard_questions(records, dataset)
+    benchmark = read_benchmark(path, dataset, args.limit)
+    folder = Path(args.out) / dataset
+    file = folder / "answers.jsonl"
+    questions = guard_questions(benchmark)
     prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
                for _, _, texts in questions]
     settings = generation_settings(args, guard, temperature=0, data=str(path), template=args.template)
     settings["max_new_tokens"] = args.max_new_tokens or 32
     world = World(guard.device)
-    claim_answers(prompts, file, world, settings, args,
-                  file.with_name("generated_predictions.jsonl"))
+    claim_answers(prompts, file, world, settings, args, folder / "generated_predictions.jsonl")
     lines = answer_prompts(guard, prompts, file, world, settings, args)
-    said, named = {}, Counter()
+    verdicts = {}                                           # record number -> what was said of it
+    named = Counter()
     for (i, task, _), line in zip(questions, lines):
         word, categories = parse_guard(line["samples"][0]["text"])
-        said.setdefault(i, dict.fromkeys(VERDICTS))[task] = word
+        verdict = verdicts.setdefault(i, dict.fromkeys(VERDICTS))
+        verdict[task] = word
         named.update([word or "no verdict", *categories])
-    print(f"{dataset}: {len(questions)} questions on {len(said)} of {len(records)} records; "
-          + ", ".join(f"{name} {n}" for name, n in named.most_common()))
-    return [prediction(records[i], dataset, format_answers(**verdict), ("request", "response"))
-            for i, verdict in said.items()]
+    counts = ", ".join(f"{name} {n}" for name, n in named.most_common())
+    print(f"{dataset}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
+    return [prediction(benchmark, i, format_answers(**verdict), ("request", "response"))
+            for i, verdict in verdicts.items()]
 
 
-def prediction(record, dataset, predict, tasks=tuple(VERDICTS)):
-    """One line for eval.py; its label holds these tasks only."""
-    gold = labels_of(record, dataset)
+def prediction(benchmark, i, predict, tasks=tuple(VERDICTS)):
+    """One line for eval.py, of record i; its label holds these tasks only."""
+    record = benchmark.records[i]
+    label = {task: benchmark.golds[i][task] for task in tasks}
     return {"prompt": record["instruction"] + "\n" + record["input"], "predict": predict,
-            "label": format_answers(**{task: word for task, word in gold.items() if task in tasks})}
+            "label": format_answers(**label)}
 
 
 # ------------------------------------------------------------------ a model behind an address
@@ -189,10 +199,10 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
             with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as reply:
                 return read_reply(json.loads(reply.read()))
         except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
+            said = text_of_error(error)
             if error.code == 400 and "content_filter" in said:
                 return {"text": "", "finish": "content_filter", "refused": True}
-            if error.code in (400, 413) and re.search("context|too (long|large|many)", said, re.I):
+            if error.code in (400, 413) and is_too_long(said):
                 return {"text": "", "finish": "too long", "refused": False}
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 raise InputError(f"{address}: HTTP {error.code} {error.reason}: {said[:300]}") from None
@@ -203,6 +213,20 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
             time.sleep(wait)
             pause = min(2 * pause, 3600)
     raise Unanswered(problem)
+
+
+def text_of_error(error):
+    """What an HTTPError's reply says; "" where the connection is lost on the way."""
+    try:
+        return error.read(2000).decode(errors="replace")
+    except (OSError, HTTPException):
+        return ""
+
+
+def is_too_long(said):
+    """Does this error say that the texts do not fit? That --max-new-tokens is more than the model may write
+    ("max_tokens is too large: ... at most 16384 completion tokens") is a mistake in the command."""
+    return bool(re.search("context|too (long|large|many)", said, re.I)) and "completion tokens" not in said
 
 
 def read_reply(reply):
@@ -315,11 +339,13 @@ REFUSED = format_answers("harmful", "refusal", "harmful")
 
 
 def run_address(args, path, dataset):
-    """Prediction lines of a model behind an address: the paper's GPT-4o+CoT.
+    """Prediction lines of a model behind an address, as the paper's GPT-4o+CoT, but asked in our words.
 
     As in the paper, a model that refuses the job has said harmful, refusal, harmful (--refusals wrong:
     it has said nothing, which counts as wrong)."""
-    records, file = read_records(path)[:args.limit], Path(args.out) / dataset / "answers.jsonl"
+    benchmark = read_benchmark(path, dataset, args.limit)
+    records = benchmark.records
+    file = Path(args.out) / dataset / "answers.jsonl"
     settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
     check_settings(file.with_name("settings.json"), settings)
 
@@ -332,10 +358,12 @@ def run_address(args, path, dataset):
     asked = {row: record["input"] for row, record in enumerate(records)}
     lines = answer_rows(file, asked, answer, args.workers, is_answer=is_reply)
     refused = sum(line["refused"] for line in lines.values())
+    long = sum(line.get("finish") == "too long" for line in lines.values())
     mute = sum(not (line["refused"] or any(parse_verdict(line["text"]).values())) for line in lines.values())
     print(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
-          f"GPT-4o: 36.81%), each counted as {args.refusals}; {mute} more rows without a verdict")
-    return [prediction(records[row], dataset, counted(line, args.refusals)) for row, line in lines.items()]
+          f"GPT-4o: 36.81%), each counted as {args.refusals}; {mute} more rows without a verdict"
+          + (f", {long} of them as the texts were too long" if long else ""))
+    return [prediction(benchmark, row, counted(line, args.refusals)) for row, line in lines.items()]
 
 
 def is_reply(line):

@@ -39,6 +39,7 @@ from data import InputError, at_least, write_json  # noqa: E402
 from measure import twin  # noqa: E402
 import model as library  # noqa: E402
 from model import attention_by_mask  # noqa: E402
+from train_sft import git_commit  # noqa: E402
 
 sft, dpo, sample, attend, score = measure.sft, measure.dpo, measure.sample, measure.attend, measure.score
 by_mask = partial(attend, prepare=lambda plan: partial(attention_by_mask, plan=plan))
@@ -202,13 +203,12 @@ def show(row):
 def circumstances(args, rounds):
     """Everything that a figure depends on."""
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     measured = next((r["limits"] for r in rounds if "rate" in r["limits"]), {})
     versions = {name: installed.get(name) for name in ("torch", "triton", "transformers", "trl")}
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{key: measured.get(key) for key in ("device", "dtype", "threads")},
             "versions": {"python": platform.python_version(), **versions},
-            "git": commit.stdout.strip() or None, "arguments": vars(args)}
+            "git": git_commit(), "arguments": vars(args)}
 
 
 def parse_arguments(argv):

@@ -54,7 +54,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import keep_inputs  # noqa: E402
+from audit import STEP, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
                   exchange_of, gold_verdict, parse_records, parse_verdict, warn, write_json)
 from eval import TITLES, labels_of  # noqa: E402
@@ -66,7 +66,6 @@ from plot import COLOURS, GREY, legend, write_svg  # noqa: E402
 
 # ------------------------------------------------------------------ a trace and its sentences
 HEADING = re.compile(r"^[ \t]*[#*]+[ \t]*Task[ \t]*(\d)\b.*$", re.I | re.M)
-STEP = re.compile(r"^[#* \t]*Reasoning Step\b.*$", re.I | re.M)
 BARE_STEP = re.compile(r"[#* \t]*Reasoning Step[ \t]*\d*[:.* \t]*", re.I)       # without a text
 REASONING_ENDS = re.compile(r"^(?:[#* \t]*answers\b|-{3,}[ \t]*$|the ground truth)", re.I | re.M)
 LEAST = 2           # answers with each verdict that a form needs
@@ -320,7 +319,10 @@ def curve(values, from_end=False):
     table = np.empty((n, most))
     for row, some in zip(table, values):
         missing = most - len(some)
-        row[:] = some[:1] * missing + some if from_end else some + some[-1:] * missing
+        if from_end:
+            row[:] = [some[0]] * missing + some
+        else:
+            row[:] = some + [some[-1]] * missing
     times_drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000)     # (2000, n)
     resampled = times_drawn @ table / n                     # (2000, most)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0).tolist()
@@ -361,7 +363,7 @@ def cut_traces(records, seed=0):
     cut = []
     for record, some in zip(records, sections):
         text = record["output"]
-        for task, section in reversed(some.items()):        # from the end: places stay right
+        for task, section in sorted(some.items(), key=lambda item: -item[1].stop):     # from the end: places stay
             if section.form in forms[task]:
                 keep = rng.choice([*section.steps, section.closes])
                 text = text[:keep] + text[section.closes:]
@@ -386,7 +388,8 @@ def main(argv=None):
     records = read_answers(args.data)[:args.limit]
     if args.cut:
         keep_inputs(args.cut, [args.data], "--cut")
-        return write_json(args.cut, cut_traces(records))
+        ended = [record for record in records if not record.get("forced")]
+        return write_json(args.cut, cut_traces(ended))
     out = args.out or Path(args.data).parent
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)

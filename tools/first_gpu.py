@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import bench as bench_tool  # noqa: E402
 import measure  # noqa: E402
 import model as library  # noqa: E402
-from data import InputError, at_least, common_prefix, pack, write_json  # noqa: E402
+from data import at_least, common_prefix, pack, write_json  # noqa: E402
 from model import Engine, Job, Sampling, generate, join_results, plan_capacity  # noqa: E402
 from train_sft import sft_loss, shard  # noqa: E402
 

@@ -2,8 +2,9 @@
 
     python tools/pushes.py CELL --arms chosen hs_dpo swapped step
 
-CELL is a folder that tools/ablation.py wrote, with its models: OUT/s0.5_corpus201_seed1, say. Its pairs are those of k = 4, on
-which the arms trained; held out are the prompts that only 8 answers show to be hard. Three tables:
+CELL is a folder that tools/ablation.py wrote, with its models: OUT/s0.5_corpus201_seed1, say. Its
+pairs are those of k = 4, on which the arms trained; held out are the prompts that only 8 answers
+show to be hard. Three tables:
 
 1  how far each arm moved the weights, and the cosine with the way that the first arm went
 2  log-probabilities by part of an answer, before (R-SFT) and how each arm changed them. Parts:
@@ -16,7 +17,6 @@ which the arms trained; held out are the prompts that only 8 answers show to be 
    of the rejected answer (g_l), in each part; what the push on the rejected leaves of the other
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 

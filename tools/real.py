@@ -76,7 +76,7 @@ from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  
                   read_records, split_input, tell, warn, write_json, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
-from model import LlamaConfig, folder_name, weights_hash  # noqa: E402
+from model import LlamaConfig, weights_hash  # noqa: E402
 from real_table import check_test, hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
@@ -589,8 +589,7 @@ def parse_arguments(argv):
 
 def arm_arguments(p):
     """What shapes an arm."""
-    p.add_argument("--model", type=folder_name, required=True, metavar="DIR",
-                   help="the base model")
+    p.add_argument("--model", required=True, metavar="DIR", help="the base model")
     p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="sequences, or pairs, a step")
     p.add_argument("--lr", type=at_least(0, float), help="of R-SFT (default: by the model's width)")

@@ -287,8 +287,11 @@ def seconds_of(folder):
     path = folder / "seconds.txt"
     if not path.exists():
         return 0.0
-    entries = path.read_text().splitlines()
-    return sum(float(entry.split()[0]) for entry in entries if not entry.endswith("dev.json"))
+    total = 0.0
+    for entry in path.read_text().splitlines():             # seconds, script, --data
+        if not re.search(r"[ /]dev\.json$", entry):
+            total += float(entry.split()[0])
+    return total
 
 
 def contrasts(names):
@@ -302,20 +305,30 @@ def differences_of(out, guards, task):
     seed."""
     found = []
     for figure, (name, other) in product(DRAWS, contrasts(guards)):
-        pairs = {}
+        by_seed = {}                                        # seed -> draws of the difference
         for seed, guard in guards.get(name, {}).items():
-            against = parent_in(out, seed) if other == "parent" else other
-            seeds = guards.get(against, {})
-            base = seeds.get(seed, seeds.get(None))
-            sides = [some.draws[figure][task] for some in (guard, base) if some]
-            if len(sides) == 2 and not any(side is None for side in sides):
-                pairs[seed] = sides[0] - sides[1]
-        if pairs:
-            difference, ci95 = interval(np.mean(list(pairs.values()), 0))
+            base = base_of(out, guards, other, seed)
+            if base is None:
+                continue
+            ours = guard.draws[figure][task]
+            theirs = base.draws[figure][task]
+            if ours is not None and theirs is not None:     # None: of a guard without P
+                by_seed[seed] = ours - theirs
+        if by_seed:
+            difference, ci95 = interval(np.mean(list(by_seed.values()), 0))
             found.append({"figure": figure, "guard": name, "minus": other,
                           "difference": difference, "ci95": ci95,
-                          "seeds": [seed for seed in pairs if seed is not None]})
+                          "seeds": [seed for seed in by_seed if seed is not None]})
     return found
+
+
+def base_of(out, guards, other, seed):
+    """The Guard that a guard of this seed is compared with: of the same seed, or without a model;
+    None where it has not answered. other: its name, or "parent"."""
+    if other == "parent":
+        other = parent_in(out, seed)
+    seeds = guards.get(other, {})
+    return seeds.get(seed, seeds.get(None))
 
 
 def parent_in(out, seed):

@@ -57,8 +57,8 @@ import make_toy  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation import end_with  # noqa: E402
-from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
-                  parse_verdict, write_json, write_whole)
+from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict, hold,  # noqa: E402
+                  parse_verdict, write_bytes, write_json)
 from eval import answer_fast, f1_of  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
@@ -290,7 +290,7 @@ def drop_half_line(path):
     if path.exists():
         whole, end, half = path.read_bytes().rpartition(b"\n")
         if half:
-            write_whole(path, lambda part: part.write_bytes(whole + end))
+            write_bytes(path, whole + end)
 
 
 def prepare_worker(parent):
@@ -310,7 +310,7 @@ def run_in_time(cell, deadline, *arguments):
 def run_grid(args):
     """Run the cells that results.jsonl lacks, and add their lines as they come; returns how many
     failed. (An InputError is a mistake in the command, and ends all of them.)"""
-    args.out.mkdir(parents=True, exist_ok=True)
+    hold(args.out)
     path = args.out / "results.jsonl"
     drop_half_line(path)
     results = read_results(path)

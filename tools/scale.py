@@ -180,7 +180,8 @@ def show(results, rate):
         text = (f"{result['records']:,} records: {result['tokens'] / result['records']:,.0f} tokens each; "
                 f"{1000 * seconds / result['steps']:.1f} ms of a step are not the model's")
         if rate:
-            text += f", {100 * seconds * rate / result['tokens']:.2f}% of it at {rate:,.0f} tokens a second"
+            model = result["tokens"] / rate
+            text += f", {100 * seconds / model:.2f}% of the model's time at {rate:,.0f} tokens a second"
         lines.append(text)
     return "\n".join(lines)
 

@@ -69,6 +69,9 @@ def read_exchanges(path, limit=None):
             prompt, response, labels = fields_of(record, f"{path}: {place}")
         if not any(labels.values()):
             raise InputError(f"{path}: {place} has no label (harmful, unharmful, refusal, compliance)")
+        about_response = [name for name in ("completion", "response") if labels[name]]
+        if about_response and response is None:
+            raise InputError(f"{path}: {place}: a label {about_response[0]}, but no response")
         exchanges.append((prompt, response, labels))
     if not exchanges:
         raise InputError(f"{path}: no exchange")
@@ -85,8 +88,6 @@ def fields_of(record, place):
     for name, word in given.items():
         if name not in VERDICTS or word not in (None, *VERDICTS[name]):
             raise InputError(f"{place}: unknown label {name} = {word!r}")
-        if word and response is None and name != "request":
-            raise InputError(f"{place}: a label {name}, but no response")
     return record["prompt"], response, {name: given.get(name) for name in VERDICTS}
 
 
@@ -112,10 +113,17 @@ def block_start(text):
 
 
 def sections(text):
-    """{task number: its part of the trace}; 0 is what stands before the first heading."""
+    """{task number: its part of the trace}; 0 is what stands before the first heading. A heading that comes
+    again, as "# Task 1 Conclusion" does in a tenth of the released models' answers, adds to its task's part."""
     body = text[:block_start(text) or None]
-    parts = re.split(r"^#+ *Task *(\d)\b.*$", body, flags=re.M)
-    return dict(zip([0, *map(int, parts[1::2])], parts[::2]))
+    before, *rest = re.split(r"^#+ *Task *(\d)\b(.*)$", body, flags=re.M)
+    found = {0: before}
+    for number, heading, part in zip(map(int, rest[::3]), rest[1::3], rest[2::3]):
+        conclusion = re.search(r"Conclusion\b.*", heading)
+        if conclusion:
+            part = "\n" + conclusion[0] + part
+        found[number] = found.get(number, "") + part
+    return found
 
 
 def steps_in(part):
@@ -136,18 +144,24 @@ def check(answer, response, labels, most=10):
     block = text[block_start(text):]
     if not re.match(r"answers:\s*\n([^\n]+\n){2}[^\n]+$", block.rstrip(), re.I):
         return "no closing block of three lines"
-    verdict, there = parse_verdict(block), ["request"] if response is None else list(VERDICTS)
+    verdict = parse_verdict(block)
+    asked = ["request"] if response is None else list(VERDICTS)
     for name in VERDICTS:
         if labels[name] and verdict[name] != labels[name]:
             return f"wrong verdict on the {name}"
-        if (verdict[name] is None) == (name in there):
-            return f"no verdict on the {name}" if name in there else f"verdict on a missing {name}"
+        if name in asked and verdict[name] is None:
+            return f"no verdict on the {name}"
+        if name not in asked and verdict[name] is not None:
+            return f"verdict on a missing {name}"
     if re.search(r"ground[- ]truth|(known|given|provided) (verdict|label)", text, re.I):
         return "speaks of the given labels"
     parts = sections(text)
-    faults = [check_section(parts.get(n, ""), name, verdict[name], range(name in there, most + 1))
-              for n, name in TASKS.items()]
-    return next(filter(None, faults), None)
+    for number, name in TASKS.items():
+        least = 1 if name in asked else 0
+        fault = check_section(parts.get(number, ""), name, verdict[name], range(least, most + 1))
+        if fault:
+            return fault
+    return None
 
 
 def check_section(part, name, word, allowed):
@@ -166,19 +180,24 @@ def output_of(text, labels, unlabelled):
     """The training target: the reasoning as it came, the closing block as data.py writes it.
 
     unlabelled: "own" keeps the model's verdict where no label is known (paper), "none" writes None."""
-    verdict = parse_verdict(text)
+    start = block_start(text)
+    verdict = parse_verdict(text[start:])                   # of the block that `check` has read
     for name, word in labels.items():
         if word or unlabelled == "none":
             verdict[name] = word
-    return text[:block_start(text)].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
+    line_start = text.rfind("\n", 0, start) + 1             # "## Final Answers:" goes as a whole
+    return text[:line_start].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
 
 
 def synthesize(args, exchanges, path):
     """{row: line} of all rows: an output or null, and what was wrong with each failed attempt."""
     def answer(row):
-        (_, response, labels), faults = exchanges[row], []
+        prompt, response, labels = exchanges[row]
+        messages = question(prompt, response, labels)
+        faults = []
         for attempt in range(args.attempts):
-            reply = ask(args.url, args.model, question(*exchanges[row]), 0.7 if attempt else 0.0,
+            temperature = 0.7 if attempt else 0.0           # at 0 it would say the same again
+            reply = ask(args.url, args.model, messages, temperature,
                         args.max_new_tokens, args.timeout, args.tries, args.pause)
             fault = check(reply, response, labels, args.steps)
             if fault is None:
@@ -250,27 +269,39 @@ def main(argv=None):
                             for path in args.table})
     for path in args.data:
         audit.keep_inputs(Path(args.out) / f"{Path(path).stem}.json", args.data)
-    sources, faults, dropped = {}, Counter(), Counter()
+    sources = {}                                            # name -> the outputs that were kept
+    faults = Counter()                                      # of all attempts
+    dropped = Counter()                                     # rows without an output, by their last fault
     for path in args.data:
-        name, exchanges = Path(path).stem, read_exchanges(path, args.limit)
-        settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
-                    "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
-        folder = Path(args.out) / name
-        check_settings(folder / "settings.json", settings)
-        lines = synthesize(args, exchanges, folder / "answers.jsonl")
-        inputs = [format_input(prompt, response) for prompt, response, _ in exchanges]
-        records = [{"instruction": INSTRUCTION, "input": inputs[row], "output": line["output"]}
-                   for row, line in lines.items() if line["output"]]
-        for line in lines.values():
-            faults.update(line["faults"])
-            dropped.update(line["faults"][-1:] if line["output"] is None else [])
-        sources[name] = [record["output"] for record in records]
-        write_json(folder.with_name(f"{name}.json"), records)
-        print(f"wrote {folder}.json: {len(records)} of {len(exchanges)} records")
-    print(f"\n{sum(faults.values())} answers failed a check, {sum(dropped.values())} rows were dropped"
-          + "".join(f"\n{n:7} {fault} (last fault of {dropped[fault]} dropped rows)"
-                    for fault, n in faults.most_common()))
+        outcomes = synthesize_file(args, path)
+        sources[Path(path).stem] = [outcome["output"] for outcome in outcomes if outcome["output"]]
+        for outcome in outcomes:
+            faults.update(outcome["faults"])
+            if outcome["output"] is None:
+                dropped.update(outcome["faults"][-1:])
+    print(f"\n{faults.total()} answers failed a check, {dropped.total()} rows were dropped")
+    for fault, n in faults.most_common():
+        print(f"{n:7} {fault} (last fault of {dropped[fault]} dropped rows)")
     print_table(sources)
+
+
+def synthesize_file(args, path):
+    """Write the records of one file of exchanges; -> what became of each exchange, in their order."""
+    exchanges = read_exchanges(path, args.limit)
+    name = Path(path).stem
+    folder = Path(args.out) / name
+    settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
+                "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
+    check_settings(folder / "settings.json", settings)
+    outcomes = list(synthesize(args, exchanges, folder / "answers.jsonl").values())
+    records = []
+    for (prompt, response, _), outcome in zip(exchanges, outcomes):
+        if outcome["output"]:
+            records.append({"instruction": INSTRUCTION, "input": format_input(prompt, response),
+                            "output": outcome["output"]})
+    write_json(folder.with_name(f"{name}.json"), records)
+    print(f"wrote {folder}.json: {len(records)} of {len(exchanges)} records")
+    return outcomes
 
 
 if __name__ == "__main__":

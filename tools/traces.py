@@ -1,5 +1,5 @@
 """Saved predictions become training records: the reasoning of another guard, kept where its verdict is right.
-Its functions also turn such records into other forms, for experiments (ablation.py, real.py).
+Its functions also turn such records into other forms, for experiments (ablation.py, real.py, reason.py).
 
     python tools/traces.py PREDICTIONS... --out traces.json
         [--limit N] [--seed S] [--most-characters M] [--labels]
