@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -537,7 +536,8 @@ class Tokenizer:
             return None
         between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
         pieces = self.split_control(between)
-        next_turn = self.split_control(self.before)
+        opening = self.before.removeprefix(template.get("bos_token", ""))
+        next_turn = self.split_control(opening)
         while pieces and next_turn and pieces[-1] == next_turn[-1]:     # what opens the user's
             pieces.pop()
             next_turn.pop()
@@ -1400,8 +1400,7 @@ def tell(remark):
 
 @contextlib.contextmanager
 def interruptible(advice):
-    """Make Ctrl-C, and SIGTERM, one line that says how to go on."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Make Ctrl-C one line that says how to go on."""
     try:
         yield
     except KeyboardInterrupt:

@@ -776,6 +776,9 @@ def claim_benchmark(args, benchmark, guard, world):
                          "away, or choose another --out")
     if world.rank == 0:
         hold(args.out)
+        if not is_made:                                     # of a run that answered nothing
+            stale = settings_of_answers if args.fast else fast_settings
+            stale.unlink(missing_ok=True)
     settings = answer_settings(args, guard)
     if args.fast:
         claim_settings(fast_settings, {**settings, "prompts": fingerprint(prompts)}, is_made, world)

@@ -1984,7 +1984,7 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
 
 def default_kv_tokens(model):
     """How many keys 2 GiB hold on a CPU, and 70% of what is free on a GPU: the rest is for what a
-    pass over prompts holds, and is lost between blocks."""
+    pass over prompts holds, and for what is lost between blocks."""
     c = model.config
     memory = 2 ** 31
     if model.head.is_cuda:
@@ -2284,15 +2284,16 @@ def free_on_gpu(device):
 
 
 def free_on_host():
-    """Bytes that one rank can have of this machine: its memory, less what other programs hold, or
-    what its container may hold, where that is told; shared by the ranks that run here."""
-    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    """Bytes that one rank can have of this machine: a share of its memory, or of what its container
+    may hold (cgroup v2), and no more than is not taken, where these are told."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks]
+    with contextlib.suppress(OSError, ValueError):          # "max": no bound
+        bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / ranks)
     with contextlib.suppress(OSError):
         told = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         bounds += [1024 * int(told[1])] if told else []
-    with contextlib.suppress(OSError, ValueError):          # "max": no bound
-        bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(bounds) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(bounds)
 
 
 def check_memory(need, device, advice):

@@ -381,8 +381,9 @@ def save_final(args, model, tokenizer, world):
 def remove_left(out):
     """Remove what a kill leaves in a run's folder: of a checkpoint that was written or removed, and
     of safetensors' own writing."""
-    for folder in out.glob("step-[0-9]*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in out.glob("step-*.tmp"):
+        if re.fullmatch(r"step-\d+\.tmp", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
     for left in out.glob(".tmp" + 6 * "[A-Za-z0-9]"):
         if left.is_file():
             left.unlink()

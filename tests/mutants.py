@@ -230,8 +230,7 @@ MUTANTS = [
     ("mine_hard.py", 'and sample["finish"] in ("stop", "length")', "", "test_mine.py -k lost_some"),
     ("model.py", "if raw.get(\"rope_theta\") not in (None, theta):", "if False:", "test_inputs.py -k cannot_be_meant"),
     ("model.py", "temperature < NEARLY_ZERO", "temperature == 0", "test_model.py -k near_zero"),
-    ("model.py", 'bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))', "pass", "test_train.py -k container"),
-    ("data.py", "    signal.signal(signal.SIGTERM, signal.default_int_handler)\n", "", "test_mine.py -k told_to_end"),
+    ("model.py", 'bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / ranks)', "pass", "test_train.py -k container"),
     ("train_sft.py", "left = old.rename(f\"{old}.tmp\")", "left = old", "test_kill.py -k newest"),
     ("train_sft.py", "first_line = file.readline().decode(\"utf-8-sig\")", "first_line = file.read().decode().splitlines()[0]", "test_train.py -k end_is_damaged"),
 ]

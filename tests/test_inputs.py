@@ -269,6 +269,7 @@ TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %
     (PHI, TURN % "m.content if m.role == 'user' else m.content.split('x')", {"eos_token": "<|eos|>"}, ["<|eos|>", "<|endoftext|>"]),
     (PHI, "<|user|>\n{{ messages[0].content }}<|assistant|>\n", {"eos_token": "<|end|>"}, ["<|end|>", "<|endoftext|>"]),
     (PHI[1:], TURN % "m.content", {}, ["<|end|>"]),
+    (PHI, "{{ bos_token }}" + (TURN % "m.content").replace("<|end|>", "{{ bos_token if m.role == 'assistant' else '' }}"), {"bos_token": "<|end|>"}, ["<|end|>", "<|endoftext|>"]),
     (PHI, (TURN % "m.content").replace("{% if add_generation_prompt %}", "{% if true %}"), {}, ["<|end|>", "<|endoftext|>"]),
     (PHI, (TURN % "m.content").replace("<|end|>", "").replace("add_generation_prompt", "true"), {}, ["<|endoftext|>"]),      # it always asks for more
     (["<|end|>", "<|endoftext|>"], None, {"eos_token": ["<|end|>"]}, ["<|endoftext|>"]),

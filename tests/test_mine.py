@@ -263,12 +263,6 @@ def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(models) == 2
 
 
-def test_a_job_that_is_told_to_end_says_how_to_go_on(tmp_path):
-    code = "import os, signal; from data import interruptible\nwith interruptible('add --resume'): os.kill(os.getpid(), signal.SIGTERM)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "interrupted; add --resume\n")
-
-
 def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_path):
     whole = mine(tmp_path / "a")
     (tmp_path / "a/samples.jsonl").rename(tmp_path / "a/samples_old.jsonl")

@@ -226,7 +226,8 @@ def text_of_error(error):
 def is_too_long(said):
     """Does this error say that the texts do not fit? That --max-new-tokens is more than the model may write
     ("max_tokens is too large: ... at most 16384 completion tokens") is a mistake in the command."""
-    return bool(re.search("context|too (long|large|many)", said, re.I)) and "completion tokens" not in said
+    too_long = re.search("too (long|large|many)", said, re.I) and "completion tokens" not in said
+    return "context" in said.lower() or bool(too_long)
 
 
 def read_reply(reply):

@@ -589,6 +589,7 @@ def parse_arguments(argv):
 
 def arm_arguments(p):
     """What shapes an arm."""
+    # as it is given: an --out knows it so
     p.add_argument("--model", required=True, metavar="DIR", help="the base model")
     p.add_argument("--epochs", type=at_least(1), default=2, help="of R-SFT")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="sequences, or pairs, a step")

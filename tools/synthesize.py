@@ -114,13 +114,13 @@ def block_start(text):
 
 def sections(text):
     """{task number: its part of the trace}; 0 is what stands before the first heading. A heading that comes
-    again, as "# Task 1 Conclusion" does in a tenth of the released models' answers, adds to its task's part."""
+    again, as "# Task 1 Conclusion" does in many of the released models' answers, adds to its task's part."""
     body = text[:block_start(text) or None]
     before, *rest = re.split(r"^#+ *Task *(\d)\b(.*)$", body, flags=re.M)
     found = {0: before}
     for number, heading, part in zip(map(int, rest[::3]), rest[1::3], rest[2::3]):
         conclusion = re.search(r"Conclusion\b.*", heading)
-        if conclusion:
+        if conclusion and number in found:
             part = "\n" + conclusion[0] + part
         found[number] = found.get(number, "") + part
     return found
@@ -185,8 +185,10 @@ def output_of(text, labels, unlabelled):
     for name, word in labels.items():
         if word or unlabelled == "none":
             verdict[name] = word
-    line_start = text.rfind("\n", 0, start) + 1             # "## Final Answers:" goes as a whole
-    return text[:line_start].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
+    line_start = text.rfind("\n", 0, start) + 1
+    if re.fullmatch(r"[\W_]*(?:final)?[\W_]*", text[line_start:start], re.I):
+        start = line_start                                  # "## Final Answers:" goes as a whole
+    return text[:start].rstrip(" \n#-*") + "\n\n" + format_answers(**verdict)
 
 
 def synthesize(args, exchanges, path):

@@ -152,7 +152,7 @@ def write_exchange(rng, f, source, say_kept=False):
 
 
 class Wording:
-    """The sentences about one exchange, most in one of several wordings."""
+    """The sentences about one exchange, some in one of two wordings."""
 
     def __init__(self, rng, f):
         self.rng, self.f, self.state = rng, f, lambda i: KINDS[f.kind][i][1]
