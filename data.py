@@ -401,9 +401,8 @@ class Tokenizer:
     def merge(self, text):
         """Ids of text in which no added word stands."""
         ids = []
-        for start in range(0, len(text), 100_000):                  # tiktoken's stack has an end
-            ranks = self.bpe.encode_ordinary(text[start:start + 100_000])
-            ids += [self.ids[rank] for rank in ranks]
+        for part in in_parts(text, 100_000):                        # tiktoken's stack has an end
+            ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(part)]
         return ids
 
     def spellable(self, text):
@@ -560,6 +559,17 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "generation_config.json",
                    {"eos_token_id": self.stop, "do_sample": False})
+
+
+def in_parts(text, most):
+    """Yield a text in parts of at most so many characters. A part ends before a space between two
+    letters, where what is merged ends as well; but where there is none."""
+    while len(text) > most:
+        spaces = [found.start() for found in re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text[:most])]
+        stop = spaces[-1] if spaces else most
+        yield text[:stop]
+        text = text[stop:]
+    yield text
 
 
 def split_at(marks, text):

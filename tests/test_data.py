@@ -374,6 +374,14 @@ def test_common_prefix_leaves_every_sequence_a_token():
 # ------------------------------------------------------------------ packer
 
 
+def test_a_long_text_has_the_ids_that_it_has_in_one_piece(tokenizer):
+    text = "Please open the tool chest, it's 12345 steps\n\n away. " * 5000
+    assert tokenizer.encode(text) == [tokenizer.ids[rank] for rank in tokenizer.bpe.encode_ordinary(text)]
+    parts = list(data.in_parts(text, 100_000))
+    assert "".join(parts) == text and len(parts) == 3 and all(99_900 < len(part) <= 100_000 for part in parts[:2])
+    assert list(data.in_parts("x" * 250, 100)) == ["x" * 100, "x" * 100, "x" * 50] and list(data.in_parts("", 9)) == [""]
+
+
 def test_the_ids_of_the_record_that_readme_follows(tokenizer):
     record = read_records("toy/train_aegis.json")[36]
     prompt, answer = tokenizer.prompt_ids(record["instruction"], record["input"]), tokenizer.answer_ids(record["output"])
