@@ -565,8 +565,8 @@ def in_parts(text, most):
     """Yield a text in parts of at most so many characters. A part ends before a space between two
     letters, where what is merged ends as well; but where there is none."""
     while len(text) > most:
-        spaces = [found.start() for found in re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text[:most])]
-        stop = spaces[-1] if spaces else most
+        spaces = list(re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text[:most]))
+        stop = spaces[-1].start() if spaces else most
         yield text[:stop]
         text = text[stop:]
     yield text

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
                   interruptible, is_there, on_terminal, parse_records, parse_verdict, read_object,
-                  read_records, reading, say, warn, write_json, write_whole)
-from model import (Job, Llama, config_hash, fingerprint, folder_name, generate_iter, join_ranks,
-                   name_of, pick_dtype, plan_capacity, read_arguments, weights_hash)
+                  read_records, reading, say, tell, warn, write_json, write_whole)
+from model import (NEARLY_ZERO, Job, Llama, config_hash, fingerprint, folder_name, generate_iter,
+                   join_ranks, name_of, pick_dtype, plan_capacity, read_arguments, weights_hash)
 
 
 # ------------------------------------------------------------------ the method
@@ -171,6 +171,9 @@ def main(argv=None):
     if len(args.model) == 1:
         names = ["samples.jsonl"]
     check_out(args, out, names)
+    if args.k == 1 or min(args.temperature, args.top_p) < NEARLY_ZERO:
+        tell("all answers to a prompt will be alike, so none is hard "
+             "(--k, --temperature, --top-p)")
     world = join_ranks(args.device)
     records = []
     sources = []

@@ -484,7 +484,7 @@ def start_run(args, world):
     found = checkpoints(args.out)
     holds = f"{args.out}: already holds a run or a model;"
     if not log.exists():
-        if final.exists() or found:
+        if found or any((Path(args.out) / name).exists() for name in OF_MODELS):
             raise InputError(f"{holds} choose another --out")
         return None
     if not args.resume:
@@ -501,6 +501,8 @@ def start_run(args, world):
     return found[-1] if found else None
 
 
+# files that say how a model is to be read
+OF_MODELS = ("config.json", "chat_template.jinja", "special_tokens_map.json")
 OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
 HASHED = {"data_hash": "data_hash (of records and tokenizer)",
           "eval_hash": "eval_hash (of --eval-data)",

@@ -120,7 +120,7 @@ MUTANTS = [
     ("data.py", "self.jinja = spelled_out(template)", 'self.jinja = template["chat_template"]',
      "test_inputs.py -k whatever_its_template_names"),
     ("data.py", "int(min(new_tokens, self.context / 4))", "new_tokens", "test_eval.py -k room_in_the_models_context"),
-    ("train_sft.py", "if final.exists() or found:", "if final.exists():", "test_train.py -k unknown_run"),
+    ("train_sft.py", "if found or any(", "if any(", "test_train.py -k unknown_run"),
     ("train_sft.py", "args.dtype = name_of(pick_dtype(world.device, args.dtype))", "pass", "test_train.py -k dtype_that_was_chosen"),
     ("mine_hard.py", "if answered and \"prompts\"", "if False and \"prompts\"", "test_mine.py -k selecting_again"),
     ("eval.py", '"input": exchange_of(prompt)', '"input": prompt', "test_eval.py -k one_word"),

@@ -263,6 +263,14 @@ def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(models) == 2
 
 
+@pytest.mark.parametrize("alike", [["--k", 1], ["--temperature", 0], ["--top-p", 1e-9]])
+def test_where_all_answers_are_alike_that_is_said(tmp_path, capsys, alike):
+    assert mine(tmp_path / "a", "--limit", 1, *alike)[1] == b""
+    assert "all answers to a prompt will be alike" in capsys.readouterr().err
+    mine(tmp_path / "b", "--limit", 1)
+    assert "alike" not in capsys.readouterr().err
+
+
 def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_path):
     whole = mine(tmp_path / "a")
     (tmp_path / "a/samples.jsonl").rename(tmp_path / "a/samples_old.jsonl")
