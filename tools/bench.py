@@ -147,33 +147,50 @@ def error_line(done):
 def summarize(name, rounds, goals):
     """An item's row: medians over the rounds in which it ran, and (goals) what is asked of it."""
     row = {"name": name, "rounds": [r[name] for r in rounds]}
-    runs = [(r[name], r[name.split()[0]], r["limits"]) for r in rounds if "rate" in r[name]]
-    if not runs:
+    ran = [r for r in rounds if "rate" in r[name]]
+    if not ran:
         return row
-    rates = [run["rate"] for run, _, _ in runs]
-    row.update(unit=runs[0][0]["unit"], rate=median(rates), slowest=min(rates), fastest=max(rates),
-               peak_memory=median(run["peak_memory"] for run, _, _ in runs))
-    limited = [(run, limit) for run, _, limit in runs if "rate" in limit]
+    runs = [r[name] for r in ran]
+    rates = [run["rate"] for run in runs]
+    row.update(unit=runs[0]["unit"], rate=median(rates), slowest=min(rates), fastest=max(rates),
+               peak_memory=median(run["peak_memory"] for run in runs))
+    limited = [(r[name], r["limits"]) for r in ran if "rate" in r["limits"]]
     if limited:
-        row["of_gemm"] = median(run["flops"] / run["seconds"] / limit["rate"] for run, limit in limited)
-    pairs = [(ours, run) for run, ours, _ in runs if "rate" in ours and ours is not run]
+        row["of_gemm"] = median(run["flops"] / run["seconds"] / limits["rate"] for run, limits in limited)
+    first = name.split()[0]                                 # ours, with which the item is compared
+    pairs = [(r[first], r[name]) for r in ran if name != first and "rate" in r[first]]
     if pairs:
         row["ratio"] = median(ours["rate"] / run["rate"] for ours, run in pairs)
         row["memory_ratio"] = median(run["peak_memory"] / (ours["peak_memory"] + 1e-9) for ours, run in pairs)
-    asked = []                                                             # (goal, what, least, met)
+    if name == "sft":
+        row["cold_start"] = runs[0]["cold_start_seconds"]
+    if goals:
+        row["goals"] = goals_of(row, limited)
+    return row
+
+
+def goals_of(row, limited):
+    """[{goal, what: the figure, asked, met}] of an item; limited: [(its run, the limits of that round)]."""
+    name = row["name"]
+    asked = []
     if limited and name in GOALS:
         goal, *parts = GOALS[name]
-        part = parts[sum(runs[0][0]["parameters"] > size for size in (2e9, 5e9))]
-        floor = lambda run, limit: run["work"] / limit["rate"] + run.get("bytes", 0) / limit["copy"]
-        least = median(part * run["units"] / floor(run, limit) for run, limit in limited)
+        run, _ = limited[0]
+        part = parts[sum(run["parameters"] > size for size in (2e9, 5e9))]
+        least = median(part * run["units"] / least_seconds(run, limits) for run, limits in limited)
         asked.append((goal, "rate", least, row["rate"] >= least))
-    if pairs and name in RATIOS:
+    if "ratio" in row and name in RATIOS:
         goal, what, least = RATIOS[name]
         asked.append((goal, what, least, row[what] >= least))
-    if name == "sft":
-        row["cold_start"] = runs[0][0]["cold_start_seconds"]
-        asked.append((COLD[0], "cold_start", COLD[1], row["cold_start"] <= COLD[1]))
-    return {**row, "goals": [dict(zip(("goal", "what", "asked", "met"), a)) for a in asked]} if goals else row
+    if "cold_start" in row:
+        goal, most = COLD
+        asked.append((goal, "cold_start", most, row["cold_start"] <= most))
+    return [dict(zip(("goal", "what", "asked", "met"), one)) for one in asked]
+
+
+def least_seconds(run, limits):
+    """What the limits of the round allow, see measure.py."""
+    return run["work"] / limits["rate"] + run.get("bytes", 0) / limits["copy"]
 
 
 # ------------------------------------------------------------------ showing
@@ -237,7 +254,7 @@ def parse_arguments(argv):
     p.add_argument("--new-tokens", type=count, default=128, help="of an answer")
     p.add_argument("--recompute", action="store_true", help="activations twice: less memory")
     p.add_argument("--memory-cap", type=at_least(1, float), metavar="GIB",
-                   help="CUDA: train in no more; 20 steps, length 2048 and --recompute are the default then")
+                   help="CUDA: train in no more; 20 steps of 4, packs and length of 2048, --recompute are the default then")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of products (default: as in training)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
@@ -271,26 +288,39 @@ def chosen(args):
 
 def main(argv=None):
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
-    args, rounds = parse_arguments(argv), []
+    args = parse_arguments(argv)
     if args.only:
         return run_here(args)
     names = chosen(args)
+    rounds = []                                             # of each {name: what its process said}
     for number in range(1, args.repeat + 1):
-        rounds.append({})
+        results = {}
         for name in names:
-            left = args.minutes * 60 - (time.time() - args.started) if args.minutes is not None else None
+            left = None
+            if args.minutes is not None:
+                left = args.minutes * 60 - (time.time() - args.started)
             python = args.vllm_python if name.endswith("vllm") else sys.executable
-            result = rounds[-1][name] = run_child(argv, name, left, python)
+            result = run_child(argv, name, left, python)
             said = result.get("error") or f"{human(result['rate'])} {result['unit']}/s"
             print(f"round {number} of {args.repeat}: {name}: {said}", file=sys.stderr, flush=True)
+            results[name] = result
+        rounds.append(results)
     rows = [summarize(name, rounds, args.cuda) for name in names]
-    result = {**circumstances(args, rounds), "seconds": time.time() - args.started, "items": rows}
-    print(", ".join(f"{key} {result[key]}" for key in ("device", "dtype", "threads", "versions", "git")),
-          f"\n{'':30} {'rate':>18} {'slowest - fastest':>18} {'of GEMM':>7} {'GiB':>6} {'ours/this':>9}"
-          f"{'  goal' if args.cuda else ''}", *map(show, rows), sep="\n")
+    figures = {**circumstances(args, rounds), "seconds": time.time() - args.started, "items": rows}
+    print_table(figures, args.cuda)
     if args.json:
-        write_json(args.json, result)
-    return result
+        write_json(args.json, figures)
+    return figures
+
+
+def print_table(figures, goals):
+    """Print the circumstances and a line for each item."""
+    print(", ".join(f"{key} {figures[key]}" for key in ("device", "dtype", "threads", "versions", "git")))
+    print()
+    head = f"{'':30} {'rate':>18} {'slowest - fastest':>18} {'of GEMM':>7} {'GiB':>6} {'ours/this':>9}"
+    print(head + ("  goal" if goals else ""))
+    for row in figures["items"]:
+        print(show(row))
 
 
 if __name__ == "__main__":
