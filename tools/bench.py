@@ -254,7 +254,7 @@ def parse_arguments(argv):
     p.add_argument("--new-tokens", type=count, default=128, help="of an answer")
     p.add_argument("--recompute", action="store_true", help="activations twice: less memory")
     p.add_argument("--memory-cap", type=at_least(1, float), metavar="GIB",
-                   help="CUDA: train in no more; 20 steps of 4, packs and length of 2048, --recompute are the default then")
+                   help="CUDA: train in no more; then by default 20 steps of 4, length and packs 2048, --recompute")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of products (default: as in training)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
