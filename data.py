@@ -635,16 +635,25 @@ def fit_prompt(tokenizer, record, room):
     ids = tokenizer.prompt_ids(instruction, text)
     if len(ids) <= room:
         return ids, False
+
+    def ids_of(most):
+        return tokenizer.prompt_ids(instruction, shorten(text, most))
+
+    return cut_to_fit(ids_of, len(text), room), True
+
+
+def cut_to_fit(ids_of, too_many, room):
+    """The ids of the longest cut that has at most `room` of them, by bisection; None where even
+    ids_of(0) has more. ids_of(n): of a text cut to n characters; of too_many they do not fit."""
     fits = 0                                    # a length that fits: of 0 that is checked last
-    too_many = len(text)                        # one that does not
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if len(tokenizer.prompt_ids(instruction, shorten(text, middle))) <= room:
+        if len(ids_of(middle)) <= room:
             fits = middle
         else:
             too_many = middle
-    ids = tokenizer.prompt_ids(instruction, shorten(text, fits))
-    return (ids if len(ids) <= room else None), True
+    ids = ids_of(fits)
+    return ids if len(ids) <= room else None
 
 
 def common_prefix(sequences):

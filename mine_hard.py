@@ -429,11 +429,12 @@ def as_read_today(samples):
 
 def is_answered(line, number, k):
     """Is this a line that answer_block writes, of the prompt of this number?"""
-    if not isinstance(line, dict) or type(line.get("prompt")) is not int:
+    if not isinstance(line, dict):
         return False
+    prompt = line.get("prompt")
     samples = line.get("samples")
-    is_list = isinstance(samples, list) and len(samples) == k
-    return line["prompt"] == number and is_list and all(map(is_sample, samples))
+    return (type(prompt) is int and prompt == number
+            and isinstance(samples, list) and len(samples) == k and all(map(is_sample, samples)))
 
 
 def is_sample(sample):

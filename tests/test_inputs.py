@@ -517,6 +517,8 @@ NUMBERS = [
      "original_max_position_embeddings is .*, not a number above 0"),
     ("rope_scaling", [dict(rope_type="llama3", factor=8, low_freq_factor=low, high_freq_factor=4, original_max_position_embeddings=64) for low in (4, 5)],
      "low_freq_factor is not below high_freq_factor"),
+    ("rope_scaling", [dict(rope_type="llama3", factor=5e-324, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)],
+     "turns by angles that are no numbers"),
     ("rope_parameters", [{"rope_type": "default", "rope_theta": 77.0}], r"rope_theta is 10000.0 and 77.0"),
     ("rope_parameters", [{"rope_type": "default", "partial_rotary_factor": 0.5}], "partial_rotary_factor is 0.5, only 1.0 is known")]
 

@@ -32,8 +32,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, hold, is_there,  # noqa: E402
-                  on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
+from data import (INSTRUCTION, VERDICTS, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
+                  is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
@@ -93,16 +93,8 @@ def guard_ids(tokenizer, template, texts, room):
     whole = ids(longest)
     if len(whole) <= room:
         return whole
-    fits = 0                                                # a length that fits: of 0 that is checked last
-    too_many = longest                                      # one that does not
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if len(ids(middle)) <= room:
-            fits = middle
-        else:
-            too_many = middle
-    cut = ids(fits)
-    if len(cut) > room:
+    cut = cut_to_fit(ids, longest, room)
+    if cut is None:
         raise InputError(f"--max-length {room} is too short for the template itself")
     return cut
 
