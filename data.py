@@ -84,6 +84,8 @@ AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
 # as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
 # byte order mark before them, and line ends of Windows
 AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", COLON, SOME_SPACES, r"(?<!\r)\r?\n")
+# what may have been meant for one: both markers begin a line, whatever follows them
+AS_MEANT = re.compile(r"(?ims)^\W*human\s+user\b.*^\W*ai\s+assistant\b")
 
 
 def find_exchange(text):
@@ -98,6 +100,13 @@ def split_input(text):
         return text, None
     prompt, response = exchange.groups()
     return prompt, None if response.strip() == "None" else response
+
+
+def warn_of_markers(path, texts):
+    """Say how many of these inputs of a file look like exchanges and are none."""
+    alike = sum(bool(AS_MEANT.search(text)) and not find_exchange(text) for text in texts)
+    warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
+                f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
 
 
 def shorten(text, most):
@@ -115,30 +124,35 @@ def shorten(text, most):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    A verdict line begins with a task's name and a colon, in any case; before the name may stand a
-    number or letter of a list ("1.", "a)") and markdown, which is anything but letters, digits and
-    _, and behind it signs of emphasis, quotes and spaces: see line_of. The block is what follows
-    the last line that begins so with "answers:" (answers_heading). Of each task counts the first
-    line in the block; where the block has none, or there is no block, the last one in the text.
-    What follows its colon, spaces and ends of lines left out, is read by verdict_word, up to the
-    end of that line, or of the next one if that is a verdict alone; where that finds no verdict, no
-    other line is asked."""
+    block     what follows the last line that begins with "answers:" (answers_heading)
+    line      of each task: the first one in the block that begins with its name and a colon; where
+              the block has none, or there is no block, the last such line of the whole text
+    verdict   what verdict_word finds after that colon, spaces and ends of lines left out, up to the
+              end of the line, or of the next one if that is a verdict alone; where it finds none,
+              no other line is asked
+
+    How lines may begin (line_pattern): in any case; before the name may stand a number or letter of
+    a list ("1.", "a)") and markdown, which is anything but letters, digits and _; between the name
+    and its colon signs of emphasis, quotes and spaces."""
     heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
-        line = line_of(name)
+        line = line_pattern(name)
         in_block = line.findall(text[heading.end():]) if heading else []
         said = in_block[:1] or line.findall(text)[-1:]
         verdict[name] = verdict_word(said[0], words) if said else None
     return verdict
 
 
+VERDICT_WORD = "|".join(word for words in VERDICTS.values() for word in words)
+# a line that is a verdict alone, ticked or not: "harmful", "- **harmful**", "[x] harmful"
+ALONE = rf"[^\w\n]*(?:x[^\w\n]+)?(?:{VERDICT_WORD})[^\w\n]*$"
 # what follows a verdict line's colon: its line, and the next one if that is a verdict alone
-SAID = r"\s*(.*(?:\n[^\w\n]*(?:x[^\w\n]+)?(?:(?:un)?harmful|refusal|compliance)[^\w\n]*$)?)"
+SAID = rf"\s*(.*(?:\n{ALONE})?)"
 
 
-def line_of(name, rest=SAID):
-    """What a line that begins with a name and a colon looks like; its group is what follows."""
+def line_pattern(name, rest=SAID):
+    """What matches a line that begins with a name and a colon; its group is what follows."""
     begin = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
     end = r"(?:[*_`\"']|[^\S\n])*" + COLON
     return re.compile(rf"{begin}{name}{end}{rest}", re.IGNORECASE | re.MULTILINE)
@@ -146,7 +160,7 @@ def line_of(name, rest=SAID):
 
 def answers_heading(text):
     """The match of the heading of the last Answers block, up to its colon, or None."""
-    headings = list(line_of("answers", "").finditer(text))
+    headings = list(line_pattern("answers", "").finditer(text))
     return headings[-1] if headings else None
 
 
@@ -156,17 +170,23 @@ NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c
             r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
             r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
             r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
-CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
-# what takes a verdict back, right after it; the second line of these only where no word follows
-DOUBTS = (r"(?:or|nor|no|not|false|none|0)\b"
-          r"|(?:is )?(?:nope|never|n|false|incorrect|wrong|untrue)\b(?!.*\w)")
+CROSS_SIGNS = r"\u00d7\u2612\u2715-\u2718\u26d4\u274c\u274e\U0001f44e\U0001f6ab"
+# a box without its tick, before a verdict
+EMPTY_BOX = r"\[\s*\]|\(\s*\)|\{\s*\}|[\u25a1\u25cb\u25ef\u25fb\u25fd]"
+# what takes a verdict back, right after it: also a share of less than a half (0.3, not 0.98); the
+# last two lines of these only where no word follows
+DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"
+          r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)\b"
+          r"|(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b(?!.*\w)"
+          r"|\w+ly (?:not|no)\b(?!.*\w)")
 
 
 def verdict_word(said, words):
     """The one of these two words that the text begins with, in lower case, or None.
 
-    None too where the word is negated ("not harmful", "harmful: no", a cross beside it) or joined
-    to another one by a slash or "or" ("harmful/unharmful"), and where the other word follows."""
+    None too where the word is negated ("not harmful", "harmful: no", a cross beside it, an empty
+    box before it) or joined to another one by a slash or "or" ("harmful/unharmful"), and where the
+    other word follows."""
     # signs, the word, no letter or digit next (underscores aside), the rest
     found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said.lower())
     if not found:
@@ -175,11 +195,13 @@ def verdict_word(said, words):
     other = words[1] if word == words[0] else words[0]
     # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
     # whatever else does could negate it
-    negated = re.search(f"[^{NEUTRAL_SIGNS}]", before) or re.search(f"[{CROSS_SIGNS}]", rest)
-    # harmful-ish, harmful's, harmful/unharmful, harmful|x; but not the slash of a tag, harmful</b>
-    joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[/|\\][\W_]*\w", rest)
+    negated = (re.search(f"[^{NEUTRAL_SIGNS}]|{EMPTY_BOX}", before)
+               or re.search(f"[{CROSS_SIGNS}]", rest))
+    # harmful-ish, harmful's, harmful/unharmful, harmful|x; but neither the slash of a tag,
+    # harmful</b>, nor the next cell of a table, harmful | it asks
+    joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*(?:[/\\]|\|(?!\s))[\W_]*\w", rest)
     # "harmful or ...", "harmful: no"
-    doubted = re.match(rf"[^\w/|\\<]*(?:{DOUBTS})", rest)
+    doubted = re.match(rf"[^\w/\\<]*(?:{DOUBTS})", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
     return None if negated or joined or doubted or contradicted else word
 
@@ -229,6 +251,7 @@ def read_records(path, fields=("instruction", "input", "output")):
             records.append(record)
     for name, count in empty.items():
         tell(f"{path}: skipped {count} records whose {name} is empty")
+    warn_of_markers(path, [record["input"] for record in records])
     if not records:
         raise InputError(f"{path}: no usable record")
     return records
@@ -289,8 +312,8 @@ class Template:
     start: str          # before the first turn, if the vocabulary has it
     head: str           # opens the turn of a role
     close: str          # ends a turn
-    ends: tuple         # what ends an answer: the first of these that the vocabulary has, where no
-                        # template of the folder is followed
+    ends: tuple         # what ends an answer: the first of these that the vocabulary has, unless
+                        # a template of the folder is followed and writes another one
 
 
 FORMATS = {
@@ -349,6 +372,7 @@ class Tokenizer:
         self.missing = frozenset(token[0] for token in missing)     # bytes that no token spells
         self.lost = 0                                               # characters replaced so far
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
+        # sets before, after, trim and jinja; end_mark and stop are set by use_ends, later
         self.use_template(FORMATS[format])
 
     def prompt_ids(self, instruction, input):
@@ -376,7 +400,7 @@ class Tokenizer:
     def answer_ids(self, text):
         """Ids of an answer with its end mark, the first of `stop`. Encoded apart from the prompt:
         no token spans the two."""
-        return self.encode(text) + self.stop[:1]
+        return self.encode(text) + [self.stop[0]]
 
     def encode(self, text):
         """Ids of plain text; a character that the vocabulary cannot spell becomes `substitute` and
@@ -424,9 +448,12 @@ class Tokenizer:
         return spelled.decode("utf-8", errors="replace")
 
     def limit(self, max_length, new_tokens=0):
-        """(how many tokens a sequence may have, why): --max-length, or what the model's context
-        leaves where that is less. An answer of new_tokens that is to follow is taken off the
-        context, or a quarter of it if that is less."""
+        """(most tokens, which rule says so): in training of a prompt with its answer; where an
+        answer of new_tokens is to follow, of the prompt alone.
+
+        It is max_length, or what the model's context leaves beside new_tokens where that is less.
+        Of the context no more than a quarter is kept free for the answer, so that a long one can
+        run past it."""
         room = self.context - int(min(new_tokens, self.context / 4))
         if room < max_length:
             return room, f"the model's context of {self.context} tokens"
@@ -469,8 +496,11 @@ class Tokenizer:
                              "no eos_token that is one; try another --format")
         self.end_mark = ends[0]
         self.use_control(self.end_mark)
-        told = read_object(self.folder / "generation_config.json", {}).get("eos_token_id")
-        told = told if isinstance(told, list) else [told]
+        told = told_ends(self.folder)
+        ordinary = sorted(told & self.spelling.keys())
+        if ordinary:
+            tell(f"{self.folder}: generation_config.json ends answers at {ordinary[0]}, the id of "
+                 "ordinary text: not followed")
         others = [self.special[mark] for mark in STOPS if mark in self.special]
         others += [id for id in self.special.values() if id in told]
         ids = dict.fromkeys([self.special[self.end_mark], *others])         # each once
@@ -549,7 +579,8 @@ class Tokenizer:
         folder = Path(folder)
         for name, content in self.files.items():
             write_bytes(folder / name, content)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        # the class that reads tokenizer.json as it stands, whatever the folder's own was
+        config = {**self.config, "tokenizer_class": "PreTrainedTokenizerFast"}
         # so that who loads the folder has the same control tokens, whatever tokenizer.json says
         others = sorted(word for word in self.special if not CONTROL.fullmatch(word))
         if others:
@@ -563,7 +594,7 @@ class Tokenizer:
 
 def in_parts(text, most):
     """Yield a text in parts of at most so many characters. A part ends before a space between two
-    letters, where what is merged ends as well; but where there is none."""
+    letters, where merging stops, too; if there is none, after `most` characters."""
     while len(text) > most:
         spaces = list(re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text[:most]))
         stop = spaces[-1].start() if spaces else most
@@ -583,8 +614,8 @@ def split_at(marks, text):
 # ------------------------------------------------------------------ examples
 @dataclass
 class Example:
-    """A prompt and its answers as ids. An answer's last one, mostly the end mark, is predicted and
-    never fed."""
+    """A prompt and its answers as ids. The last id of an answer (its end mark; in eval.py, of a
+    verdict word) is predicted and never fed."""
     prompt: list
     answers: list
     root_length: int = 0    # how many first tokens all prompts with this instruction share
@@ -711,33 +742,33 @@ def send(x, device):
 
 @dataclass
 class Forest:
-    """What one example brings to a stream, and what a pack has gathered so far: below a root,
-    prompts, and below each its answers."""
+    """Prompts below one root, and their answers, not yet written down: what one example brings, or
+    what a pack has gathered so far."""
     root: list                  # ids that all its prompts begin with
-    branches: list              # of pairs: prompt, its root included; [(answer's number, ids)]
-    rows: int                   # the branches' rows, without the root's
+    branches: list              # [(a prompt, root included; [(number of an answer, its ids)])]
+    size: int                   # rows that lay_out will write below the root
 
 
 def pack(examples, max_tokens, share=True):
     """Lay examples out as packs of at most max_tokens rows each (more where one example is longer).
 
     A pack holds one instruction, once; each prompt once; then its answers. First fit, longest
-    first: forests, which to_forests makes of the examples, are taken by their rows, the most first,
-    and each goes into the first pack that has its root and room, or into a new one. An example is
-    never torn apart. -> a list of Packs, the largest first, written by lay_out. share=False is
-    ordinary packing: every answer has a prompt of its own."""
+    first: forests, which to_forests makes of the examples, are taken by their size, the largest
+    first, and each goes into the first pack that has its root and room, or into a new one. An
+    example is never torn apart. -> a list of Packs, the largest first, written by lay_out.
+    share=False is ordinary packing: every answer has a prompt of its own."""
     bins = []
-    for forest in sorted(to_forests(examples, share), key=lambda forest: -forest.rows):
+    for forest in sorted(to_forests(examples, share), key=lambda forest: -forest.size):
         with_room = (bin for bin in bins
-                     if len(bin.root) + bin.rows + forest.rows <= max_tokens
+                     if len(bin.root) + bin.size + forest.size <= max_tokens
                      and bin.root == forest.root)
         bin = next(with_room, None)                         # the first
         if bin is None:
             bin = Forest(forest.root, [], 0)
             bins.append(bin)
         bin.branches += forest.branches
-        bin.rows += forest.rows
-    bins.sort(key=lambda bin: -(len(bin.root) + bin.rows))
+        bin.size += forest.size
+    bins.sort(key=lambda bin: -(len(bin.root) + bin.size))
     return [lay_out(bin.root, bin.branches) for bin in bins]
 
 
@@ -754,12 +785,12 @@ def to_forests(examples, share):
         else:
             root = []
             branches = [(example.prompt, [answer]) for answer in answers]
-        rows = sum(branch_rows(root, *branch) for branch in branches)
-        forests.append(Forest(root, branches, rows))
+        size = sum(branch_size(root, *branch) for branch in branches)
+        forests.append(Forest(root, branches, size))
     return forests
 
 
-def branch_rows(root, prompt, answers):
+def branch_size(root, prompt, answers):
     """Rows that a prompt and its answers take below the root: end marks are never fed."""
     return len(prompt) - len(root) + sum(len(ids) - 1 for _, ids in answers)
 
@@ -776,14 +807,14 @@ def lay_out(root, branches):
     answer, an answer's rows for the next ones, the end mark included; `answer` repeats its number.
     All five tensors are int64. Without branches (see deal): the root, and nothing scored."""
     tokens = list(root)
-    T = len(root) + sum(branch_rows(root, *branch) for branch in branches)
+    T = len(root) + sum(branch_size(root, *branch) for branch in branches)
     end = [T] * len(root)
     rows = []
     targets = []
     answer = []
     for prompt, answers in branches:
         assert len(prompt) > len(root), "a prompt needs a row of its own to predict from"
-        after = len(tokens) + branch_rows(root, prompt, answers)
+        after = len(tokens) + branch_size(root, prompt, answers)
         own = prompt[len(root):]
         tokens += own
         end += [after] * len(own)
@@ -909,6 +940,10 @@ def vocabulary_of(path, raw):
         raise InputError(f"{path}: only byte-level BPE without a normalizer is known "
                          "(LLaMA 3, SmolLM2)")
     pattern = split_pattern(path, raw.get("pre_tokenizer") or {})
+    told = read_object(path.parent / "tokenizer_config.json", {})
+    if told.get("add_prefix_space") and told.get("tokenizer_class") != "PreTrainedTokenizerFast":
+        raise InputError(f"{path.parent}: tokenizer_config.json adds a space before every text "
+                         "(add_prefix_space), and tokenizer.json does not: not known")
     vocab = model["vocab"]
     added = raw.get("added_tokens") or []
     letters = byte_letters()
@@ -921,9 +956,11 @@ def vocabulary_of(path, raw):
             raise InputError(f"{path}: {word!r} is not spelled in byte-level letters") from None
 
     found = Vocabulary({}, [], pattern, {}, {}, set(), set())
-    control = control_names(path.parent)
+    ends = told_ends(path.parent)
+    control = control_names(path.parent) | {e["content"] for e in added if e["id"] in ends}
     for entry in added:
         add_token(path, entry, found, control)
+    compare_told(path, added, found, control)
     found.tokens = {spell(name): id for name, id in vocab.items() if name not in found.special}
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
@@ -961,6 +998,36 @@ def control_names(folder):
     return {*filter(lambda text: isinstance(text, str), texts), *re.findall(MARK, template)}
 
 
+def told_ends(folder):
+    """The ids that end an answer by a folder's generation_config.json, a set."""
+    told = read_object(folder / "generation_config.json", {}).get("eos_token_id")
+    return {id for id in (told if isinstance(told, list) else [told]) if type(id) is int}
+
+
+def compare_told(path, added, vocabulary, control):
+    """Hugging Face's library takes added tokens from tokenizer_config.json and added_tokens.json,
+    too: InputError where they hold a word that tokenizer.json lacks, or that is found otherwise
+    there. A control token that is `sticky` in one of them is so here."""
+    folder = path.parent
+    by_id = read_object(folder / "tokenizer_config.json", {}).get("added_tokens_decoder")
+    entries = [entry for entry in (by_id.values() if isinstance(by_id, dict) else [])
+               if isinstance(entry, dict)]
+    entries += [{"content": name} for name in read_object(folder / "added_tokens.json", {})]
+    here = {entry["content"]: entry for entry in added}
+    for entry in entries:
+        name = str(entry.get("content"))
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word", "normalized")
+                 if flag in entry and bool(entry[flag]) != bool(here.get(name, {}).get(flag))]
+        is_control = (name in vocabulary.special or name in control or entry.get("special")
+                      or CONTROL.fullmatch(name))
+        if is_control and set(flags) - {"normalized"}:
+            vocabulary.sticky.add(name)
+        elif not is_control and (flags or name not in here):
+            what = f"has another {flags[0]}" if name in here else "is not"
+            raise InputError(f"{folder}: the added token {name!r} of tokenizer_config.json or "
+                             f"added_tokens.json {what} in tokenizer.json")
+
+
 def content_of(token):
     """The text of a token: files hold it, or an object that has it as its content."""
     return token.get("content") if isinstance(token, dict) else token
@@ -994,6 +1061,9 @@ def check_ids(path, vocab, added):
         raise InputError(f"{path}: the vocabulary's ids must be whole numbers, each once")
     given = dict(vocab)
     following = max(ids, default=-1) + 1
+    if following != len(ids) and any(entry["content"] not in given for entry in added):
+        raise InputError(f"{path}: the vocabulary's ids have gaps, so that added tokens are "
+                         "numbered in more than one way: not known")
     for entry in added:
         name = entry["content"]
         if not isinstance(name, str) or not name or re.search(HALF_PAIR, name):

@@ -6,8 +6,10 @@
     python eval.py --model DIR --prompt "..." [--response "..."]    one exchange
     python eval.py --model DIR --moderate < exchanges.jsonl   one JSON verdict a line
 
-    -> OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format; with
-       --scores p, the probability of each positive verdict), OUT/results.json
+    -> OUT/NAME/answers.jsonl (what mine_hard.py calls samples.jsonl),
+       OUT/NAME/generated_predictions.jsonl (prompt, label, predict: the released format; with
+       --scores p, the probability of each positive verdict; forced, where an answer had no end),
+       OUT/results.json
 
 Greedy answers, or with --k the vote of several. A missing verdict counts once, as wrong, and how
 many are missing is always printed; --legacy scores as the released evaluate.py does, its double
@@ -18,8 +20,8 @@ counting included. Released weights need --format raw, as they were used.
     verdict_probability, answer_fast   the model's probability of a verdict
     moderate                           a guard: exchanges -> verdicts
     main                               the script
-    machinery                          a stream of exchanges; answering files, reading answers,
-                                       tables, the paper's figures
+    machinery                          arguments; a stream of exchanges; answering files, reading
+                                       answers; results.json, tables, the paper's figures
 """
 import argparse
 import json
@@ -37,8 +39,9 @@ import numpy as np
 
 from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
                   common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
-                  hush, interruptible, is_there, line_of, pack, parse_records, parse_verdict,
-                  read_json, read_records, say, spelled, tell, without_repeats, write_json)
+                  hush, interruptible, is_there, line_pattern, pack, parse_records, parse_verdict,
+                  read_json, read_records, say, spelled, tell, warn_of_markers, without_repeats,
+                  write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -290,11 +293,14 @@ def score_slices(cases, dataset, legacy, fpr):
 
 # ------------------------------------------------------------------ asking the model
 def verdict_probability(model, tokenizer, prompts, texts, task, world):
-    """P(positive class) of a task for each text, which ends just before the verdict: two
-    branches. p = exp(a) / (exp(a) + exp(b)), a and b the log-probabilities of the two words, each
-    encoded with a space before it, after prompt (ids) + the text's ids; what these all begin with
-    is the root of every Example (common_prefix), and runs once. -> a list of floats, in the order
-    of the texts; answer_logprobs adds up the tokens of each branch of a pack."""
+    """P(positive class) of a task after each text, which ends just before the verdict: a list of
+    floats, in the order of the texts.
+
+        P = exp(a) / (exp(a) + exp(b)),  a, b = log p(word | prompt, text) of the two words
+
+    prompts: lists of ids. A prompt with its text is an Example whose two answers are the words,
+    each encoded with a space before it: two branches, whose tokens answer_logprobs adds up. What
+    all of them begin with is their root (common_prefix), and runs once."""
     words = [tokenizer.encode(" " + word) for word in VERDICTS[task]]      # without an end mark
     starts = [prompt + tokenizer.encode(text)
               for prompt, text in zip(prompts, texts)]
@@ -306,12 +312,12 @@ def verdict_probability(model, tokenizer, prompts, texts, task, world):
 
 def up_to_verdict(text, task):
     """The text as far as the colon of this task's verdict line in its last Answers block: the first
-    that line_of finds after answers_heading (see parse_verdict).
+    that line_pattern finds after answers_heading (see parse_verdict).
 
     Where that block lacks the task, or there is no block, the text (without spaces at its end), a
     blank line, "Answers: ", a new line, and the task, capitalized, with a colon."""
     heading = answers_heading(text)
-    line = heading and line_of(task, "").search(text[heading.end():])
+    line = heading and line_pattern(task, "").search(text[heading.end():])
     if not line:
         return text.rstrip() + f"\n\nAnswers: \n{task.capitalize()}:"
     return text[:heading.end() + line.end()]
@@ -405,7 +411,7 @@ def conclude(model, tokenizer, prompt, ids, has_response):
         verdict = block_verdict(text)
         starts = [up_to_verdict(text, task) for task in harmful]
         values = verdict_probability(model, tokenizer, [prompt] * len(harmful), starts, "request",
-                                     alone)                 # both tasks have the same two words
+                                     alone)                 # or "response": the words are the same
         p = dict(zip(harmful, values))
     verdict.update((task, None) for task in VERDICTS if task not in needed)
     return {**verdict, "parsed": not forced and all(verdict[task] for task in needed),
@@ -463,36 +469,6 @@ def parse_arguments(argv):
     return args
 
 
-def contradictions(args):
-    """[(is it so?, message)] of arguments that do not go together."""
-    names = [args.dataset or Path(path).stem for path in args.data or []]
-    files = [os.path.realpath(path) for path in args.predictions or []]
-    moderates = args.moderate or args.prompt is not None
-    scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
-    for_data = args.fast or args.k > 1 or args.scores
-    return [
-        (not (args.predictions or args.model), "--model DIR or --predictions FILE... is missing"),
-        (args.model and not (args.data or moderates),
-         "--data FILE..., --prompt TEXT or --moderate is missing"),
-        (args.data and not args.out, "--out DIR is missing"),
-        (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
-        (not args.data and for_data, "--fast, --k, --scores are for --data"),
-        (len(set(files)) < len(files), "--predictions: a file is named twice"),
-        (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
-         "--dataset is a name, no path"),
-        (args.legacy and args.fpr is not None, "--legacy uses no probabilities; leave out --fpr"),
-        (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
-        (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
-        (args.response is not None and args.prompt is None, "--response goes with --prompt TEXT"),
-        (args.on_unparsable and not moderates, "--on-unparsable is for --prompt and --moderate"),
-        (args.data and not args.model, "--data FILE... needs --model DIR"),
-        ((args.data or args.predictions) and moderates,
-         "--prompt and --moderate go without --data and --predictions"),
-        (moderates and scoring,
-         "--out, --dataset, --by, --legacy and --fpr are for --data and --predictions"),
-    ]
-
-
 def main(argv=None):
     if not (sys.argv[1:] if argv is None else argv):
         return demo()
@@ -530,62 +506,6 @@ def main(argv=None):
         tell_unused(args, results)
 
 
-def keep_times(path, former, results):
-    """Take the times from the results that were there, as answers that are there are not timed
-    again; say which other figures of theirs are written over."""
-    here = {key_of(result): result for result in results}
-    gone = set()
-    lost = set()
-    for old in former:
-        new = here.get(key_of(old))
-        if new is None:
-            gone.add(" ".join(filter(None, key_of(old))))
-            continue
-        for name in old.keys() - new.keys():
-            if name not in TIMES:
-                lost.add(name)
-            elif is_of_same_answers(old, new) and isinstance(old[name], (int, float)):
-                new[name] = old[name]
-    if gone:
-        tell(f"{path}: the figures of {'; '.join(sorted(gone))} were there and are written over; "
-             "score all files together, or choose another --out")
-    if lost:
-        tell(f"{path}: {', '.join(sorted(lost))} were there and are written over")
-
-
-def is_of_same_answers(old, new):
-    """Do two results of a file stand on as many answers, which are as long?"""
-    return all(old.get(name) == new.get(name)
-               for name in ("n", "tokens_per_query", "tokens_p50", "tokens_p95"))
-
-
-def former_results(path):
-    """The results of single files in a results.json; none where it is not there, or damaged.
-    InputError where it is another program's."""
-    try:
-        before = read_json(path) if is_there(path) else []
-    except InputError as error:                             # no figures that anyone could miss
-        tell(f"{error}; it will be written anew")
-        return []
-    if not isinstance(before, list) or not all(isinstance(old, dict) and "task" in old
-                                               for old in before):
-        raise InputError(f"{path}: is there, and was not made here; choose another --out")
-    return [old for old in before if "file" in old]
-
-
-def key_of(result):
-    """What tells the results of a results.json apart, as texts."""
-    return tuple(str(result.get(name, "")) for name in ("file", "dataset", "task", "slice"))
-
-
-def tell_unused(args, results):
-    """Say which arguments found nothing in what was scored."""
-    if args.by and not any("slice" in result for result in results):
-        tell(f"--by {args.by}: no record has this column")
-    if args.fpr is not None and not any("threshold" in result for result in results):
-        tell("--fpr: no probabilities are there; --scores writes them")
-
-
 def demo():
     """Both models of the demo on the same 600 records that no stage has seen."""
     for name, title in (("sft", "R-SFT"), ("dpo", "R-SFT + HS-DPO")):
@@ -599,6 +519,45 @@ def demo():
 
 
 # ================================================================== machinery
+# ------------------------------------------------------------------ arguments
+def contradictions(args):
+    """[(is it so?, message)] of arguments that do not go together."""
+    names = [args.dataset or Path(path).stem for path in args.data or []]
+    files = [os.path.realpath(path) for path in args.predictions or []]
+    moderates = args.moderate or args.prompt is not None
+    scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
+    for_data = args.fast or args.k > 1 or args.scores
+    return [
+        (not (args.predictions or args.model), "--model DIR or --predictions FILE... is missing"),
+        (args.model and not (args.data or moderates),
+         "--data FILE..., --prompt TEXT or --moderate is missing"),
+        (args.data and not args.out, "--out DIR is missing"),
+        (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
+        (not args.data and for_data, "--fast, --k, --scores are for --data"),
+        (len(set(files)) < len(files), "--predictions: a file is named twice"),
+        (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
+         "--dataset is a name, no path"),
+        (args.legacy and args.fpr is not None, "--legacy uses no probabilities; leave out --fpr"),
+        (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
+        (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
+        (args.response is not None and args.prompt is None, "--response goes with --prompt TEXT"),
+        (args.on_unparsable and not moderates, "--on-unparsable is for --prompt and --moderate"),
+        (args.data and not args.model, "--data FILE... needs --model DIR"),
+        ((args.data or args.predictions) and moderates,
+         "--prompt and --moderate go without --data and --predictions"),
+        (moderates and scoring,
+         "--out, --dataset, --by, --legacy and --fpr are for --data and --predictions"),
+    ]
+
+
+def tell_unused(args, results):
+    """Say which arguments found nothing in what was scored."""
+    if args.by and not any("slice" in result for result in results):
+        tell(f"--by {args.by}: no record has this column")
+    if args.fpr is not None and not any("threshold" in result for result in results):
+        tell("--fpr: no probabilities are there; --scores writes them")
+
+
 # ------------------------------------------------------------------ a stream of exchanges
 def moderate_lines(args, guard):
     """Print a verdict on --prompt, or on each line of standard input, in order."""
@@ -917,6 +876,7 @@ def read_predictions(path, dataset, column=None, limit=None):
     """Cases from the first `limit` lines {"prompt", "label", "predict"} of a file;
     column: see --by."""
     cases = []
+    exchanges = []
     for place, line in islice(parse_records(path), limit):
         fields = line if isinstance(line, dict) else {}
         prompt = "" if fields.get("prompt") is None else fields["prompt"]
@@ -925,7 +885,8 @@ def read_predictions(path, dataset, column=None, limit=None):
         if not all(isinstance(told, str) for told in (prompt, label, text)):
             raise InputError(f"{path}: {place} needs the text fields label and predict, and prompt "
                              "is text where it is there")
-        gold = labels_of({"input": exchange_of(prompt), "output": label}, dataset)
+        exchanges.append(exchange_of(prompt))
+        gold = labels_of({"input": exchanges[-1], "output": label}, dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                 **slice_of(line, column)}
         forced = line.get("forced")
@@ -936,6 +897,7 @@ def read_predictions(path, dataset, column=None, limit=None):
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
+    warn_of_markers(path, exchanges)
     check_scored(path, [case["gold"] for case in cases])
     return cases
 
@@ -965,6 +927,55 @@ def labels_of(record, dataset):
     if len(tasks) == 1 and word in VERDICTS[tasks[0]]:
         return {**dict.fromkeys(VERDICTS), tasks[0]: word}
     return gold_verdict(record)
+
+
+# ------------------------------------------------------------------ figures that are there
+def former_results(path):
+    """The results of single files in a results.json; none where it is not there, or damaged.
+    InputError where it is another program's."""
+    try:
+        before = read_json(path) if is_there(path) else []
+    except InputError as error:                             # no figures that anyone could miss
+        tell(f"{error}; it will be written anew")
+        return []
+    if not isinstance(before, list) or not all(isinstance(old, dict) and "task" in old
+                                               for old in before):
+        raise InputError(f"{path}: is there, and was not made here; choose another --out")
+    return [old for old in before if "file" in old]
+
+
+def keep_times(path, former, results):
+    """Take the times from the results that were there, as answers that are there are not timed
+    again; say which other figures of theirs are written over."""
+    here = {key_of(result): result for result in results}
+    gone = set()
+    lost = set()
+    for old in former:
+        new = here.get(key_of(old))
+        if new is None:
+            gone.add(" ".join(filter(None, key_of(old))))
+            continue
+        for name in old.keys() - new.keys():
+            if name not in TIMES:
+                lost.add(name)
+            elif is_of_same_answers(old, new) and isinstance(old[name], (int, float)):
+                new[name] = old[name]
+    if gone:
+        tell(f"{path}: the figures of {'; '.join(sorted(gone))} were there and are written over; "
+             "score all files together, or choose another --out")
+    if lost:
+        tell(f"{path}: {', '.join(sorted(lost))} were there and are written over")
+
+
+def is_of_same_answers(old, new):
+    """Do two results of a file stand on as many answers, which are as long?"""
+    return all(old.get(name) == new.get(name)
+               for name in ("n", "tokens_per_query", "tokens_p50", "tokens_p95"))
+
+
+def key_of(result):
+    """What tells the results of a results.json apart, as texts."""
+    return tuple(str(result.get(name, "")) for name in ("file", "dataset", "task", "slice"))
 
 
 # ------------------------------------------------------------------ tables

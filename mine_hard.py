@@ -187,12 +187,11 @@ def main(argv=None):
     if world.rank == 0:
         hold(out)
     asked = []
-    prompts = []
-    for name, folder in zip(names, args.model):
+    for name, folder in zip(names, args.model):             # all, before hours go into the first
         guard = LazyModel(args, folder, world.device)
-        encoded, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
-        if encoded != prompts:                              # of one tokenizer they are held once
-            prompts = encoded
+        prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
+        if asked and prompts == asked[-1][1]:
+            prompts = asked[-1][1]                          # the same tokenizer: one copy is held
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
         claim_answers(prompts, out / name, world, settings, args, out / "hard.jsonl")
         asked.append((guard, prompts, out / name, settings))
@@ -257,7 +256,7 @@ def report(count, n, k):
 def generation_arguments(p):
     """The arguments of everything that generates."""
     p.add_argument("--max-length", type=at_least(1), default=4096,
-                   help="user texts are cut to fit in it")
+                   help="tokens of a prompt; user texts are cut to fit")
     p.add_argument("--max-new-tokens", type=at_least(1), default=2048,
                    help="of an answer (released: 2048)")
     p.add_argument("--kv-tokens", type=at_least(1),
@@ -271,7 +270,7 @@ def generation_settings(args, guard, temperature, **sampling):
     return dict(model=str(guard.folder), **guard.hashes, limit=args.limit,
                 max_length=args.max_length, format=args.format, dtype=name_of(guard.dtype),
                 k=args.k, seed=args.seed, max_new_tokens=args.max_new_tokens,
-                temperature=temperature, **sampling)
+                stop=guard.tokenizer.stop, temperature=temperature, **sampling)
 
 
 class LazyModel:

@@ -1,7 +1,8 @@
 """LLaMA in one file: the plain model, then the same mathematics faster, then a sampling engine.
 
-Part I has all of the mathematics and can be read alone. Its rope, attention and token_logprobs, and
-on CUDA RMSNorm and draw_token, hand over to twins: take each for the plain function beside it.
+Part I has all of the mathematics and can be read alone. Where it hands over to a twin of part II,
+read the plain function beside it: attention and token_logprobs always do, rope, RMSNorm and
+draw_token on CUDA.
     LlamaConfig                     config.json of a Hugging Face folder
     rms_norm, apply_rope            the operations, one equation each
     tree_plan, attention_by_mask    the one mask rule of a stream (see data.py, the tree packer)
@@ -20,7 +21,7 @@ Part III decodes many samples at once:
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 Simpler than elsewhere: LLaMA alone, without biases, dropout or quantized weights.
 
-Letters: T tokens of a stream, N scored ones (kernels: rows that ask), D width, H query heads,
+Letters: T tokens of a stream, N scored ones (in attention: rows that ask), D width, H query heads,
 G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
 (kernels: rows of a tile); kernels: C and M, how much a program takes at a time; x' is x.T
 """
@@ -273,6 +274,9 @@ def recomputed(f, *inputs):
 class Linear(nn.Linear):
     """y = x W', x (..., in) -> (..., out); the weight is cast to x's dtype for the product."""
 
+    def __init__(self, width_in, width_out):
+        super().__init__(width_in, width_out, bias=False)
+
     def forward(self, x):
         return functional.linear(x, self.weight.to(x.dtype))
 
@@ -298,10 +302,10 @@ class Attention(nn.Module):
         self.E = c.head_dim
         queries = c.num_attention_heads * self.E
         keys = c.num_key_value_heads * self.E
-        self.q_proj = Linear(c.hidden_size, queries, bias=False)
-        self.k_proj = Linear(c.hidden_size, keys, bias=False)
-        self.v_proj = Linear(c.hidden_size, keys, bias=False)
-        self.o_proj = Linear(queries, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, queries)
+        self.k_proj = Linear(c.hidden_size, keys)
+        self.v_proj = Linear(c.hidden_size, keys)
+        self.o_proj = Linear(queries, c.hidden_size)
 
     def forward(self, x, cos, sin, attend):
         """x (T, D) -> (T, D). Queries, keys and values are x times the three projections, split
@@ -321,9 +325,9 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def down(self, gate, up):
         return self.down_proj(functional.silu(gate) * up)
@@ -366,7 +370,7 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers)),
             "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
+            self.lm_head = Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None       # None: that of the weights; training sets bf16 beside fp32
         self.recompute = False          # True: keep only each layer's input for the backward pass
 
@@ -479,8 +483,11 @@ class Llama(nn.Module):
 
 @torch.no_grad()
 def answer_logprobs(model, packs, count, world):
-    """log p of each of `count` answers, summed over its tokens: (count,) in float64 on the CPU; 0
-    where an answer is in no pack. The ranks share the packs."""
+    """log p of each answer, summed over its tokens: (count,) in float64 on the CPU. Answers are
+    numbered as Pack.answer has them, from 0 to count - 1; one that is in no pack has 0.
+
+    world: which of the run's processes this is (World, in the machinery; alone, the only one).
+    Each computes the packs that `deal` gives it, and all get the sum."""
     total = torch.zeros(count, dtype=torch.float64)
     for p in deal(packs, world.rank, world.ranks):
         answer = p.answer
@@ -500,12 +507,6 @@ def hash32(*numbers):
     text = " ".join(map(str, numbers)).encode()
     digest = hashlib.blake2b(text, digest_size=4).digest()
     return int.from_bytes(digest, "little")
-
-
-def fingerprint(sequences):
-    """A number of 32 bits that depends on every item of these sequences."""
-    # 0, 0: so that it stays what the folders of earlier runs hold
-    return hash32(0, 0, *(hash32(0, 0, *ids) for ids in sequences))
 
 
 def sample_seed(seed, prompt, sample):
@@ -535,7 +536,7 @@ def mixed(x):
 
 
 NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
-BUCKET = 256        # tokens whose probabilities are added up first: a draw is found in two looks
+BUCKET = 256        # tokens whose probabilities are added up first: a draw takes two searches
 
 
 def draw_token(logits, seed, position, temperature, top_p):
@@ -546,7 +547,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     depends on its own logits, seed and position, not on other rows. Draw from the full softmax by
     inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...); accept if the
     mass of strictly likelier tokens is below top_p; else draw again. An accepted token is in the
-    nucleus and has its right relative probability there. NaN ends, too, with any token."""
+    nucleus and has its right relative probability there. Where logits are NaN, it is any token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
     if use_kernels(logits):
@@ -576,13 +577,13 @@ def draw_token(logits, seed, position, temperature, top_p):
 
 
 def token_at(u, p, below):
-    """The token at which the running sum of p passes its goal, u times the whole; in two looks:
+    """The token at which the running sum of p passes its goal, u times the whole; in two searches:
 
         below     0        0.30            0.75   1     goal 0.5: bucket 1 begins at 0.30, so
         p         | . . . . | . . . . . . . | . . |     inside it, the token that passes 0.20
 
     u (B,), p (B, V) in whole buckets, below (B, V / 256 + 1): the mass before each -> (B,). Both
-    looks are clamped, as rounding can put `goal` at the end of all, or `rest` past its bucket."""
+    are clamped, as rounding can put `goal` at the end of all, or `rest` past its bucket."""
     goal = u[:, None] * below[:, -1:]                       # (B, 1), a mass
     buckets = below.shape[1] - 1
     after = torch.searchsorted(below, goal, right=True)
@@ -1300,6 +1301,36 @@ PAGE = 64                   # keys of a page
 NO_KEY = -3e4               # added to the score of a key that is not there; finite: no nan
 
 
+@dataclass
+class Sampling:
+    """How answers are drawn; see generate_iter."""
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: list
+    seed: int
+
+
+@dataclass
+class Capacity:
+    """What an Engine holds; see plan_capacity."""
+    pages: int
+    slots: int
+    width: int                  # samples of a job
+    poll: int                   # tokens between two looks at what is finished
+
+
+@dataclass
+class Job:
+    """A prompt and those of its samples that are decoded together, all equally far."""
+    number: int                                     # which prompt
+    prompt: list                                    # its ids
+    samples: list                                   # sample numbers; each gets a slot
+    slots: dict = field(default_factory=dict)       # slot -> sample number, while it is decoded
+    pages: list = field(default_factory=list)       # of the prompt, after the instruction
+    drawn: int = 0                                  # tokens drawn so far, in each slot
+
+
 @torch.inference_mode()
 def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_p=0.95, stop=(),
                   seed=0, kv_tokens=None, max_slots=None, share=True):
@@ -1317,13 +1348,13 @@ def generate_iter(model, prompts, k=1, max_new_tokens=256, temperature=1.0, top_
         # what all prompts begin with: the instruction, or more if they have more in common; of a
         # single prompt all but its last token
         instruction = prompts[0][:common_prefix(prompts)]
-        groups = [list(range(k))]                           # of samples that share their prompt
+        together = [list(range(k))]                         # the samples of each job
     else:
         instruction = []
-        groups = [[sample] for sample in range(k)]
-    jobs = [Job(number, ids, group)
+        together = [[sample] for sample in range(k)]
+    jobs = [Job(number, ids, samples)
             for number, ids in enumerate(prompts)
-            for group in groups]
+            for samples in together]
     capacity = plan_capacity(model, jobs, len(instruction), max_new_tokens, kv_tokens, max_slots)
     engine = Engine(model, instruction, sampling, capacity)
     waiting = jobs[::-1]                                    # a stack: the next job on top
@@ -1584,36 +1615,6 @@ def launch_join_kernel(lse, out, terms, count, dtype):
            lse, out, terms, count, joined,
            S, H, E, 16)
     return joined
-
-
-@dataclass
-class Sampling:
-    """How answers are drawn; see generate_iter."""
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop: list
-    seed: int
-
-
-@dataclass
-class Capacity:
-    """What an Engine holds; see plan_capacity."""
-    pages: int
-    slots: int
-    width: int                  # samples of a job
-    poll: int                   # tokens between two looks at what is finished
-
-
-@dataclass
-class Job:
-    """A prompt and those of its samples that are decoded together, all equally far."""
-    number: int                                     # which prompt
-    prompt: list                                    # its ids
-    samples: list                                   # sample numbers; each gets a slot
-    slots: dict = field(default_factory=dict)       # slot -> sample number, while it is decoded
-    pages: list = field(default_factory=list)       # of the prompt, after the instruction
-    drawn: int = 0                                  # tokens drawn so far, in each slot
 
 
 @dataclass
@@ -1957,7 +1958,7 @@ class Engine:
 
 def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
     """The Capacity for these jobs, whose prompts begin with `cached` tokens that have keys;
-    InputError where kv_tokens cannot hold the largest of them alone."""
+    InputError where kv_tokens cannot hold the largest of them alone, or memory not all."""
     if model.head.is_cuda:
         poll = 32               # steps between two looks, each of which waits for the GPU
         slots = 1024            # rows for which weights are read once a step
@@ -1979,19 +1980,26 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
     largest = sorted(prompt_pages)[-slots:]                     # no more are under way at a time
     held = min(held, pages_for(cached) + sum(largest) + slots * answer_pages)
+    history = 8 * slots * (max_new_tokens + poll)               # bytes, see Engine
+    check_memory(held * PAGE * bytes_of_key(model) + history, model.head.device,
+                 "lower --kv-tokens or --max-new-tokens")
     return Capacity(held, slots, width, poll)
 
 
 def default_kv_tokens(model):
     """How many keys 2 GiB hold on a CPU, and 70% of what is free on a GPU: the rest is for what a
     pass over prompts holds, and for what is lost between blocks."""
-    c = model.config
     memory = 2 ** 31
     if model.head.is_cuda:
         memory = 0.7 * free_on_gpu(model.head.device)
-    elements = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim        # a token
-    size = elements * model.product_dtype.itemsize
-    return int(memory / size)
+    return int(memory / bytes_of_key(model))
+
+
+def bytes_of_key(model):
+    """What a token's keys and values take in all layers."""
+    c = model.config
+    elements = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return elements * model.product_dtype.itemsize
 
 
 def generate(model, prompts, k=1, **options):
@@ -2132,6 +2140,11 @@ def weights_hash(folder):
             while chunk := file.read(2 ** 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprint(sequences):
+    """A number of 32 bits that depends on every item of these sequences."""
+    return hash32(*(hash32(*items) for items in sequences))
 
 
 def config_hash(folder):

@@ -27,7 +27,7 @@ from torch.nn import functional
 from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
                   read_records, warn)
 from model import answer_logprobs, folder_name, join_ranks, read_arguments
-from train_sft import (Interrupts, Log, batches, describe_run, finish_step, fit_memory,
+from train_sft import (Interrupts, Log, batches, finish_step, fit_memory, identify_run,
                        load_for_training, lr_at, make_optimizer, resume, save_final, start_run,
                        token_counts, training_arguments, update)
 
@@ -138,9 +138,9 @@ def main(argv=None):
     schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
-    describe_run(args, world, examples, schedule, alphas.tolist())
+    identify_run(args, world, examples, schedule, alphas.tolist())
     checkpoint = start_run(args, world)
-    fit_memory(args, world, examples)
+    args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
     reference = reference_logprobs(model, examples, args, world)
@@ -153,32 +153,34 @@ def main(argv=None):
     for step in range(done + 1, steps + 1):
         numbers = schedule[step - 1]
         batch = [examples[i] for i in numbers]
-        count = len(batch)
+        pairs = len(batch)
         packs = pack(batch, args.max_tokens, not args.no_share)
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            in_batch = torch.unique(p.answer // 2)          # (B,) its pairs' numbers in the batch
-            in_data = torch.tensor(numbers)[in_batch]       # (B,) and in `examples`
+            # answers are numbered through the batch: 2 i and 2 i + 1 are pair i's chosen, rejected
+            in_batch = torch.unique(p.answer // 2)          # (B,) which pairs of the batch p holds
+            in_data = torch.tensor(numbers)[in_batch]       # (B,) their numbers in `examples`
             p = p.to(world.device)
-            logprobs = model(p.tokens, p.end, p.rows, p.targets)
-            policy = answer_sums(logprobs, p.answer, 2 * count).view(-1, 2)[in_batch]
+            logprobs = model(p.tokens, p.end, p.rows, p.targets)                # (N,)
+            sums = answer_sums(logprobs, p.answer, 2 * pairs)                   # (2 pairs,)
+            policy = sums.view(-1, 2)[in_batch]             # (B, 2), chosen and rejected
             ref = reference[in_data].to(policy)             # (B, 2), on its device, in its dtype
-            answer_lengths = lengths[in_data].to(policy)    # (B, 2), chosen and rejected
+            answer_lengths = lengths[in_data].to(policy)    # (B, 2)
             alpha = alphas[in_data].to(policy)
             part = pairs_loss(policy, ref, answer_lengths[:, 0], alpha, args.beta, args.sft)
             in_block = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
             in_block = in_block.view(-1, 2)[in_batch]       # (B, 2), as policy
             part.update(watched(part["loss"], policy, in_block, answer_lengths))
-            (part["loss"].sum() * world.ranks / count).backward()   # FSDP averages over the ranks
+            (part["loss"].sum() * world.ranks / pairs).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
         lr = lr_at(step - 1, steps, args.lr)
         norm = update(model, optimizer, lr)
 
-        means = world.sum(torch.stack(list(totals.values()))) / count
+        means = world.sum(torch.stack(list(totals.values()))) / pairs
         counts = token_counts(batch, packs, world)          # all ranks take part
-        figures = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=count, **counts)
+        figures = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=pairs, **counts)
         log.write(step, figures)
 
         finish_step(args, step, steps, model, optimizer, world, interrupts)

@@ -13,7 +13,7 @@ no dropout.
 
     sft_loss, lr_at, batches       the method
     main                           the run, from top to bottom
-    machinery                      what train_dpo.py has in common: nothing about SFT
+    machinery                      what train_dpo.py uses as well
 """
 import argparse
 import contextlib
@@ -107,9 +107,9 @@ def main(argv=None):
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
-    describe_run(args, world, examples, schedule, held_out=held_out)
+    identify_run(args, world, examples, schedule, held_out=held_out)
     checkpoint = start_run(args, world)
-    fit_memory(args, world, examples)
+    args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
@@ -155,7 +155,7 @@ def held_out_loss(model, examples, args, world):
 def training_arguments(p):
     """The arguments that mean the same in both trainers."""
     p.add_argument("--max-length", type=at_least(1), default=2048,
-                   help="tokens of a sequence (paper: 2048)")
+                   help="tokens of a prompt with its answer (paper: 2048)")
     p.add_argument("--max-tokens", type=at_least(1),
                    help="of a pack: speed and memory only (default: 8192; CUDA: up to 32768, "
                    "from 2e9 parameters on 16384, if memory will do)")
@@ -172,8 +172,8 @@ def training_arguments(p):
 
 # ------------------------------------------------------------------ model and optimizer
 def fit_memory(args, world, examples):
-    """Set args.max_tokens where it is not given. InputError if memory will not do, before any
-    weight is loaded."""
+    """--max-tokens, or where it is not given as many as memory and device suggest. InputError if
+    memory will not do, before any weight is loaded."""
     products, storage = training_dtypes(args, world)
     sizes = sorted(tokens_of(example, args.no_share) for example in examples)
     largest_batch = sum(sizes[-args.batch_size:])
@@ -185,10 +185,10 @@ def fit_memory(args, world, examples):
         T = max(sizes[-1], min(max_tokens, largest_batch))              # tokens of the largest pack
         return training_bytes(config, T, products, storage, world.ranks, args.recompute, logits)
 
-    if args.max_tokens is None:
-        args.max_tokens = default_max_tokens(parameters(config), world, need)
-    check_memory(need(args.max_tokens), world.device,
+    max_tokens = args.max_tokens or default_max_tokens(parameters(config), world, need)
+    check_memory(need(max_tokens), world.device,
                  "use --recompute, a lower --max-tokens, or more GPUs")
+    return max_tokens
 
 
 def load_for_training(args, world):
@@ -240,13 +240,16 @@ def default_max_tokens(weights, world, need):
 def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogprobs.LOGITS):
     """Bytes a rank holds at most, for packs of T tokens:
 
-    storage size x (4 weights / ranks + head) + products size x (cast + kept + passing + head) + 4e8
+    storage size x (4 weights / ranks + whole + head)
+    + products size x (cast + kept + passing + head) + 4e8
 
-    The 4 are weights, gradients and AdamW's two moments; head: first the head's gradient, then the
-    head as it is multiplied; cast: weights cast for products; kept: what layers keep for the
-    backward pass; passing: what lives briefly, a part of the logits or, in an MLP's backward pass,
-    four times its F numbers a token, whichever is more; 4e8: Python and torch. A long run in
-    bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small pieces."""
+    The 4 are weights, gradients and AdamW's two moments; whole: of several ranks each has embedding
+    and head undivided from the forward pass on (FSDP's outermost unit); head: first the head's
+    gradient, then the head as it is multiplied; cast: weights cast for products; kept: what layers
+    keep for the backward pass; passing: what lives briefly, a part of the logits or, in an MLP's
+    backward pass, four times its F numbers a token, whichever is more; 4e8: Python and torch. A
+    long run in bfloat16 on a CPU holds up to three times as much: freed memory is kept, in small
+    pieces."""
     weights = parameters(c)
     D = c.hidden_size
     F = c.intermediate_size
@@ -264,7 +267,9 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
         cast = weights / layers                                     # one layer's at a time
     else:
         cast = weights
-    stored = 4 * weights / ranks + head
+    embeddings = head if c.tie_word_embeddings else 2 * head
+    whole = embeddings if ranks > 1 else 0
+    stored = 4 * weights / ranks + whole + head
     return (storage.itemsize * stored
             + products.itemsize * (cast + kept + passing + head) + 4e8)
 
@@ -453,11 +458,12 @@ def not_whole(folder, why):
 
 
 # ------------------------------------------------------------------ a run and its log
-def describe_run(args, world, examples, schedule, alphas=(), held_out=()):
-    """Add to args, for the log, what makes a run this one beside its arguments: examples, how many
-    there are; data_hash, of all ids and of the pairs' alphas; eval_hash, of the held-out ids;
-    schedule_hash, of the batches and learning rates; config_hash and weights_hash, of the base
-    model; dtype, as other hardware would choose another."""
+def identify_run(args, world, examples, schedule, alphas=(), held_out=()):
+    """Add to args what makes a run this one beside its arguments, for the log and for start_run,
+    which compares it when a run is resumed: examples, how many there are; data_hash, of all ids and
+    of the pairs' alphas; eval_hash, of the held-out ids; schedule_hash, of the batches and learning
+    rates; config_hash and weights_hash, of the base model; dtype, as other hardware would choose
+    another."""
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.examples = len(examples)
@@ -503,7 +509,6 @@ def start_run(args, world):
 
 # files that say how a model is to be read
 OF_MODELS = ("config.json", "chat_template.jinja", "special_tokens_map.json")
-OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
 HASHED = {"data_hash": "data_hash (of records and tokenizer)",
           "eval_hash": "eval_hash (of --eval-data)",
           "config_hash": "config_hash (of --model's config.json)",
@@ -513,11 +518,11 @@ HASHED = {"data_hash": "data_hash (of records and tokenizer)",
 
 def check_same_run(args, before):
     """InputError where a setting, or what was read, is not that with which the run began.
-    before: the first line of its log; an older one has fewer of these, or other names."""
+    before: the first line of its log."""
     both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
     for name in [*both.split(), *HASHED, "beta", "sft"]:
         now = getattr(args, name, None)
-        was = before.get(name, before.get(OLD_NAMES.get(name), now))
+        was = before.get(name)
         if was != now:
             what = HASHED.get(name, name)
             raise InputError(f"{args.out}: its run has {what} = {was!r}, not {now!r}; "

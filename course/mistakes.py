@@ -120,12 +120,12 @@ def common_prefix(sequences):
         ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)"),
     ],
     "pack": [
-        ("-forest.rows", "forest.rows"),
+        ("-forest.size", "forest.size"),
         ("and bin.root == forest.root", ""),
-        ("len(bin.root) + bin.rows + forest.rows", "bin.rows + forest.rows"),
+        ("len(bin.root) + bin.size + forest.size", "bin.size + forest.size"),
         ("to_forests(examples, share)", "to_forests(examples, True)"),
-        ("(bin for bin in bins", "(bin for bin in sorted(bins, key=lambda bin: -bin.rows)"),
-        ("-(len(bin.root) + bin.rows)", "-bin.rows"),
+        ("(bin for bin in bins", "(bin for bin in sorted(bins, key=lambda bin: -bin.size)"),
+        ("-(len(bin.root) + bin.size)", "-bin.size"),
     ],
     "sft_loss": [("logprobs.sum() / count", "logprobs.mean()"), ("-logprobs", "logprobs")],
     "lr_at": [
@@ -294,7 +294,7 @@ def answer_sums(logprobs, answer, n):
         ("text.rstrip()", "text"),
         ("heading.end() + line.end()", "heading.end() + line.end() - 1"),
         ("text[heading.end():]", "text"),
-        ('line_of(task, "").search(', 're.compile(rf"(?i){task}.*?:").search('),
+        ('line_pattern(task, "").search(', 're.compile(rf"(?i){task}.*?:").search('),
         ("text[:heading.end() + line.end()]", "text[:text.index(':') + 1]"),
     ],
     "verdict_probability": [

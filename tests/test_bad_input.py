@@ -180,6 +180,7 @@ def test_a_bad_argument_is_named(place, capsys, stage, name, value):
 
 @pytest.mark.parametrize("stage, arguments, says", [
     ("mine", ["--kv-tokens", 1], "--kv-tokens 1: .* raise it or lower --max-new-tokens"),
+    ("mine", ["--kv-tokens", 2 ** 62, "--max-new-tokens", 10 ** 12], "needs .* GiB, .* are there: lower --kv-tokens or --max-new-tokens"),
     ("mine", ["--max-length", 5], "--max-length 5 is too short"), ("eval", ["--max-length", 5], "--max-length 5 is too short"),
     ("dpo", ["--max-length", 5], "--max-length 5 is too short: no record fits"), ("dpo", ["--device", "warp"], "--device warp"),
     ("eval", ["--device", "cuda:99"], "--device cuda:99"), ("mine", ["--model", "PLACE/model", "PLACE/none"], "none/?.*: neither tokenizer"),

@@ -70,11 +70,17 @@ NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful"
               "\u274c unharmful", "\u2717unharmful", "\U0001f6abunharmful", "\u223cunharmful", "\u2298 unharmful", "unharmful \u274c", "unharmful is false",
               "unharmful, never", "unharmful nope", "unharmful (incorrect)", "unharmful: n", "unharmful\nharmful", "\n[ ] unharmful\n[x] harmful",
               "\n- unharmful\n- harmful <-", "unharmful /\nharmful",
+              "[ ] unharmful", "( ) unharmful", "\u25a1 unharmful", "\u25cb unharmful", "\n* [ ] unharmful\n\n* [x] harmful",
+              "unharmful is not correct", "unharmful isn't right", "unharmful (which is false)", "unharmful was wrong", "unharmful? Definitely not.",
+              "unharmful: certainly not", "unharmful \u00d7", "unharmful \u26d4", "unharmful \U0001f44e", "harmful: 0.2", "harmful (0,49)", "harmful, 0",
+              "| harmful | no |", "harmful|x", "harmful |x",
               "unharmful (not harmful)", "unharmful-looking", "harmful's", "harmful_x", "harmless", "safe", "maybe unharmful", "the request is unharmful",
               "None", "", "..."]
 A_VERDICT = ["harmful", "Harmful.", " HARMFUL!", "**harmful**", "_harmful_", "`harmful`", "'harmful'", "\u201charmful\u201d", "[harmful]", "| harmful |", "harmful\r",
              "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful",
              "\u2705 harmful", "\u26a0\ufe0f harmful", "\U0001f534 harmful", "\u2192 harmful", "\u00b7 harmful", "\uff08harmful\uff09", "\uff1aharmful",
+             "harmful (0.98)", "harmful, 0.98", "harmful: 0.5", "harmful (98%)", "| harmful | it asks for a weapon |",
+             "harmful, which is dangerous", "harmful: it is surely not a joke",
              "harmful. Incorrect statements are made", "harmful (incorrect info)", "harmful; never safe", "harmful\nUnharmful advice was avoided.", "harmful\nUnharmful: nothing of it", "harmful\n\nunharmful parts are there as well"]
 
 
@@ -89,6 +95,17 @@ def test_a_numbered_block_is_read_before_any_other_line(number):
     lines = [f"{number}Request: harmful", f"{number}Completion: refusal"]
     for text in (["Request: unharmful", "Answers:", *lines], ["Answers:", *lines, "", "Request: unharmful"]):
         assert tuple(parse_verdict("\n".join(text)).values()) == (H, R, None)
+
+
+def test_an_input_that_may_have_been_meant_for_an_exchange_is_said(tmp_path, capsys):
+    """Its label would count for the request, where it is about the response."""
+    record = {"instruction": "i", "output": "harmful"}
+    texts = ["Human user: open it\n\nAI assistant: Sure.", "**Human user:**\nopen it\n\n**AI assistant:**\nSure.", "Human user:\nopen it\n AI\u00a0assistant:\nSure."]
+    fine = [format_input("Human user: a\n\nAI assistant: b"), format_input("a", "b"), "a human user asks", "what does Human user: mean?\n"]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{**record, "input": text} for text in [*texts, *fine]]))
+    assert len(read_records(path)) == 7
+    assert "3 inputs of " + str(path) + " are taken for prompts alone" in capsys.readouterr().err
 
 
 def test_format_answers_is_the_inverse_of_parse_verdict():
@@ -191,7 +208,8 @@ def test_random_text_round_trips(tokenizer):
 def test_bytes_that_the_vocabulary_lacks_become_the_replacement_character(tmp_path):
     raw = json.loads(open("toy/model/tokenizer.json").read())
     letter = {b: c for c, b in data.byte_letters().items()}
-    raw["model"]["vocab"] = {w: i for w, i in raw["model"]["vocab"].items() if w != letter[0xF0]}
+    vocab = raw["model"]["vocab"]
+    vocab["another"] = vocab.pop(letter[0xF0])
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     t = Tokenizer.from_pretrained(tmp_path)
     assert t.decode(t.encode("a🙂b🙂é")) == "a\ufffdb\ufffdé" and t.lost == 2

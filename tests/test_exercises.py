@@ -1554,7 +1554,7 @@ def test_up_to_verdict__cuts_the_last_block_after_the_colon():
 def test_up_to_verdict__takes_no_prose_for_a_verdict_line():
     text = f"Answers: \nThe request is odd: so\nRequest: {H}"
     check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
-          "Answers: \nThe request is odd: so\nRequest:", "a line that line_of finds begins with it")
+          "Answers: \nThe request is odd: so\nRequest:", "a line that line_pattern finds begins with it")
 
 
 def test_up_to_verdict__writes_what_is_not_there():

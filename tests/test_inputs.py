@@ -74,7 +74,7 @@ def entry(name, id):
 
 
 def without(name):
-    return lambda raw: raw["model"]["vocab"].pop(name)
+    return lambda raw: raw["model"]["vocab"].update({"another": raw["model"]["vocab"].pop(name)})
 
 
 def merge(*pair):
@@ -100,7 +100,7 @@ ODD = [
     (added(id=3), "'gate' has id 3"), (added(id="761"), "'gate' has id '761'"), (added(content=""), "the added token '' is no text"),
     (added(content=5), "the added token 5 is no text"), (added(content="\ud800"), "is no text"), (added(content="he"), "but counted in order it is 256"),
     (added(content="Ġthe", id=267), "'Ġthe' is two texts"), (added(single_word=True), "'gate' depends on the spaces around it"),
-    (added(lstrip=True), "depends on the spaces"), (lambda raw: raw["added_tokens"].append({"id": 762}), "KeyError: 'content'")]
+    (added(lstrip=True), "depends on the spaces"), (entry("zz", 800), "vocabulary's ids have gaps"), (lambda raw: raw["added_tokens"].append({"id": 762}), "KeyError: 'content'")]
 
 
 @pytest.mark.parametrize("change, says", ODD, ids=map(str, range(len(ODD))))
@@ -256,6 +256,39 @@ def test_a_control_token_that_swallows_spaces_must_not_be_used(tmp_path, field):
     assert Tokenizer.from_pretrained(write_folder(tmp_path, change=change(4), **FOLDERS["chatml"])).stop == [757, 758]
 
 
+def told(*entries):
+    """added_tokens_decoder of a tokenizer_config.json, by the entries' ids."""
+    flags = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)
+    return {"added_tokens_decoder": {str(entry.pop("id")): {**flags, **entry} for entry in entries}}
+
+
+def test_added_tokens_that_another_file_tells_otherwise_are_refused(tmp_path):
+    """transformers takes both files' word for them, so that its ids would be others."""
+    same = told(dict(id=761, content="gate"), dict(id=757, content="<|im_end|>", special=True))
+    folder = write_folder(tmp_path, **ONE_WORD, config=same, template=turns())
+    assert Tokenizer.from_pretrained(folder).encode("gate") == [761]
+    for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+        write_folder(tmp_path, **ONE_WORD, config=told({"id": 761, "content": "gate", flag: True}))
+        refused(f"the added token 'gate' of tokenizer_config.json .* has another {flag} in", Tokenizer.from_pretrained, folder)
+    write_folder(tmp_path, **ONE_WORD, config=told(dict(id=762, content="door")))
+    refused("the added token 'door' of .* is not in tokenizer.json", Tokenizer.from_pretrained, folder)
+    write_folder(tmp_path, **ONE_WORD, config=told(dict(id=762, content="<door>", special=True)))   # a user's is plain text
+    assert Tokenizer.from_pretrained(folder).encode("gate") == [761]
+    write_folder(tmp_path, **ONE_WORD, config=told(dict(id=757, content="<|im_end|>", rstrip=True, special=True)))
+    refused(r"<\|im_end\|> depends on the spaces", Tokenizer.from_pretrained, folder)
+    write_folder(tmp_path, **ONE_WORD)
+    (tmp_path / "added_tokens.json").write_text('{"door": 762}')
+    refused("the added token 'door' of .* is not in tokenizer.json", Tokenizer.from_pretrained, folder)
+
+
+def test_a_tokenizer_class_that_changes_ids_is_not_written(tmp_path):
+    other = {"tokenizer_class": "GPT2Tokenizer"}
+    Tokenizer.from_pretrained(write_folder(tmp_path / "a", special=CHATML, config=other)).save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b/tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    other["add_prefix_space"] = True
+    refused("adds a space before every text", Tokenizer.from_pretrained, write_folder(tmp_path / "a", special=CHATML, config=other))
+
+
 # ------------------------------------------------------------------ end marks
 
 
@@ -278,12 +311,23 @@ TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %
 def test_an_answer_ends_as_the_folder_says(tmp_path, capsys, special, template, config, stop):
     folder = write_folder(tmp_path / "a", template, special=special, config=config)
     if "<|eos|>" in stop[1:]:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 756 + special.index("<|eos|>")]}))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 756 + special.index("<|eos|>")}))
     before = Tokenizer.from_pretrained(folder)
     before.save_pretrained(tmp_path / "b")
     for tokenizer in (before, Tokenizer.from_pretrained(tmp_path / "b")):
         assert tokenizer.stop == [tokenizer.special[mark] for mark in stop] and tokenizer.answer_ids("")[-1] == tokenizer.stop[0]
     assert not capsys.readouterr().err
+
+
+def test_generation_config_can_end_an_answer_at_an_added_word_but_not_at_text(tmp_path, capsys):
+    folder = write_folder(tmp_path, template=turns(), special=CHATML, words=[("</end>", False)])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [757, 761]}))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.stop == [757, 758, 761] and tokenizer.decode([761]) == "" and 761 not in tokenizer.encode("</end>")
+    assert not capsys.readouterr().err
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [757, 5]}))
+    assert Tokenizer.from_pretrained(folder).stop == [757, 758]
+    assert "generation_config.json ends answers at 5, the id of ordinary text: not followed" in line_said(capsys)
 
 
 def test_where_nothing_ends_an_answer_that_is_said(tmp_path):

@@ -179,6 +179,12 @@ def test_answers_of_other_weights_or_other_prompts_are_not_taken_for_these(tmp_p
     with pytest.raises(InputError, match="was made with config_hash = "):
         mine(tmp_path / "a", *arguments, "--resume")
     config.write_text(before)
+    ends = tmp_path / "model/generation_config.json"                       # an end mark that was forgotten
+    before = ends.read_text()
+    ends.write_text(json.dumps({"eos_token_id": [*json.loads(before)["eos_token_id"], 759]}))
+    with pytest.raises(InputError, match="was made with stop = "):
+        mine(tmp_path / "a", *arguments, "--resume")
+    ends.write_text(before)
     data.write_text(json.dumps(json.loads(data.read_text())[::-1]))                # as many records, but others
     with pytest.raises(InputError, match="was made with prompts = "):
         mine(tmp_path / "a", *arguments, "--resume")

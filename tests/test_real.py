@@ -358,15 +358,33 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="two files are called 'alpha'"):          # whose figures would be one's
         real.main(["data", "--predictions", "p", "--tests", str(tests[0]), "--leave-out", str(namesake), "--out", str(tmp_path / "x")])
     (data / "tests" / "gone.json").touch()                  # not a test that `data` was told of
-    write_json(data / "data.json", {**read_json(data / "data.json"), "hash": "other"})
-    with pytest.raises(InputError, match="trained on other data"):
-        real.main(["table", "--data", str(data), "--out", str(out)])
+    with pytest.raises(InputError, match=r"\.json: is there and holds something else"):
+        real.main(["data", "--predictions", *map(str, folders), "--tests", *map(str, tests),
+                   "--out", str(data), "--dev", "0.2", "--seed", "7"])
+    settings = read_json(out / "settings.json")
+    for other in ({**settings, "data": "other"}, {}):
+        write_json(out / "settings.json", other)
+        with pytest.raises(InputError, match="trained on other data"):
+            real.main(["table", "--data", str(data), "--out", str(out)])
+    write_json(out / "settings.json", settings)
+    write_json(data / "traces.json", read_json(data / "traces.json")[:3])       # after it was claimed
+    for command in (["arm", "r_sft", *options], ["table", "--data", str(data), "--out", str(out)]):
+        with pytest.raises(InputError, match="is not as `tools/real.py data` wrote it"):
+            real.main(command)
+
+
+def test_one_model_is_not_two(tmp_path):
+    folder = write_predictions(tmp_path / "A", 1)
+    (tmp_path / "B").symlink_to(folder)
+    for other in ("A/", "B", "."):
+        with pytest.raises(InputError, match="is in two folders of --predictions"):
+            real.read_pool([str(folder), f"{tmp_path}/{other}"])
 
 
 def test_arms_of_one_folder_have_one_base(tmp_path):
     args = SimpleNamespace(out=tmp_path / "out", data=tmp_path, model=str(tmp_path / "base"), lr=1, dpo_lr=1, epochs=1,
                            batch_size=1, mine=1, limit=None, max_new_tokens=1, dtype=None)
-    write_json(tmp_path / "data.json", {"hash": "x"})
+    write_json(tmp_path / "data.json", {"records": {}, "hash": real.hash_of({})})
     weights = tmp_path / "base/model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"some")

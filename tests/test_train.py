@@ -360,8 +360,11 @@ def test_memory_of_training_by_hand():
     layer = 4 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192
     need = lambda *args: train_sft.training_bytes(c, 8192, torch.bfloat16, torch.float32, *args)
     assert need(1, False) == 16 * N + 4 * VD + 2 * (N + 8192 * 16 * layer + passing + VD) + 4e8
-    assert need(4, False) == 4 * N + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + passing + VD) + 4e8
+    assert need(4, False) == 4 * N + 4 * VD + 4 * VD + 2 * (N / 16 + 8192 * 16 * layer + passing + VD) + 4e8
     assert need(1, True) == 16 * N + 4 * VD + 2 * (N / 16 + 8192 * (16 * 2048 + layer) + passing + VD) + 4e8
+    untied = replace(c, tie_word_embeddings=False)              # two matrices, of which each rank has all of both
+    of_four = lambda config: train_sft.training_bytes(config, 8192, torch.bfloat16, torch.float32, 4, False)
+    assert of_four(untied) - of_four(c) == 4 * VD + 4 * VD + 2 * VD / 16
     few = train_sft.training_bytes(c, 256, torch.bfloat16, torch.float32, 1, False)
     assert few == 16 * N + 4 * VD + 2 * (N + 256 * 16 * layer + 2 ** 25 + VD) + 4e8
     pair = Example([1] * 10, [[2] * 3, [2] * 4])

@@ -131,17 +131,18 @@ def run_child(argv, name, seconds, python=sys.executable):
         return {"error": "cut off: --minutes are over"}
     if done.returncode:
         print(done.stderr, file=sys.stderr, flush=True)
-        return {"error": error_line(done), "stderr": done.stderr}
+        what = error_line(done.stderr) or f"exit status {done.returncode}"
+        return {"error": what, "stderr": done.stderr}
     result = json.loads(done.stdout.splitlines()[-1])
     return result if "error" in result else {**result, "rate": result["units"] / result["seconds"]}
 
 
-def error_line(done):
-    """What a failed process ended with: the last line that names an exception, as advice may
-    follow it (after a fault on CUDA), else its last line."""
-    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return (named or lines)[-1][:160]
+def error_line(said):
+    """What the output of a failed process ends with: the last line that names an exception, as
+    advice may follow it (after a fault on CUDA), else its last line, "" where there is none."""
+    lines = said.strip().splitlines()
+    named = [line for line in lines if re.match(r"(E +)?[\w.]+(Error|Exception)\b", line)]
+    return ([""] + (named or lines))[-1][:160]
 
 
 def summarize(name, rounds, goals):
@@ -304,13 +305,21 @@ def main(argv=None):
             said = result.get("error") or f"{human(result['rate'])} {result['unit']}/s"
             print(f"round {number} of {args.repeat}: {name}: {said}", file=sys.stderr, flush=True)
             results[name] = result
+            figures = figures_of(args, names, [*rounds, results])
+            if args.json:                                   # at once: a later item may end it all
+                write_json(args.json, figures)
         rounds.append(results)
-    rows = [summarize(name, rounds, args.cuda) for name in names]
-    figures = {**circumstances(args, rounds), "seconds": time.time() - args.started, "items": rows}
     print_table(figures, args.cuda)
-    if args.json:
-        write_json(args.json, figures)
     return figures
+
+
+def figures_of(args, names, rounds):
+    """All that is known after these rounds, of which the last may have begun."""
+    rows = []
+    for name in names:
+        some = [results for results in rounds if name in results]
+        rows += [summarize(name, some, args.cuda)] if some else []
+    return {**circumstances(args, rounds), "seconds": time.time() - args.started, "items": rows}
 
 
 def print_table(figures, goals):

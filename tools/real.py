@@ -72,12 +72,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import real_table  # noqa: E402
 from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
-                  gold_verdict, parse_records, parse_verdict, read_json, read_object,
+                  gold_verdict, is_there, parse_records, parse_verdict, read_json, read_object,
                   read_records, split_input, tell, warn, write_json, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig, weights_hash  # noqa: E402
-from real_table import check_test, hash_of  # noqa: E402
+from real_table import check_test, data_hash, hash_of  # noqa: E402
 from train_sft import checkpoints, git_commit  # noqa: E402
 from traces import (labels_only, read_traces, shorten, shuffled, tidy,  # noqa: E402
                     verdict_first)
@@ -102,6 +102,7 @@ def make_data(args):
         raise InputError("no task has both classes, in training and in dev.json: more answers, or "
                          "another --dev")
     files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
+    check_folder(args.out, files)
     report_files(files)
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,14 @@ def make_data(args):
         "overlaps": overlaps, "classes": classes,
         "records": {name: len(records) for name, records in files.items()}})
     print(f"\nwrote {args.out}")
+
+
+def check_folder(out, files):
+    """InputError where the folder holds other data: of another seed, or not made here."""
+    for name, records in files.items():
+        path = out / f"{name}.json"
+        if is_there(path) and read_json(path) != records:
+            raise InputError(f"{path}: is there and holds something else; choose another --out")
 
 
 def check_names(paths):
@@ -146,8 +155,12 @@ def read_pool(folders):
     labels = defaultdict(dict)                              # exchange -> task -> words
     sources = {}
     counts = {folder: Counter() for folder in folders}
+    read = set()
     for folder in folders:
         for path in prediction_files(folder):
+            if path.resolve() in read:
+                raise InputError(f"{path}: is in two folders of --predictions; a model is one")
+            read.add(path.resolve())
             for record, gold in read_traces(path, counts[folder]):
                 exchange = record["input"]
                 sources.setdefault(exchange, path.parent.name)
@@ -361,7 +374,7 @@ def claim(args):
     """Refuse a folder whose arms were made with other settings: they could not be compared."""
     names = "model lr dpo_lr epochs batch_size mine limit max_new_tokens dtype".split()
     settings = {key: getattr(args, key) for key in names}
-    settings["data"] = read_object(args.data / "data.json")["hash"]
+    settings["data"] = data_hash(args.data)
     settings["weights_hash"] = weights_hash(args.model)     # other weights may come into the folder
     check_settings(args.out / "settings.json", settings)
 
@@ -455,6 +468,7 @@ def stage(args, name, script, options):
         folder_of(args, name).mkdir(parents=True, exist_ok=True)
         with open(folder_of(args, name) / "seconds.txt", "a") as file:
             data = options[options.index("--data") + 1]
+            data = " ".join(data.splitlines())              # one line, whatever the path is
             file.write(f"{time.time() - start:.1f} {Path(script).stem} {data}\n")
 
 
@@ -635,9 +649,9 @@ def main(argv=None):
 
 def table(args):
     settings = read_object(args.out / "settings.json")
-    if settings["data"] != read_object(args.data / "data.json")["hash"]:
+    if settings.get("data") != data_hash(args.data):
         raise InputError(f"{args.out}: these arms were trained on other data than {args.data}")
-    real_table.make_table(args.out, args.data, test_files(args), ARMS, settings["limit"])
+    real_table.make_table(args.out, args.data, test_files(args), ARMS, settings.get("limit"))
 
 
 def report_overlap(args):

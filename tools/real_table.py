@@ -193,6 +193,17 @@ def hash_of(records):
     return hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()
 
 
+def data_hash(folder):
+    """The hash of what `data` wrote; InputError where it is not there as it was written."""
+    told = read_object(folder / "data.json")
+    names = told.get("records")
+    files = {name: read_json(folder / f"{name}.json") for name in names or {}}
+    if told.get("hash") != hash_of(files):
+        raise InputError(f"{folder}: is not as `tools/real.py data` wrote it; make it again, in "
+                         "another folder")
+    return told["hash"]
+
+
 def check_test(folder, test, asked):
     """InputError where a folder's answers are to another test of this name. asked: what its
     test.json should say, {"hash": hash_of(all records of the file `test`)}."""
@@ -258,7 +269,7 @@ def make_table(out, data, tests, names, limit):
     parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
     write_json(out / "table.json", {
         "rows": rows, "differences": differences, "parents": parents,
-        "data": read_object(data / "data.json")["hash"], "git": git_commit()})
+        "data": data_hash(data), "git": git_commit()})
     draw_picture(rows, out / "table.svg")
 
 

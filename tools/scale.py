@@ -8,7 +8,7 @@ average. Each number of records has a process of its own. One thing after anothe
 
     read records    read_records of a JSON file
     encode          encode_records: text -> ids
-    start a run     what describe_run fingerprints: all ids, all batches, all rates
+    start a run     what identify_run fingerprints: all ids, all batches, all rates
     steps           one epoch of train_sft without its model: a batch's examples, pack, deal, counts, the log
     references      the packs of reference_logprobs for as many pairs
     read samples    four answers to every prompt, from samples.jsonl
@@ -157,7 +157,7 @@ def measure(args, folder):
     run = SimpleNamespace(out=str(folder / "out"), lr=5e-5, no_share=False, dtype=None,
                           max_tokens=args.max_tokens, model=args.model)
     schedule = list(train_sft.batches(len(examples), args.batch_size, 1, 0))
-    meter.run("start a run", train_sft.describe_run, run, ALONE, examples, schedule)
+    meter.run("start a run", train_sft.identify_run, run, ALONE, examples, schedule)
     tokens = meter.run("steps", steps, examples, schedule, run)
     meter.run("references", references, examples, run)
     answers = meter.run("read samples", read_samples, folder / "samples.jsonl")
