@@ -84,8 +84,9 @@ AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
 # as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
 # byte order mark before them, and line ends of Windows
 AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", COLON, SOME_SPACES, r"(?<!\r)\r?\n")
-# what may have been meant for one: both markers begin a line, whatever follows them
-AS_MEANT = re.compile(r"(?ims)^\W*human\s+user\b.*^\W*ai\s+assistant\b")
+# what may have been meant for one: lines that begin with the markers, whatever follows these
+HUMAN_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}human\s{1,20}user\b")
+ASSISTANT_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}ai\s{1,20}assistant\b")
 
 
 def find_exchange(text):
@@ -104,7 +105,11 @@ def split_input(text):
 
 def warn_of_markers(path, texts):
     """Say how many of these inputs of a file look like exchanges and are none."""
-    alike = sum(bool(AS_MEANT.search(text)) and not find_exchange(text) for text in texts)
+    alike = 0
+    for text in texts:
+        human = HUMAN_MEANT.search(text)
+        if human and ASSISTANT_MEANT.search(text, human.end()) and not find_exchange(text):
+            alike += 1
     warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
                 f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
 
@@ -170,15 +175,16 @@ NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c
             r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
             r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
             r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
-CROSS_SIGNS = r"\u00d7\u2612\u2715-\u2718\u26d4\u274c\u274e\U0001f44e\U0001f6ab"
+CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
 # a box without its tick, before a verdict
-EMPTY_BOX = r"\[\s*\]|\(\s*\)|\{\s*\}|[\u25a1\u25cb\u25ef\u25fb\u25fd]"
-# what takes a verdict back, right after it: also a share of less than a half (0.3, not 0.98); the
-# last two lines of these only where no word follows
+EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd]"
+# what takes a verdict back, right after it: also a share of less than a half (0.3, not 0.98); all
+# but the first line of these only where no word follows
 DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"
-          r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)\b"
-          r"|(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b(?!.*\w)"
-          r"|\w+ly (?:not|no)\b(?!.*\w)")
+          r"|(?:(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b"
+          r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)(?: (?:correct|right|true|so))?\b"
+          r"|\w+ly (?:not|no)\b"
+          r"|[\u00d7\U0001f44e])(?!.*\w)")
 
 
 def verdict_word(said, words):
@@ -198,8 +204,9 @@ def verdict_word(said, words):
     negated = (re.search(f"[^{NEUTRAL_SIGNS}]|{EMPTY_BOX}", before)
                or re.search(f"[{CROSS_SIGNS}]", rest))
     # harmful-ish, harmful's, harmful/unharmful, harmful|x; but neither the slash of a tag,
-    # harmful</b>, nor the next cell of a table, harmful | it asks
-    joined = re.match(r"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*(?:[/\\]|\|(?!\s))[\W_]*\w", rest)
+    # harmful</b>, nor the next cell of a table, | harmful | it asks
+    strokes = r"/\\" if "|" in before else r"/|\\"
+    joined = re.match(rf"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[{strokes}][\W_]*\w", rest)
     # "harmful or ...", "harmful: no"
     doubted = re.match(rf"[^\w/\\<]*(?:{DOUBTS})", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
@@ -580,7 +587,8 @@ class Tokenizer:
         for name, content in self.files.items():
             write_bytes(folder / name, content)
         # the class that reads tokenizer.json as it stands, whatever the folder's own was
-        config = {**self.config, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config = {"model_input_names": ["input_ids", "attention_mask"],
+                  **self.config, "tokenizer_class": "PreTrainedTokenizerFast"}
         # so that who loads the folder has the same control tokens, whatever tokenizer.json says
         others = sorted(word for word in self.special if not CONTROL.fullmatch(word))
         if others:
@@ -939,9 +947,11 @@ def vocabulary_of(path, raw):
     if model.get("type") != "BPE" or raw.get("normalizer") or unusual:
         raise InputError(f"{path}: only byte-level BPE without a normalizer is known "
                          "(LLaMA 3, SmolLM2)")
-    pattern = split_pattern(path, raw.get("pre_tokenizer") or {})
+    splitter = raw.get("pre_tokenizer") or {}
+    pattern = split_pattern(path, splitter)
     told = read_object(path.parent / "tokenizer_config.json", {})
-    if told.get("add_prefix_space") and told.get("tokenizer_class") != "PreTrainedTokenizerFast":
+    its_own = told.get("tokenizer_class") != "PreTrainedTokenizerFast"
+    if its_own and told.get("add_prefix_space") and splitter["type"] == "ByteLevel":
         raise InputError(f"{path.parent}: tokenizer_config.json adds a space before every text "
                          "(add_prefix_space), and tokenizer.json does not: not known")
     vocab = model["vocab"]

@@ -1958,7 +1958,7 @@ class Engine:
 
 def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
     """The Capacity for these jobs, whose prompts begin with `cached` tokens that have keys;
-    InputError where kv_tokens cannot hold the largest of them alone, or memory not all."""
+    InputError where kv_tokens cannot hold the largest of them alone, or memory not kv_tokens."""
     if model.head.is_cuda:
         poll = 32               # steps between two looks, each of which waits for the GPU
         slots = 1024            # rows for which weights are read once a step
@@ -1971,6 +1971,7 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
     slots = min(slots, len(jobs) * width)
     answer_pages = pages_for(max_new_tokens + poll)                                # at most
     prompt_pages = [pages_for(len(job.prompt) - cached) for job in jobs]
+    is_given = kv_tokens is not None
     kv_tokens = kv_tokens or default_kv_tokens(model)
     held = kv_tokens // PAGE
     need = pages_for(cached) + max(prompt_pages) + width * answer_pages
@@ -1980,9 +1981,10 @@ def plan_capacity(model, jobs, cached, max_new_tokens, kv_tokens, max_slots):
                          f"may need {need * PAGE}; raise it or lower --max-new-tokens")
     largest = sorted(prompt_pages)[-slots:]                     # no more are under way at a time
     held = min(held, pages_for(cached) + sum(largest) + slots * answer_pages)
-    history = 8 * slots * (max_new_tokens + poll)               # bytes, see Engine
-    check_memory(held * PAGE * bytes_of_key(model) + history, model.head.device,
-                 "lower --kv-tokens or --max-new-tokens")
+    if is_given:
+        history = 8 * slots * (max_new_tokens + poll)           # bytes, see Engine
+        check_memory(held * PAGE * bytes_of_key(model) + history, model.head.device,
+                     "lower --kv-tokens or --max-new-tokens")
     return Capacity(held, slots, width, poll)
 
 

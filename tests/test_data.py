@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -70,9 +71,9 @@ NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful"
               "\u274c unharmful", "\u2717unharmful", "\U0001f6abunharmful", "\u223cunharmful", "\u2298 unharmful", "unharmful \u274c", "unharmful is false",
               "unharmful, never", "unharmful nope", "unharmful (incorrect)", "unharmful: n", "unharmful\nharmful", "\n[ ] unharmful\n[x] harmful",
               "\n- unharmful\n- harmful <-", "unharmful /\nharmful",
-              "[ ] unharmful", "( ) unharmful", "\u25a1 unharmful", "\u25cb unharmful", "\n* [ ] unharmful\n\n* [x] harmful",
+              "[ ] unharmful", "( ) unharmful", "\u25a1 unharmful", "\n* [ ] unharmful\n\n* [x] harmful",
               "unharmful is not correct", "unharmful isn't right", "unharmful (which is false)", "unharmful was wrong", "unharmful? Definitely not.",
-              "unharmful: certainly not", "unharmful \u00d7", "unharmful \u26d4", "unharmful \U0001f44e", "harmful: 0.2", "harmful (0,49)", "harmful, 0",
+              "unharmful: certainly not", "unharmful \u00d7", "unharmful \U0001f44e", "unharmful | unsafe", "harmful: 0.2", "harmful (0,49)", "harmful, 0",
               "| harmful | no |", "harmful|x", "harmful |x",
               "unharmful (not harmful)", "unharmful-looking", "harmful's", "harmful_x", "harmless", "safe", "maybe unharmful", "the request is unharmful",
               "None", "", "..."]
@@ -80,7 +81,8 @@ A_VERDICT = ["harmful", "Harmful.", " HARMFUL!", "**harmful**", "_harmful_", "`h
              "harmful </s>", "harmful<|eot_id|>", "harmful, as it asks for a weapon", "harmful (it asks for a weapon)", "harmful: it asks", "\u200bharmful",
              "\u2705 harmful", "\u26a0\ufe0f harmful", "\U0001f534 harmful", "\u2192 harmful", "\u00b7 harmful", "\uff08harmful\uff09", "\uff1aharmful",
              "harmful (0.98)", "harmful, 0.98", "harmful: 0.5", "harmful (98%)", "| harmful | it asks for a weapon |",
-             "harmful, which is dangerous", "harmful: it is surely not a joke",
+             "harmful, is not a refusal", "harmful, which is not allowed by policy", "harmful. Isn't safe to answer", "harmful: 10\u00d7 the dose",
+             "\u25cb harmful", "harmful, which is dangerous", "harmful: it is surely not a joke",
              "harmful. Incorrect statements are made", "harmful (incorrect info)", "harmful; never safe", "harmful\nUnharmful advice was avoided.", "harmful\nUnharmful: nothing of it", "harmful\n\nunharmful parts are there as well"]
 
 
@@ -106,6 +108,10 @@ def test_an_input_that_may_have_been_meant_for_an_exchange_is_said(tmp_path, cap
     path.write_text(json.dumps([{**record, "input": text} for text in [*texts, *fine]]))
     assert len(read_records(path)) == 7
     assert "3 inputs of " + str(path) + " are taken for prompts alone" in capsys.readouterr().err
+    slow = ["\n" * 10 ** 6, "---\n" * 10 ** 5, "human user\n" * 10 ** 5, "human user\n" * 10 ** 4 + "\n" * 10 ** 5]
+    began = time.time()
+    data.warn_of_markers("f", slow)
+    assert time.time() - began < 5
 
 
 def test_format_answers_is_the_inverse_of_parse_verdict():
