@@ -487,7 +487,7 @@ def check_settings(path, settings, rank=0):
         return
     before = read_object(path)
     for name, now in settings.items():
-        was = before.get(name)
+        was = before.get(name, now)                         # older files have fewer settings
         if was != now:
             raise InputError(f"{path}: was made with {name} = {was!r}, not {now!r}; "
                              "choose another --out")

@@ -509,6 +509,7 @@ def start_run(args, world):
 
 # files that say how a model is to be read
 OF_MODELS = ("config.json", "chat_template.jinja", "special_tokens_map.json")
+OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
 HASHED = {"data_hash": "data_hash (of records and tokenizer)",
           "eval_hash": "eval_hash (of --eval-data)",
           "config_hash": "config_hash (of --model's config.json)",
@@ -518,11 +519,11 @@ HASHED = {"data_hash": "data_hash (of records and tokenizer)",
 
 def check_same_run(args, before):
     """InputError where a setting, or what was read, is not that with which the run began.
-    before: the first line of its log."""
+    before: the first line of its log; an older one has fewer of these, or other names."""
     both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
     for name in [*both.split(), *HASHED, "beta", "sft"]:
         now = getattr(args, name, None)
-        was = before.get(name)
+        was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
             what = HASHED.get(name, name)
             raise InputError(f"{args.out}: its run has {what} = {was!r}, not {now!r}; "
