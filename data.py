@@ -178,8 +178,8 @@ NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c
 CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
 # a box without its tick, before a verdict
 EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd]"
-# what takes a verdict back, right after it: also a share of less than a half (0.3, not 0.98); all
-# but the first line of these only where no word follows
+# what takes a verdict back where it follows it: the first line of these always (a share below one
+# half, too: 0.3, not 0.98), the other lines only where no word comes after them
 DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"
           r"|(?:(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b"
           r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)(?: (?:correct|right|true|so))?\b"

@@ -1035,7 +1035,7 @@ def notes(results):
             lines.append(f"{name}: AUPRC {r['auprc']:.2f}, recall {r['recall_at_1']:.1f} at 1% and "
                          f"{r['recall_at_5']:.1f} at 5% false positives, calibration error "
                          f"{r['ece']:.1f}")
-    first_of = {}                                           # of each file: all say the same cost
+    first_of = {}       # one result a file: its tasks' costs differ by which records are labelled
     for r in results:
         first_of.setdefault(r["file"], r)
     for r in first_of.values():

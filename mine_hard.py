@@ -39,9 +39,9 @@ from model import (NEARLY_ZERO, Job, Llama, config_hash, fingerprint, folder_nam
 # A sample is a dict of a line of samples.jsonl: text, finish ("stop", or "length" where the answer
 # is unfinished), tokens, verdict (see data.parse_verdict).
 def judge(verdict, gold):
-    """Is this output correct: is every verdict that the record labels right? A missing verdict is
-    wrong, and where nothing is labelled, nothing is right. verdict, gold: dicts as parse_verdict
-    gives them; a None in gold is no label. -> bool"""
+    """Is this output correct: has it the right verdict on every task that the record labels? A
+    missing verdict is wrong, and where nothing is labelled, nothing is right. verdict, gold: dicts
+    as parse_verdict gives them; a None in gold is no label. -> bool"""
     labelled = [name for name in VERDICTS if gold[name] is not None]
     return bool(labelled) and all(verdict[name] == gold[name] for name in labelled)
 
@@ -212,8 +212,9 @@ def main(argv=None):
 
 
 def check_out(args, out, names):
-    """InputError where a model is named twice, or --out holds samples though the run does not
-    resume, samples of other files than its own (names), or a hard.jsonl alone."""
+    """InputError where a model is named twice, or --out holds: samples or a hard.jsonl, and
+    --resume is not given; samples in other files than these names; a hard.jsonl without its
+    samples."""
     if len(set(map(os.path.realpath, args.model))) < len(args.model):
         raise InputError("--model: a folder is named twice")
     with reading(out):
