@@ -269,7 +269,7 @@ def make_table(out, data, tests, names, limit):
     parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
     write_json(out / "table.json", {
         "rows": rows, "differences": differences, "parents": parents,
-        "data": data_hash(data), "git": git_commit()})
+        "data": read_object(data / "data.json")["hash"], "git": git_commit()})
     draw_picture(rows, out / "table.svg")
 
 
