@@ -129,7 +129,7 @@ def shorten(text, most):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    block     what follows the last line that begins with "answers:" (answers_heading)
+    block     what follows the last line that begins with "answers:" or is that word (ANSWERS)
     line      of each task: the first one in the block that begins with its name and a colon; where
               the block has none, or there is no block, the last such line of the whole text
     verdict   what verdict_word finds after that colon, spaces and ends of lines left out, up to the
@@ -149,23 +149,27 @@ def parse_verdict(text):
     return verdict
 
 
-VERDICT_WORD = "|".join(word for words in VERDICTS.values() for word in words)
+ANY_VERDICT = "|".join(word for words in VERDICTS.values() for word in words)
 # a line that is a verdict alone, ticked or not: "harmful", "- **harmful**", "[x] harmful"
-ALONE = rf"[^\w\n]*(?:x[^\w\n]+)?(?:{VERDICT_WORD})[^\w\n]*$"
+ALONE = rf"[^\w\n]*(?:x[^\w\n]+)?(?:{ANY_VERDICT})[^\w\n]*$"
 # what follows a verdict line's colon: its line, and the next one if that is a verdict alone
 SAID = rf"\s*(.*(?:\n{ALONE})?)"
+# how a line begins, before its name; how the name ends
+LINE_BEGIN = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
+NAME_END = r"(?:[*_`\"']|[^\S\n])*" + COLON
+# the heading of an Answers block, up to its colon; without one it is a line of its own: "# Answers"
+ANSWERS = re.compile(rf"{LINE_BEGIN}(?:final[^\S\n]+)?answers(?:{NAME_END}|[^\w\n]*$)",
+                     re.IGNORECASE | re.MULTILINE)
 
 
 def line_pattern(name, rest=SAID):
     """What matches a line that begins with a name and a colon; its group is what follows."""
-    begin = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
-    end = r"(?:[*_`\"']|[^\S\n])*" + COLON
-    return re.compile(rf"{begin}{name}{end}{rest}", re.IGNORECASE | re.MULTILINE)
+    return re.compile(rf"{LINE_BEGIN}{name}{NAME_END}{rest}", re.IGNORECASE | re.MULTILINE)
 
 
 def answers_heading(text):
-    """The match of the heading of the last Answers block, up to its colon, or None."""
-    headings = list(line_pattern("answers", "").finditer(text))
+    """The match of the heading of the last Answers block (ANSWERS), or None."""
+    headings = list(ANSWERS.finditer(text))
     return headings[-1] if headings else None
 
 
@@ -177,7 +181,7 @@ NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c
             r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
 CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
 # a box without its tick, before a verdict
-EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd]"
+EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd\u2610]"
 # what takes a verdict back where it follows it: the first line of these always (a share below one
 # half, too: 0.3, not 0.98), the other lines only where no word comes after them
 DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"

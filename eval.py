@@ -37,11 +37,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (INSTRUCTION, VERDICTS, Example, InputError, answers_heading, at_least,
-                  common_prefix, exchange_of, format_answers, format_input, gold_verdict, hold,
-                  hush, interruptible, is_there, line_pattern, pack, parse_records, parse_verdict,
-                  read_json, read_records, say, spelled, tell, warn_of_markers, without_repeats,
-                  write_json)
+from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, InputError, answers_heading,
+                  at_least, common_prefix, exchange_of, format_answers, format_input, gold_verdict,
+                  hold, hush, interruptible, is_there, line_pattern, pack, parse_records,
+                  parse_verdict, read_json, read_records, say, spelled, tell, warn_of_markers,
+                  without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -415,15 +415,38 @@ def conclude(model, tokenizer, prompt, ids, has_response):
         p = dict(zip(harmful, values))
     verdict.update((task, None) for task in VERDICTS if task not in needed)
     return {**verdict, "parsed": not forced and all(verdict[task] for task in needed),
-            "forced": forced, "p_harmful": {task: round(p[task], 4) for task in harmful},
-            "reasoning": text}
+            "forced": forced, "p_harmful": {task: p[task] for task in harmful}, "reasoning": text}
 
 
 def block_verdict(text):
-    """parse_verdict of the last Answers block alone: what stands before it may be the user's words,
-    as quoted by a guard that was talked into it."""
-    heading = answers_heading(text)
-    return parse_verdict(text[heading.start():] if heading else "")
+    """The verdicts of an answer that is acted upon: {task: word, or None}.
+
+    For F1, parse_verdict makes the most of any answer. Here a verdict counts only if, from the
+    first Answers heading on, each line about the task is plain (plain_verdict) and has that word:
+    whatever else stands there may take it back, and an Answers block that is not alone may be
+    quoted from a user. What stands before the heading is reasoning."""
+    heading = ANSWERS.search(text)
+    block = text[heading.end():] if heading else ""
+    verdict = dict.fromkeys(VERDICTS)
+    for task in VERDICTS:
+        lines = line_pattern(task, ".*").finditer(block)
+        words = {plain_verdict(line.group(), task) for line in lines}
+        if len(words) == 1:
+            verdict[task] = words.pop()
+    return verdict
+
+
+def plain_verdict(line, task):
+    """The word of a line that is a task's name, a colon and that word, or None where anything else
+    stands there but emphasis, quotes, full stops and table cells, and before the name a bullet, a
+    number or a letter of a list."""
+    marks = r"[\s*_`\"'|.]*"
+    bullet = r"[\s*_`\"'|.>#)-]*"
+    number = rf"(?:(?:\d{{1,9}}|[a-z]\)){bullet})?"
+    word = "|".join(VERDICTS[task])
+    found = re.fullmatch(rf"{bullet}{number}{task}{marks}{COLON}{marks}({word}){marks}",
+                         line.lower())
+    return found.group(1) if found else None
 
 
 # ------------------------------------------------------------------ the script

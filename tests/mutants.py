@@ -146,7 +146,10 @@ MUTANTS = [
     # ---- what the world feeds it: a guard that fails open
     ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
     ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
-    ("data.py", 'line_pattern("answers", "").finditer(text)', 're.finditer("answers:", text, re.I)', "test_data.py -k parse_verdict"),
+    ("data.py", "ANSWERS.finditer(text)", 're.finditer("answers:", text, re.I)', "test_data.py -k parse_verdict"),
+    ("eval.py", "heading = ANSWERS.search(text)", "heading = answers_heading(text)", "test_eval.py -k own_block"),
+    ("eval.py", "if len(words) == 1:", "if words:", "test_eval.py -k take_it_back"),
+    ("eval.py", "({word}){marks}\"", "({word}).*\"", "test_eval.py -k take_it_back"),
     ("eval.py", 'if verdict["forced"] or verdict[task] is None or cuts[number]:', "if verdict[task] is None or cuts[number]:", "test_eval.py -k every_line"),
     ("eval.py", '"parsed": not forced and all(', '"parsed": all(', "test_eval.py -k missing_verdict"),
     ("eval.py", 'case["verdict"] = dict.fromkeys(VERDICTS)', "pass", "test_eval.py -k without_end"),

@@ -8,7 +8,9 @@
     data    DATA/traces.json and its other forms, DATA/tests, DATA/data.json (what became of what)
     arm     OUT/NAME_seed1: model, eval/TEST/results.json, seconds.txt; what was mined, and the
             parent, beside it: OUT/mined_NAME_seed1, OUT/parent_seed1.json
-    table   OUT/table.json, OUT/table.svg, and Markdown on the console (real_table.py)
+    table   OUT/table.json, OUT/table.svg, and Markdown on the console (real_table.py); and
+            OUT/said.jsonl: what each arm said to each record, without a text. With --beside and such
+            files of other folders, these arms are compared with those, record by record
 
 8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
 called like its benchmark. Another base is another --model: the learning rates follow from its
@@ -591,6 +593,9 @@ def parse_arguments(argv):
         some.add_argument("--out", type=Path, required=True, help="folder of all arms")
         some.add_argument("--tests", nargs="+", metavar="FILE",
                           help="these instead of those that `data` was told of")
+    for some in (everything, figures):
+        some.add_argument("--beside", nargs="+", default=[], metavar="FILE",
+                          help="said.jsonl of other arms, to compare with")
     args = p.parse_args(argv)
     if args.command in ("arm", "all"):
         width = LlamaConfig.from_json(Path(args.model) / "config.json").hidden_size
@@ -651,7 +656,7 @@ def table(args):
     settings = read_object(args.out / "settings.json")
     if settings.get("data") != data_hash(args.data):
         raise InputError(f"{args.out}: these arms were trained on other data than {args.data}")
-    real_table.make_table(args.out, args.data, test_files(args), ARMS, settings.get("limit"))
+    real_table.make_table(args.out, args.data, test_files(args), ARMS, settings, args.beside)
 
 
 def report_overlap(args):

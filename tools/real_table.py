@@ -1,11 +1,12 @@
 """What tools/real.py found: the table, paired differences, a picture.
 
-    python tools/real.py table --data DATA --out OUT
+    python tools/real.py table --data DATA --out OUT --beside said.jsonl
 
     Guard                       what one guard said to one test, for one seed
     throughout, words_guard     guards without a model, on the same tests
     f1_draws, ...               a figure and its resamplings by prompt, the same for all guards
-    make_table                  OUT -> OUT/table.json, OUT/table.svg, Markdown
+    said_lines, read_said       what a guard said to each record, without a text: said.jsonl
+    make_table                  OUT -> OUT/table.json, OUT/table.svg, OUT/said.jsonl, Markdown
 """
 import hashlib
 import json
@@ -22,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
-from data import (VERDICTS, InputError, gold_verdict, read_json, read_object,  # noqa: E402
-                  read_records, split_input, write_json)
+from data import (VERDICTS, InputError, gold_verdict, parse_records, read_json,  # noqa: E402
+                  read_object, read_records, split_input, write_bytes, write_json)
 from eval import TITLES, labels_of, read_predictions, score_cases  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
@@ -183,6 +184,7 @@ class Guard:
     {figure: {task: its draws}}."""
 
     def __init__(self, results, cases):
+        self.cases = cases
         self.results = {result["task"]: result for result in results if "dataset" in result}
         self.draws = {figure: {task: draws_of(cases, task) for task in self.results}
                       for figure, draws_of in DRAWS.items()}
@@ -211,10 +213,10 @@ def check_test(folder, test, asked):
         raise InputError(f"{folder}: has answers to another test of this name; rename {test}")
 
 
-def read_guards(out, names, test, train, limit):
-    """{guard: {seed: Guard}} of all arms that answered this test, and of the guards without a
-    model, whose seed is None. train: the records that `words` learns from; limit: how many records
-    of the test were asked, None for all."""
+def read_guards(out, names, test, train, limit, beside):
+    """{guard: {seed: Guard}} of all arms that answered this test, of the guards without a model and
+    of those in the files `beside`, whose seed is None. train: the records that `words` learns from;
+    limit: how many records of the test were asked, None for all."""
     dataset = Path(test).stem
     records = read_records(test)
     asked = {"hash": hash_of(records)}
@@ -233,6 +235,9 @@ def read_guards(out, names, test, train, limit):
             "words": words_guard(records, dataset, train)}
     for name, cases in said.items():
         guards[name] = {None: Guard(score_cases(cases, dataset), cases)}
+    for path in beside:
+        for name, guard in read_said(path, records, dataset).items():
+            guards[name] = {None: guard}
     return guards
 
 
@@ -249,15 +254,102 @@ def read_answers(folder, records, dataset):
     return cases
 
 
+# ------------------------------------------------------------------ what was said, without a text
+LETTERS = "10-"             # of a verdict: the positive one, the other one, none
+
+
+def said_lines(out, guards, names, dataset, data):
+    """A line of said.jsonl for each arm, seed and task of a test: the figures, then of each record
+    the verdict and P. It holds no text, so what a guard says can be shown where a test cannot.
+    data: the hash of what the arms learned."""
+    lines = []
+    for name in names:
+        for seed, guard in guards.get(name, {}).items():
+            folder = out / f"{name}_seed{seed}" / "eval" / dataset / dataset
+            dtype = read_object(folder / "settings.json")["dtype"]
+            for task, result in guard.results.items():
+                lines.append({
+                    "guard": name, "seed": seed, "dtype": dtype, "data": data,
+                    "test": dataset, "hash": hash_of(answered(guard.cases, task)), "task": task,
+                    **{key: result.get(key) for key in ("n", *FIGURES)},
+                    **said_of(guard.cases, task)})
+    return lines
+
+
+def answered(cases, task):
+    """What a line of said.jsonl is about: [(prompt, label)] of the cases that are labelled."""
+    return [(case["prompt"], case["gold"][task]) for case in cases if case["gold"][task]]
+
+
+def said_of(cases, task):
+    """{"said": a letter of LETTERS for each labelled case, "p": a number each, or nothing}."""
+    letters = dict(zip((*VERDICTS[task], None), LETTERS))
+    some = [case for case in cases if case["gold"][task]]
+    said = {"said": "".join(letters[case["verdict"][task]] for case in some)}
+    if all(task in case.get("p", {}) for case in some):
+        said["p"] = [float(f"{case['p'][task]:.9g}") for case in some]
+    return said
+
+
+def read_said(path, records, dataset):
+    """{name: Guard} of the guards in a said.jsonl that answered this test; InputError where that
+    was another one of this name, or the file is no such file."""
+    results = {}
+    cases = {}
+    for place, line in parse_records(path):
+        check_said(f"{path}: {place}", line)
+        if line["test"] != dataset:
+            continue
+        name = "{guard}, seed {seed}, {dtype}".format(**line)
+        if name not in cases:
+            cases[name] = [case_of(record, dataset, dict.fromkeys(VERDICTS)) for record in records]
+            results[name] = []
+        if hash_of(answered(cases[name], line["task"])) != line["hash"]:
+            raise InputError(f"{path}: {place} is about another test than this {dataset}")
+        take_said(cases[name], line)
+        results[name].append({**line, "dataset": dataset})
+    return {name: Guard(results[name], own) for name, own in cases.items()}
+
+
+def check_said(place, line):
+    """InputError where this is not a line of a said.jsonl."""
+    known = {"guard", "seed", "dtype", "test", "hash", "task", "said", "n", *FIGURES}
+    if not isinstance(line, dict) or not known <= set(line) or not is_said(line):
+        raise InputError(f"{place} is no line of a said.jsonl as tools/real.py writes it")
+
+
+def is_said(line):
+    """Whether a line has a letter, and P or no P, for each of its n cases."""
+    said = line["said"]
+    p = line.get("p", [0.5] * line["n"])
+    return (line["task"] in VERDICTS and set(said) <= set(LETTERS)
+            and len(said) == len(p) == line["n"]
+            and all(isinstance(some, float) and 0 <= some <= 1 for some in p))
+
+
+def take_said(cases, line):
+    """Put what a line of said.jsonl says into its cases."""
+    task = line["task"]
+    words = dict(zip(LETTERS, (*VERDICTS[task], None)))
+    some = [case for case in cases if case["gold"][task]]
+    for case, letter in zip(some, line["said"]):
+        case["verdict"][task] = words[letter]
+    for case, p in zip(some, line.get("p", [])):
+        case.setdefault("p", {})[task] = p
+
+
 # ------------------------------------------------------------------ the table
-def make_table(out, data, tests, names, limit):
-    """Print, write and draw the figures of all that is there. names: of the arms, in order; limit:
-    see read_guards."""
+def make_table(out, data, tests, names, settings, beside):
+    """Print, write and draw the figures of all that is there. names: of the arms, in order;
+    settings: of all of them (OUT/settings.json); beside: files like said.jsonl, with whose guards
+    they are compared."""
     train = read_json(data / "labels.json")
     rows = []
     differences = []
+    lines = []
     for test in tests:
-        guards = read_guards(out, names, test, train, limit)
+        guards = read_guards(out, names, test, train, settings.get("limit"), beside)
+        lines += said_lines(out, guards, names, Path(test).stem, settings["data"])
         tasks = {task for seeds in guards.values() for some in seeds.values()
                  for task in some.results}
         for task in [task for task in VERDICTS if task in tasks]:
@@ -270,6 +362,7 @@ def make_table(out, data, tests, names, limit):
     write_json(out / "table.json", {
         "rows": rows, "differences": differences, "parents": parents,
         "data": read_object(data / "data.json")["hash"], "git": git_commit()})
+    write_bytes(out / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     draw_picture(rows, out / "table.svg")
 
 
@@ -306,9 +399,19 @@ def seconds_of(folder):
 
 
 def contrasts(names):
-    """CONTRASTS, then each guard against those without a model."""
-    return CONTRASTS + [(name, other) for other in ("words", "throughout") for name in names
-                        if name not in (other, "throughout")]
+    """CONTRASTS, then each guard against those without a model, and each before one of a file
+    `beside` against that one."""
+    pairs = [(name, other) for other in ("words", "throughout") for name in names
+             if name not in (other, "throughout")]
+    numbered = list(enumerate(names))
+    pairs += [(name, other) for place, other in numbered if is_beside(other)
+              for _, name in numbered[:place] if name not in ("words", "throughout")]
+    return CONTRASTS + pairs
+
+
+def is_beside(name):
+    """Whether a guard is one of a file `beside`, which tells its seed in its name."""
+    return ", seed " in name
 
 
 def differences_of(out, guards, task):
@@ -400,7 +503,6 @@ def shown(value):
 
 
 # ------------------------------------------------------------------ the picture
-LEFT = 140          # where the first panel begins
 TOP = 50
 WIDTH = 230         # of a panel
 GAP = 30
@@ -410,11 +512,12 @@ STEP = 20           # from guard to guard
 def draw_picture(rows, path):
     """F1 and interval of each guard, a panel for each test and task."""
     names = list(dict.fromkeys(row["guard"] for row in rows))
+    left = 28 + 7 * max(map(len, names))                    # where the first panel begins
     bottom = TOP + STEP * len(names)
     parts = []
     for n, name in enumerate(names):
-        parts.append(text(LEFT - 12, TOP + STEP * n + 14, name, "end"))
-    x = LEFT
+        parts.append(text(left - 12, TOP + STEP * n + 14, name, "end"))
+    x = left
     for (test, task), some in by_place(rows).items():
         size = some[0]["n"]
         parts.append(text(x, TOP - 26, spoken(test)))
@@ -422,7 +525,7 @@ def draw_picture(rows, path):
         parts += panel(x, bottom, names, some)
         x += WIDTH + GAP
     label = "F1 in percent, with its 95% interval; the line: throughout"
-    parts.append(text(LEFT, bottom + 36, label, size=11))
+    parts.append(text(left, bottom + 36, label, size=11))
     write_svg(path, x, bottom + 46, parts)
 
 
