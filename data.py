@@ -930,7 +930,11 @@ def read_vocabulary(folder):
         return read_tokenizer_json(folder / "tokenizer.json")
     if is_there(folder / "tokenizer.model"):
         return read_tokenizer_model(folder / "tokenizer.model")
-    raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+    if folder.is_dir():
+        raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+    if is_there(folder):
+        raise InputError(f"{folder}: is a file; name the model's folder")
+    raise InputError(f"{folder}: no such folder; `hf download NAME --local-dir DIR` fetches one")
 
 
 def read_tokenizer_json(path):
@@ -1595,7 +1599,10 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)                               # safetensors writes for its owner alone
         os.replace(temporary, path)
 
 
@@ -1734,6 +1741,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     for path in args.files:
+        if Path(path).is_fifo():
+            raise InputError(f"{path}: is a pipe, which can be read once alone; write it to a file")
         _, first = next(parse_records(path), ("", {}))
         is_pair = isinstance(first, dict) and "chosen" in first
         answers = ("chosen", "rejected") if is_pair else ("output",)

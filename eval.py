@@ -39,9 +39,9 @@ import numpy as np
 
 from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, InputError, answers_heading,
                   at_least, common_prefix, exchange_of, format_answers, format_input, gold_verdict,
-                  hold, hush, interruptible, is_there, line_pattern, pack, parse_records,
-                  parse_verdict, read_json, read_records, say, spelled, tell, warn_of_markers,
-                  without_repeats, write_json)
+                  hold, hush, interruptible, is_there, line_pattern, pack, parse_json,
+                  parse_records, parse_verdict, read_records, read_text, say, spelled, tell,
+                  warn_of_markers, without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -954,13 +954,17 @@ def labels_of(record, dataset):
 
 # ------------------------------------------------------------------ figures that are there
 def former_results(path):
-    """The results of single files in a results.json; none where it is not there, or damaged.
-    InputError where it is another program's."""
+    """The results of single files in a results.json; none where it is not there, is empty, or is a
+    part of a list. InputError where it is another program's."""
+    text = read_text(path) if is_there(path) else "[]"
+    begins = text.lstrip()[:1]
     try:
-        before = read_json(path) if is_there(path) else []
-    except InputError as error:                             # no figures that anyone could miss
-        tell(f"{error}; it will be written anew")
-        return []
+        before = parse_json(path, text)
+    except InputError as error:
+        if begins in ("", "["):                             # no figures that anyone could miss
+            tell(f"{error}; it will be written anew")
+            return []
+        before = None
     if not isinstance(before, list) or not all(isinstance(old, dict) and "task" in old
                                                for old in before):
         raise InputError(f"{path}: is there, and was not made here; choose another --out")

@@ -187,12 +187,14 @@ def main(argv=None):
     if world.rank == 0:
         hold(out)
     asked = []
-    for name, folder in zip(names, args.model):             # all, before hours go into the first
+    # every model is read before one answers for hours
+    for number, (name, folder) in enumerate(zip(names, args.model)):
         guard = LazyModel(args, folder, world.device)
         prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
         if asked and prompts == asked[-1][1]:
             prompts = asked[-1][1]                          # the same tokenizer: one copy is held
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
+        settings["seed"] += number                          # with one seed models draw much alike
         claim_answers(prompts, out / name, world, settings, args, out / "hard.jsonl")
         asked.append((guard, prompts, out / name, settings))
     answers = []

@@ -2160,6 +2160,8 @@ def check_is_there(path):
     """InputError where there is no such file of weights."""
     if not is_there(path):
         raise InputError(f"{path}: no such file; fetch or write it again")
+    with reading(path), open(path, "rb"):                   # safetensors calls it damaged where one
+        pass                                                # may not read it
 
 
 def read_tensors(path):

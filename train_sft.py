@@ -507,8 +507,10 @@ def start_run(args, world):
     return found[-1] if found else None
 
 
-# files that say how a model is to be read
-OF_MODELS = ("config.json", "chat_template.jinja", "special_tokens_map.json")
+# the files of a model folder: with one of them an --out is somebody's
+OF_MODELS = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+             "tokenizer.model", "tokenizer_config.json", "generation_config.json",
+             "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
 HASHED = {"data_hash": "data_hash (of records and tokenizer)",
           "eval_hash": "eval_hash (of --eval-data)",

@@ -109,7 +109,7 @@ MUTANTS = [
     ("eval.py", 'verdict = majority([s["verdict"] for s in ended])', 'verdict = ended[0]["verdict"]',
      "test_eval.py -k vote"),
     ("mine_hard.py", "if answered and \"prompts\"", "if is_there(path) and \"prompts\"", "test_mine.py -k interrupted_run"),
-    ("eval.py", 'parse_verdict(text[heading.start():] if heading else "")', "parse_verdict(text)", "test_eval.py -k put_before_the_block"),
+    ("eval.py", 'block = text[heading.end():] if heading else ""', "block = text", "test_eval.py -k put_before_the_block"),
     ("eval.py", "if forced not in (None, False):", "if isinstance(forced, dict):", "test_eval.py -k however_that_is_told"),
     ("data.py", "json.loads(text, object_pairs_hook=without_repeats)", "json.loads(text)", "test_bad_input.py -k stands_twice"),
     ("mine_hard.py", "all(map(is_sample, samples))", "True", "test_mine.py -k not_whole"),
@@ -146,6 +146,9 @@ MUTANTS = [
     # ---- what the world feeds it: a guard that fails open
     ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
     ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
+    ("data.py", "        temporary.chmod(mode) ", "        mode ", "test_data.py -k whom_a_new"),
+    ("mine_hard.py", 'settings["seed"] += number', "pass", "test_mine.py -k models_that_are_alike"),
+    ("eval.py", 'begins in ("", "[")', "True", "test_bad_input.py -k figures_of_other"),
     ("data.py", "ANSWERS.finditer(text)", 're.finditer("answers:", text, re.I)', "test_data.py -k parse_verdict"),
     ("eval.py", "heading = ANSWERS.search(text)", "heading = answers_heading(text)", "test_eval.py -k own_block"),
     ("eval.py", "if len(words) == 1:", "if words:", "test_eval.py -k take_it_back"),

@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+import os
 import random
 import re
 import time
@@ -112,6 +113,22 @@ def test_an_input_that_may_have_been_meant_for_an_exchange_is_said(tmp_path, cap
     began = time.time()
     data.warn_of_markers("f", slow)
     assert time.time() - began < 5
+
+
+def test_a_file_may_be_read_by_whom_a_new_file_may(tmp_path):
+    def write_privately(path):
+        path.write_bytes(b"x")
+        path.chmod(0o600)
+
+    data.write_whole(tmp_path / "a", write_privately)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_pipe_is_refused_as_it_would_be_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe"):
+        data.main([str(tmp_path / "pipe")])
 
 
 def test_format_answers_is_the_inverse_of_parse_verdict():

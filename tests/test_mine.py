@@ -290,6 +290,14 @@ def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_
         mine(tmp_path / "b", "--model", "toy/model", "toy/model/")
 
 
+def test_models_that_are_alike_draw_other_samples(tmp_path):
+    copy = shutil.copytree("toy/model", tmp_path / "m")
+    mine_hard.main([*ARGS, "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy)])
+    first, second = ((tmp_path / f"a/samples-{number}.jsonl").read_text().splitlines() for number in (0, 1))
+    texts = [[sample["text"] for line in lines for sample in json.loads(line)["samples"]] for lines in (first, second)]
+    assert len(texts[0]) == len(texts[1]) > 1 and all(a != b for a, b in zip(*texts))
+
+
 def test_two_miners_do_not_write_into_one_folder(tmp_path):
     code = "import sys, time; from data import hold; hold(sys.argv[1]); print(flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:

@@ -417,6 +417,17 @@ def test_an_argument_with_which_no_row_is_ever_answered_is_refused(tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script, file", [(baselines, "some/generated_predictions.jsonl"), (synthesize, "some.json")])
+def test_files_that_were_not_made_here_stay(tmp_path, script, file):
+    data = write_jsonl(tmp_path / "some.jsonl", [record("one", None, H)])
+    theirs = tmp_path / "out" / file
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("5")
+    with pytest.raises(InputError, match=f"{file}: is there, and was not made here"):
+        script.main(["--url", "http://127.0.0.1:9/v1", "--model", "m", "--data", str(data), "--out", str(tmp_path / "out"), "--tries", "1"])
+    assert theirs.read_text() == "5"
+
+
 def test_addresses_that_can_be_asked():
     for url in ("http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:8000/v1", "HTTP://host"):
         assert baselines.server_url(url) == url

@@ -213,10 +213,13 @@ def test_checkpoints_of_an_unknown_run_are_not_mixed_with_another(tmp_path, more
     with pytest.raises(InputError, match="already holds a run"):
         run(tmp_path / "a", *more)
     assert train_sft.checkpoints(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/chat_template.jinja").write_text("x")    # it would be read in place of the one that is saved
-    with pytest.raises(InputError, match="already holds a run"):
-        run(tmp_path / "b", *more)
+    for name in ("chat_template.jinja", "model.safetensors", "tokenizer.json", "added_tokens.json"):
+        folder = tmp_path / name                            # would be read in place of what is saved, or written over
+        folder.mkdir()
+        (folder / name).write_text("x")
+        with pytest.raises(InputError, match="already holds a run"):
+            run(folder, *more)
+        assert (folder / name).read_text() == "x"
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):

@@ -37,6 +37,13 @@ def keep_inputs(out, paths, option="--out"):
             raise InputError(f"{path}: is read, and would be overwritten; choose another {option}")
 
 
+def keep_others(path, settings):
+    """InputError where a file that is to be written is there, and its settings, which say that it was made here,
+    are not."""
+    if is_there(path) and not is_there(settings):
+        raise InputError(f"{path}: is there, and was not made here; choose another --out")
+
+
 def audit(paths):
     """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks. A row is a place,
     from 0 on, among the records that are read: those with an empty field are skipped, which stderr says."""

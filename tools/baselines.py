@@ -32,6 +32,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audit import keep_others  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
                   is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
@@ -340,6 +341,7 @@ def run_address(args, path, dataset):
     records = benchmark.records
     file = Path(args.out) / dataset / "answers.jsonl"
     settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
+    keep_others(file.with_name("generated_predictions.jsonl"), file.with_name("settings.json"))
     check_settings(file.with_name("settings.json"), settings)
 
     def answer(row):

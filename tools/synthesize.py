@@ -294,6 +294,7 @@ def synthesize_file(args, path):
     folder = Path(args.out) / name
     settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
                 "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
+    audit.keep_others(folder.with_name(f"{name}.json"), folder / "settings.json")
     check_settings(folder / "settings.json", settings)
     outcomes = list(synthesize(args, exchanges, folder / "answers.jsonl").values())
     records = []
