@@ -8,7 +8,8 @@
     examples                        records -> a prompt and its answers, as ids
     the tree packer                 examples -> packs, in which what is shared stands once
     machinery                       prompts of saved predictions; vocabulary files, chat templates;
-                                    errors and files of all scripts; the drawing
+                                    errors, remarks (tell and warn on stderr, say on stdout) and
+                                    files of all scripts; the drawing
 
 This file is read first and imports nothing of ours. Simpler than elsewhere: one user turn and one
 answer; no system prompt; byte-level BPE only.
@@ -68,9 +69,10 @@ def format_input(prompt, response=None):
 
 
 def exchange_pattern(before, colon, spaces, newline):
-    """What matches an exchange; its groups are the prompt and the response. A marker typed into the
-    prompt is part of it, as the last one counts; the two newlines at the end may be missing, and
-    where the response is empty the one before it, too."""
+    """What matches a whole exchange; its groups are the prompt and the response. The last marker of
+    the assistant counts: one that is typed into the prompt is part of it, and one inside the
+    response makes what is before it prompt. The two newlines at the end may be missing, and where
+    the response is empty the one before it, too."""
     human = HUMAN.strip(":\n") + colon + spaces + newline
     assistant = ASSISTANT.strip(":\n") + colon + spaces + rf"(?:{newline}|\Z)"
     blank = newline + spaces + newline
@@ -115,8 +117,8 @@ def warn_of_markers(path, texts):
 
 
 def shorten(text, most):
-    """An exchange with at most so many characters of its prompt and of its response (of none, the
-    word None), and nothing else changed; of any other text the beginning."""
+    """An exchange whose prompt and response are each cut to `most` characters; the None of no
+    response and what stands around the two stay. Of any other text the first `most`."""
     exchange = find_exchange(text)
     if not exchange:
         return text[:most]
@@ -318,7 +320,7 @@ def parse_lines(path, lines):
 
 # ------------------------------------------------------------------ the tokenizer
 @dataclass(frozen=True)
-class Template:
+class ChatFormat:
     """How a chat format wraps a turn. Control tokens are written as <|name|>."""
     start: str          # before the first turn, if the vocabulary has it
     head: str           # opens the turn of a role
@@ -328,11 +330,11 @@ class Template:
 
 
 FORMATS = {
-    "llama3": Template("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
-                       "<|eot_id|>", ("<|eot_id|>",)),
-    "chatml": Template("", "<|im_start|>{}\n", "<|im_end|>\n", ("<|im_end|>",)),
-    "raw": Template("<|begin_of_text|>", "", "",
-                    ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
+    "llama3": ChatFormat("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
+                         "<|eot_id|>", ("<|eot_id|>",)),
+    "chatml": ChatFormat("", "<|im_start|>{}\n", "<|im_end|>\n", ("<|im_end|>",)),
+    "raw": ChatFormat("<|begin_of_text|>", "", "",
+                      ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
 STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
 CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled: see add_token
@@ -359,6 +361,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary, format, folder, size=math.inf, context=math.inf):
         tokens = vocabulary.tokens
+        # tiktoken wants all 256 bytes; no text with one that the vocabulary lacks is given to it
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in tokens]
         ranks = {token: rank for rank, token in enumerate(vocabulary.order + missing)}
         try:
@@ -384,7 +387,7 @@ class Tokenizer:
         self.lost = 0                                               # characters replaced so far
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
         # sets before, after, trim and jinja; end_mark and stop are set by use_ends, later
-        self.use_template(FORMATS[format])
+        self.use_format(FORMATS[format])
 
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline,
@@ -459,12 +462,12 @@ class Tokenizer:
         return spelled.decode("utf-8", errors="replace")
 
     def limit(self, max_length, new_tokens=0):
-        """(most tokens, which rule says so): in training of a prompt with its answer; where an
-        answer of new_tokens is to follow, of the prompt alone.
+        """(most tokens, which rule says so): of a prompt, where new_tokens are generated after it;
+        of a prompt with its answer, where none are (training).
 
-        It is max_length, or what the model's context leaves beside new_tokens where that is less.
-        Of the context no more than a quarter is kept free for the answer, so that a long one can
-        run past it."""
+        It is max_length, or what new_tokens leave of the model's context where that is less. They
+        take no more than a quarter of it: a prompt may have the rest, and a long answer runs past
+        it."""
         room = self.context - int(min(new_tokens, self.context / 4))
         if room < max_length:
             return room, f"the model's context of {self.context} tokens"
@@ -487,13 +490,14 @@ class Tokenizer:
         check_round_trip(tokenizer)
         return tokenizer
 
-    def use_template(self, template):
-        """Set what stands before and after a user's text, as far as it exists."""
-        start = template.start if template.start in self.special else ""
-        self.before = start + template.head.format("user")
-        self.after = template.close + template.head.format("assistant")
-        self.trim = False                                           # spaces around the user's text?
-        self.jinja = jinja_of(start, template)
+    def use_format(self, form):
+        """Set what a format writes before and after a user's text, without a start token that the
+        vocabulary lacks."""
+        start = form.start if form.start in self.special else ""
+        self.before = start + form.head.format("user")
+        self.after = form.close + form.head.format("assistant")
+        self.trim = False                                           # strip the user's text?
+        self.jinja = jinja_of(start, form)
         self.use_control(self.before + self.after)
 
     def use_ends(self, marks):
@@ -539,9 +543,9 @@ class Tokenizer:
                                  "around it (lstrip, rstrip, single_word), which is not known here")
 
     def follow(self, template):
-        """Write what the folder's own chat template writes around a turn, and end answers as it
-        does, where that is no more than control tokens and roles; else say on stderr that our
-        prompt is another one. Returns whether it is followed."""
+        """Take over what the folder's own chat template writes around a turn, and how it ends
+        answers, where that is no more than control tokens and roles; else say on stderr that our
+        prompt is another one. Returns whether it was taken over."""
         ours = f"our prompts are {self.before + REQUEST + self.after!r}"
         try:
             rendered = render_turns(template, REQUEST)
@@ -626,8 +630,8 @@ def split_at(marks, text):
 # ------------------------------------------------------------------ examples
 @dataclass
 class Example:
-    """A prompt and its answers as ids. The last id of an answer (its end mark; in eval.py, of a
-    verdict word) is predicted and never fed."""
+    """A prompt and its answers as ids. The last id of an answer is predicted and never fed: its end
+    mark, or in eval.py the last one of a verdict word."""
     prompt: list
     answers: list
     root_length: int = 0    # how many first tokens all prompts with this instruction share
@@ -686,9 +690,10 @@ def fit_prompt(tokenizer, record, room):
 
 
 def cut_to_fit(ids_of, too_many, room):
-    """The ids of the longest cut that has at most `room` of them, by bisection; None where even
-    ids_of(0) has more. ids_of(n): of a text cut to n characters; of too_many they do not fit."""
-    fits = 0                                    # a length that fits: of 0 that is checked last
+    """ids_of(n) for the largest n that bisection finds to give at most `room` ids; None where even
+    ids_of(0) has more. ids_of(n): the ids of a text cut to n characters; of too_many they are known
+    not to fit."""
+    fits = 0                                    # whether 0 characters do is checked last
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         if len(ids_of(middle)) <= room:
@@ -1293,7 +1298,7 @@ def not_of_request(value):
 
 
 def jinja_of(start, template):
-    """A Template in Jinja, as Hugging Face folders hold it."""
+    """A ChatFormat in Jinja, as Hugging Face folders hold it."""
     turn = template.head.format("{{ m['role'] }}") + "{{ m['content'] }}" + template.close
     ask = "{% if add_generation_prompt %}" + template.head.format("assistant") + "{% endif %}"
     return start + "{% for m in messages %}" + turn + "{% endfor %}" + ask

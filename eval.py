@@ -105,8 +105,8 @@ def auprc(positive, score):
 
 def threshold_for(positive, score, rate):
     """The lowest threshold on score at which at most `rate` of the negatives are at or above it.
-    positive (n,) bool, score (n,) in [0, 1], lists or arrays. 0.0 where all negatives may be; else
-    the next float above the score of the first negative too many, which can be above 1."""
+    positive (n,) bool, score (n,) in [0, 1], lists or arrays. 0.0 where all negatives are allowed;
+    else the next float above the score of the first negative too many, which can be above 1."""
     negatives = np.asarray(score)[~np.asarray(positive, bool)]
     falling = np.sort(negatives)[::-1]
     allowed = int(rate * len(falling) + 1e-9)                       # 0.29 * 100 is below 29
@@ -173,8 +173,8 @@ def calibration_error(positive, score, bins=10):
 #   file, text                where it is from, and what was answered
 #   gold, verdict             {task: word or None}, as parse_verdict gives them
 #   tokens, ms, latency_ms    what the answer cost, where that is known
-#   texts, ended              of a reasoned answer: all k of them; had one of them an end?
-#   forced                    of an answer without an end: the verdicts it was closed with
+#   texts, ended              of a reasoned answer: all k texts; did any of the k end?
+#   forced                    of an answer without an end: the verdicts close_by_force gave it
 #   p                         {task: P(positive class)}, with --scores or --fast
 #   slice                     "column=value", with --by
 def score_cases(cases, dataset, legacy=False, fpr=None):
@@ -215,9 +215,6 @@ def f1_figures(pairs, task):
             "false_positive_rate": 100 * fp / max(fp + tn, 1),
             "ci95": bootstrap(cells),
             "tp": tp, "fp": fp, "fn": fn, "tn": tn}
-
-
-TIMES = ("ms_per_query", "latency_ms_p50", "latency_ms_p95")        # they differ from run to run
 
 
 def cost_figures(cases):
@@ -349,8 +346,9 @@ def close_by_force(model, tokenizer, prompts, texts, world):
     reasoning = []
     for text in texts:
         heading = answers_heading(text)
+        # no more lines follow than a block has: it was begun, and the answer ended inside
         if heading and text[heading.end():].strip().count("\n") < len(VERDICTS):
-            text = text[:heading.start()]                   # else what follows is more than a block
+            text = text[:heading.start()]
         reasoning.append(text.rstrip() + "\n\n")
     return choose_verdicts(model, tokenizer, prompts, reasoning, world)
 
@@ -498,7 +496,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     world = join_ranks(args.device) if args.model else World(None)
     results_file = Path(args.out) / "results.json" if args.out else None
-    former = former_results(results_file) if args.out else []       # refuses another program's
+    # read before hours go into answers: InputError if the file is another program's
+    former = former_results(results_file) if args.out else []
     results = []
     for path in args.predictions or []:
         dataset = args.dataset or Path(path).resolve().parent.name
@@ -510,7 +509,7 @@ def main(argv=None):
             raise InputError("--moderate: one process reads the lines; start it without torchrun")
         if not args.data:                                   # --prompt or --moderate
             return moderate_lines(args, guard)
-        # all files and folders before the first is answered, which can take hours
+        # all files and folders are checked first: to answer one can take hours
         benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
         asked = [(benchmark, claim_benchmark(args, benchmark, guard, world))
                  for benchmark in benchmarks]
@@ -969,6 +968,9 @@ def former_results(path):
                                                for old in before):
         raise InputError(f"{path}: is there, and was not made here; choose another --out")
     return [old for old in before if "file" in old]
+
+
+TIMES = ("ms_per_query", "latency_ms_p50", "latency_ms_p95")        # they differ from run to run
 
 
 def keep_times(path, former, results):

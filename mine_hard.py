@@ -16,7 +16,8 @@ code's see --judge and --pair.
     main                                       the script
     answer_prompts                             machinery: k answers to all prompts in a file, which
                                                eval.py uses too; however often it is interrupted, on
-                                               any number of ranks, the file is the same
+                                               any number of ranks, the file is the same (where a
+                                               GPU's memory is short: with --kv-tokens)
 """
 import argparse
 import json
@@ -70,8 +71,8 @@ def judge_by_field(samples, gold):
 
 def pick_pair(samples, right, rule, rng):
     """(chosen, rejected) texts: a correct and an incorrect sample, at random or (released) the
-    longest by characters. right: for each sample True, False, or None, which is neither; there is
-    one of each. rule: "random", each sample of a kind as likely as the others, or "longest"; rng: a
+    longest by characters. right: for each sample True, False, or None, which is neither; True and
+    False both occur. rule: "random", where all of a kind are equally likely, or "longest"; rng: a
     random.Random, from which all chance comes."""
     correct = [s["text"] for s, ok in zip(samples, right) if ok is True]
     incorrect = [s["text"] for s, ok in zip(samples, right) if ok is False]
@@ -161,6 +162,7 @@ def parse_arguments(argv):
                    help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
+    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
     return read_arguments(p, argv, max_new_tokens=224, limit=100, dtype="float32")
 
 
@@ -214,9 +216,9 @@ def main(argv=None):
 
 
 def check_out(args, out, names):
-    """InputError where a model is named twice, or --out holds: samples or a hard.jsonl, and
-    --resume is not given; samples in other files than these names; a hard.jsonl without its
-    samples."""
+    """InputError where --model names a folder twice, or --out cannot be used: it holds samples or a
+    hard.jsonl and --resume is not given, or samples of a run with another number of models, or a
+    hard.jsonl whose samples are gone. names: the files of samples that this run writes."""
     if len(set(map(os.path.realpath, args.model))) < len(args.model):
         raise InputError("--model: a folder is named twice")
     with reading(out):

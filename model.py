@@ -1,8 +1,8 @@
 """LLaMA in one file: the plain model, then the same mathematics faster, then a sampling engine.
 
-Part I has all of the mathematics and can be read alone. Where it hands over to a twin of part II,
-read the plain function beside it: attention and token_logprobs always do, rope, RMSNorm and
-draw_token on CUDA.
+Part I has all of the mathematics and can be read alone. It calls fast twins, beside each of which
+stands the plain function to read: attention and token_logprobs always, rope and draw_token on CUDA
+(part II has all four), RMSNorm on CUDA (torch has it).
     LlamaConfig                     config.json of a Hugging Face folder
     rms_norm, apply_rope            the operations, one equation each
     tree_plan, attention_by_mask    the one mask rule of a stream (see data.py, the tree packer)
@@ -70,6 +70,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         sizes = (self.hidden_size, self.num_attention_heads)
+        # where a size is no positive int, config_fault will say so
         if not self.head_dim and all(type(n) is int and n > 0 for n in sizes):
             self.head_dim = self.hidden_size // self.num_attention_heads
 
@@ -90,7 +91,7 @@ class LlamaConfig:
             config = cls(**known)
             fault = config_fault(config)
         except (TypeError, KeyError, ValueError, ArithmeticError) as error:
-            what = str(error).split("__init__() ")[-1]
+            what = str(error).split("__init__() ")[-1]      # a TypeError names what is absent
             raise InputError(f"{path}: {what} (absent or of another type)") from None
         if fault:
             raise InputError(f"{path}: {fault}")
@@ -233,7 +234,8 @@ def attention_by_mask(q, k, v, plan):
 
 
 def token_logprobs_at_once(hidden, head, targets):
-    """log p(target) = z[target] - log sum exp(z),  z = head @ h, with all logits: for tests."""
+    """log p(target) = z[target] - log sum exp(z),  z = head @ h, with all logits: for tests.
+    hidden (N, D), head (V, D), targets (N,) -> (N,)."""
     z = hidden @ head.to(hidden.dtype).T                    # (N, V)
     log_p = full_precision(z).log_softmax(-1)               # (N, V)
     return log_p.gather(-1, targets[:, None])[:, 0]
@@ -330,6 +332,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def down(self, gate, up):
+        """The second half of forward: down_proj(silu(gate) * up)."""
         return self.down_proj(functional.silu(gate) * up)
 
     def forward(self, x):
@@ -387,8 +390,8 @@ class Llama(nn.Module):
         return self.compute_dtype or self.head.dtype
 
     def hidden(self, tokens, position, attend):
-        """Final hidden states (T, D) of tokens (T,) at position (T,). attend(n, q, k, v) is what
-        Attention calls in layer n."""
+        """Final hidden states (T, D) of tokens (T,) at position (T,). Attention in layer n calls
+        attend(n, q, k, v), with n filled in: the engine (part III) caches keys layer by layer."""
         x = self.model["embed_tokens"](tokens)
         x = x.to(self.product_dtype)                        # (T, D)
         cos, sin = rope_tables(self.config, position, x.dtype)
@@ -486,8 +489,8 @@ def answer_logprobs(model, packs, count, world):
     """log p of each answer, summed over its tokens: (count,) in float64 on the CPU. Answers are
     numbered as Pack.answer has them, from 0 to count - 1; one that is in no pack has 0.
 
-    world: which of the run's processes this is (World, in the machinery; alone, the only one).
-    Each computes the packs that `deal` gives it, and all get the sum."""
+    world: which of the run's processes this is (World, in the machinery). Each computes the packs
+    that `deal` gives it, and all get the sum."""
     total = torch.zeros(count, dtype=torch.float64)
     for p in deal(packs, world.rank, world.ranks):
         answer = p.answer
@@ -540,14 +543,15 @@ BUCKET = 256        # tokens whose probabilities are added up first: a draw take
 
 
 def draw_token(logits, seed, position, temperature, top_p):
-    """One token a row from the nucleus: the likeliest tokens that together reach top_p
-    (Holtzman et al. 2020), without sorting; a temperature or top_p of (nearly) 0 is argmax.
+    """One token for each of B samples, from its nucleus: the likeliest tokens that together reach
+    top_p (Holtzman et al. 2020), without sorting; a temperature or top_p of (nearly) 0 is argmax.
 
-    logits (B, V), divided by temperature; seed and position (B,) int64 -> (B,) int64. A row's token
-    depends on its own logits, seed and position, not on other rows. Draw from the full softmax by
-    inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...); accept if the
-    mass of strictly likelier tokens is below top_p; else draw again. An accepted token is in the
-    nucleus and has its right relative probability there. Where logits are NaN, it is any token."""
+    logits (B, V), divided by temperature; seed and position (B,) int64 -> (B,) int64. A token
+    depends on its own logits, seed and position, not on other samples. Draw from the full softmax
+    by inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...); accept if
+    the mass of strictly likelier tokens is below top_p; else draw again. An accepted token is in
+    the nucleus and has its right relative probability there. Where logits are NaN, it is any
+    token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
     if use_kernels(logits):
@@ -560,7 +564,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     in_bucket = p.unflatten(1, (-1, BUCKET)).sum(-1)        # (B, V / 256)
     below = functional.pad(in_bucket.cumsum(-1), (1, 0))    # (B, V / 256 + 1)
     token = torch.empty_like(seed)
-    left = torch.arange(len(p), device=p.device)            # rows without a token so far
+    left = torch.arange(len(p), device=p.device)            # samples without a token so far
     attempt = 0
     while len(left):
         some = left if attempt else slice(None)     # at first all rows: a slice does not copy p
@@ -583,7 +587,7 @@ def token_at(u, p, below):
         p         | . . . . | . . . . . . . | . . |     inside it, the token that passes 0.20
 
     u (B,), p (B, V) in whole buckets, below (B, V / 256 + 1): the mass before each -> (B,). Both
-    are clamped, as rounding can put `goal` at the end of all, or `rest` past its bucket."""
+    searches are clamped: rounding can put `goal` at the end of all, or `rest` past its bucket."""
     goal = u[:, None] * below[:, -1:]                       # (B, 1), a mass
     buckets = below.shape[1] - 1
     after = torch.searchsorted(below, goal, right=True)

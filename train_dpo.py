@@ -62,7 +62,7 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return dict(loss=loss, preference=preference,
                 accuracy=(margin > 0).to(loss.dtype),
-                margin=beta * margin,           # in metrics.jsonl; above and in README without beta
+                margin=beta * margin,           # as metrics.jsonl has it; README's is without beta
                 chosen_logprob=chosen, rejected_logprob=rejected)
 
 
@@ -98,6 +98,7 @@ def parse_arguments(argv):
     p.add_argument("--sft", type=at_least(0, float), default=2.0,
                    help="factor of the SFT term (paper: 2.0)")
     training_arguments(p)
+    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
     return read_arguments(p, argv, data=["out/hard/hard.jsonl"],
                           lr=3e-5, batch_size=32, beta=0.02,
                           dtype="float32")
@@ -218,8 +219,8 @@ def verdict_sums(logprobs, answer, starts):
     first = place.new_full((len(starts),), len(answer))
     first = first.scatter_reduce(0, answer, place, "amin")      # where each answer begins
     nth = place - first[answer]                                 # which token of its answer
-    in_block = nth >= starts[answer]
-    return answer_sums(logprobs * in_block, answer, len(starts))
+    is_in_block = nth >= starts[answer]
+    return answer_sums(logprobs * is_in_block, answer, len(starts))
 
 
 def block_start(tokenizer, ids):

@@ -85,13 +85,14 @@ def parse_arguments(argv):
     p.add_argument("--eval-data", nargs="+", metavar="FILE",
                    help="records for eval_loss, once an epoch")
     training_arguments(p)
+    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
     return read_arguments(p, argv, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
 
 
-def read_examples(tokenizer, paths, args, limit=None):
+def read_examples(tokenizer, paths, max_length, limit=None):
     """The examples of these files of records, of the first `limit` of each."""
     records = [record for path in paths for record in read_records(path)[:limit]]
-    examples, _ = encode_records(tokenizer, records, args.max_length)
+    examples, _ = encode_records(tokenizer, records, max_length)
     return examples
 
 
@@ -100,8 +101,8 @@ def main(argv=None):
     interrupts = Interrupts()
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
-    examples = read_examples(tokenizer, args.data, args, args.limit)
-    held_out = read_examples(tokenizer, args.eval_data or [], args)
+    examples = read_examples(tokenizer, args.data, args.max_length, args.limit)
+    held_out = read_examples(tokenizer, args.eval_data or [], args.max_length)
 
     schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = list(islice(schedule, args.max_steps))
@@ -119,7 +120,7 @@ def main(argv=None):
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
         batch = [examples[i] for i in schedule[step - 1]]
-        count = sum(len(e.answers[0]) for e in batch)
+        count = sum(len(e.answers[0]) for e in batch)       # answer tokens of all ranks
         packs = pack(batch, args.max_tokens, not args.no_share)
         packs = deal(packs, world.rank, world.ranks)
         loss = 0.0
@@ -132,7 +133,7 @@ def main(argv=None):
         lr = lr_at(step - 1, steps, args.lr)
         norm = update(model, optimizer, lr)
 
-        loss = world.sum(loss)
+        loss = world.sum(loss)                              # a float, as all that follows
         counts = token_counts(batch, packs, world)          # all ranks take part
         figures = dict(loss=loss, lr=lr, grad_norm=norm, **counts)
         if held_out and (step % steps_per_epoch == 0 or step == steps):

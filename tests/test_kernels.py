@@ -347,7 +347,7 @@ def judge_compiled(name, dtype, E, arch, warps, compiled):
     print(f"{name:17} {str(dtype)[6:]:9} {E:3}  sm_{arch} {registers:9} {spilled:7} {shared:6} "
           f"{warps:5} {covered:7.2f} {products}", flush=True)
     half = dtype == torch.bfloat16
-    assert shared <= 160 * 1024
+    assert shared <= (99 if arch == 80 else 160) * 1024     # sm_86 and 89, that take the same, have 99 KiB
     assert spilled <= (8 if arch == 80 else 0)              # two registers
     assert covered <= 1
     if half and name.startswith("tree"):
