@@ -2,8 +2,10 @@
 import json
 import random
 import re
+import shutil
 import signal
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -323,6 +325,27 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     assert table["parents"]["parent_seed3"]["parent"] in real.REASONING
     assert "| hs_dpo - parent | " in said
     ElementTree.parse(out / "table.svg")
+
+    beside = shutil.copy(out / "said.jsonl", tmp_path / "said.jsonl")
+    capsys.readouterr()
+    real.main(["table", "--data", str(data), "--out", str(out), "--beside", str(beside)])
+    compared = read_json(out / "table.json")
+    assert compared["rows"][:len(real.ARMS)] == table["rows"][:len(real.ARMS)]
+    assert "| labels_1x, seed 3, float32 |" in capsys.readouterr().out
+    assert (out / "said.jsonl").read_text() == Path(beside).read_text()         # of the arms alone
+    found = {(d["test"], d["guard"], d["minus"], d["figure"]): (d["difference"], *d["ci95"]) for d in compared["differences"]}
+    for test in ("alpha", "beta"):
+        for name in real.ARMS:                              # what was written is what was said
+            for figure in real_table.DRAWS:
+                low, high = found[test, name, f"{name}, seed 3, float32", figure][1:]
+                assert low == high == 0, (test, name, figure)
+    assert found["alpha", "labels_3x", "labels_1x", "f1"] == pytest.approx(
+        tuple(-x for x in np.array(found["alpha", "labels_1x", "labels_3x, seed 3, float32", "f1"])[[0, 2, 1]]))
+    lines = [json.loads(line) for line in Path(beside).read_text().splitlines()]
+    for spoilt in ({"said": lines[0]["said"][:-1]}, {"p": [2.0] * lines[0]["n"]}, {"task": "x"}, {"said": "?" * lines[0]["n"]}, {"hash": "another"}):
+        write_json(tmp_path / "spoilt.json", [{**lines[0], **spoilt}])
+        with pytest.raises(InputError, match="is about another test" if "hash" in spoilt else "is no line of a said.jsonl"):
+            real.main(["table", "--data", str(data), "--out", str(out), "--beside", str(tmp_path / "spoilt.json")])
 
     real.main(["all", *options, "--seed", "3"])             # nothing is done again
     assert "$ python" not in capsys.readouterr().out

@@ -258,18 +258,17 @@ def read_answers(folder, records, dataset):
 LETTERS = "10-"             # of a verdict: the positive one, the other one, none
 
 
-def said_lines(out, guards, names, dataset, data):
+def said_lines(guards, names, dataset, settings):
     """A line of said.jsonl for each arm, seed and task of a test: the figures, then of each record
     the verdict and P. It holds no text, so what a guard says can be shown where a test cannot.
-    data: the hash of what the arms learned."""
+    settings: of all arms (OUT/settings.json)."""
     lines = []
     for name in names:
         for seed, guard in guards.get(name, {}).items():
-            folder = out / f"{name}_seed{seed}" / "eval" / dataset / dataset
-            dtype = read_object(folder / "settings.json")["dtype"]
             for task, result in guard.results.items():
                 lines.append({
-                    "guard": name, "seed": seed, "dtype": dtype, "data": data,
+                    "guard": name, "seed": seed, "dtype": settings.get("dtype"),
+                    "data": settings["data"],
                     "test": dataset, "hash": hash_of(answered(guard.cases, task)), "task": task,
                     **{key: result.get(key) for key in ("n", *FIGURES)},
                     **said_of(guard.cases, task)})
@@ -300,7 +299,9 @@ def read_said(path, records, dataset):
         check_said(f"{path}: {place}", line)
         if line["test"] != dataset:
             continue
-        name = "{guard}, seed {seed}, {dtype}".format(**line)
+        name = "{guard}, seed {seed}".format(**line)
+        if line["dtype"]:                                   # else what the machine chose
+            name += f", {line['dtype']}"
         if name not in cases:
             cases[name] = [case_of(record, dataset, dict.fromkeys(VERDICTS)) for record in records]
             results[name] = []
@@ -349,7 +350,7 @@ def make_table(out, data, tests, names, settings, beside):
     lines = []
     for test in tests:
         guards = read_guards(out, names, test, train, settings.get("limit"), beside)
-        lines += said_lines(out, guards, names, Path(test).stem, settings["data"])
+        lines += said_lines(guards, names, Path(test).stem, settings)
         tasks = {task for seeds in guards.values() for some in seeds.values()
                  for task in some.results}
         for task in [task for task in VERDICTS if task in tasks]:
