@@ -336,10 +336,7 @@ FORMATS = {
     "raw": ChatFormat("<|begin_of_text|>", "", "",
                       ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
-STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
 CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled: see add_token
-REQUEST = "REQUEST"             # the user's text, where a chat template is tried
-ANSWER = "ANSWER"               # the assistant's
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
 
@@ -357,7 +354,12 @@ class Vocabulary:
 
 class Tokenizer:
     """Byte-level BPE by tiktoken. Control tokens are placed by id and only by the template: text
-    that looks like one, typed by an attacker, is encoded as plain text."""
+    that looks like one, typed by an attacker, is encoded as plain text.
+
+    What the folder's chat template says, else FORMATS (set_turns, in the machinery):
+    before, after       the text around the user's; trim: is the user's stripped?
+    end_mark, stop      the control token that ends an answer; the ids that do, its own first
+    jinja               the chat template that is saved"""
 
     def __init__(self, vocabulary, format, folder, size=math.inf, context=math.inf):
         tokens = vocabulary.tokens
@@ -386,8 +388,6 @@ class Tokenizer:
         self.missing = frozenset(token[0] for token in missing)     # bytes that no token spells
         self.lost = 0                                               # characters replaced so far
         self.substitute = "?" if self.missing & set("\ufffd".encode()) else "\ufffd"
-        # sets before, after, trim and jinja; end_mark and stop are set by use_ends, later
-        self.use_format(FORMATS[format])
 
     def prompt_ids(self, instruction, input):
         """Ids of a whole prompt, ready for the answer: template around instruction, newline,
@@ -485,108 +485,9 @@ class Tokenizer:
         template = read_chat_template(folder)
         name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
         tokenizer = cls(vocabulary, name, folder, size, context)
-        if format or not template or not tokenizer.follow(template):
-            tokenizer.use_ends(FORMATS[name].ends)
+        set_turns(tokenizer, {} if format else template)
         check_round_trip(tokenizer)
         return tokenizer
-
-    def use_format(self, form):
-        """Set what a format writes before and after a user's text, without a start token that the
-        vocabulary lacks."""
-        start = form.start if form.start in self.special else ""
-        self.before = start + form.head.format("user")
-        self.after = form.close + form.head.format("assistant")
-        self.trim = False                                           # strip the user's text?
-        self.jinja = jinja_of(start, form)
-        self.use_control(self.before + self.after)
-
-    def use_ends(self, marks):
-        """Set end_mark, the first of these control tokens that the vocabulary has, or else the
-        folder's eos_token; and `stop`, the ids that end an answer: first the end mark's, then those
-        of STOPS and of the folder's generation_config.json."""
-        eos = content_of(read_told(self.folder).get("eos_token"))
-        ends = [mark for mark in (*marks, eos) if isinstance(mark, str) and mark in self.special]
-        if not ends:
-            raise InputError(f"{self.folder}: the vocabulary has no control token {marks[-1]}, and "
-                             "no eos_token that is one; try another --format")
-        self.end_mark = ends[0]
-        self.use_control(self.end_mark)
-        told = told_ends(self.folder)
-        ordinary = sorted(told & self.spelling.keys())
-        if ordinary:
-            tell(f"{self.folder}: generation_config.json ends answers at {ordinary[0]}, the id of "
-                 "ordinary text: not followed")
-        others = [self.special[mark] for mark in STOPS if mark in self.special]
-        others += [id for id in self.special.values() if id in told]
-        ids = dict.fromkeys([self.special[self.end_mark], *others])         # each once
-        self.stop = [id for id in ids if id < self.size]
-
-    def use_control(self, text):
-        """Make the control tokens in a template's text special. Where a file lists [INST], say, as
-        an ordinary word, the template's is a control token all the same, and a user who types it
-        gets plain text. InputError where a token is not in the vocabulary, has no row in the model,
-        or swallows the spaces beside it."""
-        absent = set(CONTROL.findall(text)) - {*self.special, *self.words}
-        if absent:
-            raise InputError(f"{self.folder}: the vocabulary has no control token {min(absent)}; "
-                             "try another --format")
-        for piece in split_at({*self.special, *self.words}, text):
-            if piece in self.words and re.search(r"[^\w\s]", piece):       # not "user"
-                self.special[piece] = self.words.pop(piece)
-                del self.spelling[self.special[piece]]
-            id = self.special.get(piece, 0)
-            if id >= self.size:
-                raise InputError(f"{self.folder}: {piece} has id {id}, but config.json says "
-                                 f"vocab_size {self.size}")
-            if piece in self.sticky:
-                raise InputError(f"{self.folder}: the control token {piece} depends on the spaces "
-                                 "around it (lstrip, rstrip, single_word), which is not known here")
-
-    def follow(self, template):
-        """Take over what the folder's own chat template writes around a turn, and how it ends
-        answers, where that is no more than control tokens and roles; else say on stderr that our
-        prompt is another one. Returns whether it was taken over."""
-        ours = f"our prompts are {self.before + REQUEST + self.after!r}"
-        try:
-            rendered = render_turns(template, REQUEST)
-            trims_start = render_turns(template, "\n" + REQUEST) == rendered
-            trims_end = render_turns(template, REQUEST + "\n") == rendered
-        except NotKnown as error:
-            tell(f"{self.folder}: its chat template holds what is not known here, {str(error)!r}; "
-                 f"{ours}")
-            return False
-        before, found, after = rendered.partition(REQUEST)
-        control = {*self.special, *self.words}
-        words = [piece for piece in split_at(control, before + after) if piece not in control]
-        known = set(" ".join(words).split()) <= {"user", "assistant"}
-        if not found or not known or trims_start != trims_end:
-            tell(f"{self.folder}: its chat template writes {rendered!r}, {ours}")
-            return False
-        self.use_control(before + after)
-        self.before = before
-        self.after = after
-        self.trim = trims_start
-        self.jinja = spelled_out(template)
-        end = self.closing_mark(template) or template.get("eos_token")
-        self.use_ends([end, *FORMATS[self.format].ends])
-        return True
-
-    def closing_mark(self, template):
-        """The control token that a chat template writes after an assistant's turn; None where there
-        is none, or it cannot be told."""
-        try:
-            turns = render_turns(template, REQUEST, ANSWER, REQUEST)
-        except NotKnown:
-            return None
-        between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
-        pieces = self.split_control(between)
-        opening = self.before.removeprefix(template.get("bos_token", ""))
-        next_turn = self.split_control(opening)
-        while pieces and next_turn and pieces[-1] == next_turn[-1]:     # what opens the user's
-            pieces.pop()
-            next_turn.pop()
-        marks = [piece for piece in pieces if piece in self.special]
-        return marks[0] if marks else None
 
     def save_pretrained(self, folder):
         """Write the vocabulary, the chat template and every stop id,
@@ -1267,6 +1168,125 @@ def read_sizes(folder, vocabulary):
         raise InputError(f"{folder}: the tokenizer has more tokens than config.json says: "
                          "not its own")
     return size, context
+
+
+# ------------------------------------------------------------------ around a user's text
+STOPS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]
+REQUEST = "REQUEST"             # the user's text, where a chat template is tried
+ANSWER = "ANSWER"               # the assistant's
+
+
+def set_turns(tokenizer, template):
+    """Set what stands around a user's text and what ends an answer (see Tokenizer): as a folder's
+    chat template has it, or as the format has it where that cannot be done, or the template is {}.
+    template: as read_chat_template gives it."""
+    form = FORMATS[tokenizer.format]
+    use_format(tokenizer, form)
+    if not template or not follow(tokenizer, template):
+        use_ends(tokenizer, form.ends)
+
+
+def use_format(tokenizer, form):
+    """Set what a format writes before and after a user's text, without a start token that the
+    vocabulary lacks."""
+    start = form.start if form.start in tokenizer.special else ""
+    tokenizer.before = start + form.head.format("user")
+    tokenizer.after = form.close + form.head.format("assistant")
+    tokenizer.trim = False                                  # strip the user's text?
+    tokenizer.jinja = jinja_of(start, form)
+    use_control(tokenizer, tokenizer.before + tokenizer.after)
+
+
+def follow(tokenizer, template):
+    """Take over what the folder's own chat template writes around a turn, and how it ends answers,
+    where that is no more than control tokens and roles; else say on stderr that our prompt is
+    another one. Returns whether it was taken over."""
+    ours = f"our prompts are {tokenizer.before + REQUEST + tokenizer.after!r}"
+    try:
+        rendered = render_turns(template, REQUEST)
+        trims_start = render_turns(template, "\n" + REQUEST) == rendered
+        trims_end = render_turns(template, REQUEST + "\n") == rendered
+    except NotKnown as error:
+        tell(f"{tokenizer.folder}: its chat template holds what is not known here, {str(error)!r}; "
+             f"{ours}")
+        return False
+    before, found, after = rendered.partition(REQUEST)
+    control = {*tokenizer.special, *tokenizer.words}
+    words = [piece for piece in split_at(control, before + after) if piece not in control]
+    known = set(" ".join(words).split()) <= {"user", "assistant"}
+    if not found or not known or trims_start != trims_end:
+        tell(f"{tokenizer.folder}: its chat template writes {rendered!r}, {ours}")
+        return False
+    use_control(tokenizer, before + after)
+    tokenizer.before = before
+    tokenizer.after = after
+    tokenizer.trim = trims_start
+    tokenizer.jinja = spelled_out(template)
+    end = closing_mark(tokenizer, template) or template.get("eos_token")
+    use_ends(tokenizer, [end, *FORMATS[tokenizer.format].ends])
+    return True
+
+
+def closing_mark(tokenizer, template):
+    """The control token that a chat template writes after an assistant's turn; None where there is
+    none, or it cannot be told."""
+    try:
+        turns = render_turns(template, REQUEST, ANSWER, REQUEST)
+    except NotKnown:
+        return None
+    between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
+    pieces = tokenizer.split_control(between)
+    opening = tokenizer.before.removeprefix(template.get("bos_token", ""))
+    next_turn = tokenizer.split_control(opening)
+    while pieces and next_turn and pieces[-1] == next_turn[-1]:     # what opens the user's
+        pieces.pop()
+        next_turn.pop()
+    marks = [piece for piece in pieces if piece in tokenizer.special]
+    return marks[0] if marks else None
+
+
+def use_ends(tokenizer, marks):
+    """Set end_mark, the first of these control tokens that the vocabulary has, or else the folder's
+    eos_token; and `stop`, the ids that end an answer: first the end mark's, then those of STOPS and
+    of the folder's generation_config.json."""
+    eos = content_of(read_told(tokenizer.folder).get("eos_token"))
+    ends = [mark for mark in (*marks, eos) if isinstance(mark, str) and mark in tokenizer.special]
+    if not ends:
+        raise InputError(f"{tokenizer.folder}: the vocabulary has no control token {marks[-1]}, "
+                         "and no eos_token that is one; try another --format")
+    tokenizer.end_mark = ends[0]
+    use_control(tokenizer, tokenizer.end_mark)
+    told = told_ends(tokenizer.folder)
+    ordinary = sorted(told & tokenizer.spelling.keys())
+    if ordinary:
+        tell(f"{tokenizer.folder}: generation_config.json ends answers at {ordinary[0]}, the id of "
+             "ordinary text: not followed")
+    others = [tokenizer.special[mark] for mark in STOPS if mark in tokenizer.special]
+    others += [id for id in tokenizer.special.values() if id in told]
+    ids = dict.fromkeys([tokenizer.special[tokenizer.end_mark], *others])       # each once
+    tokenizer.stop = [id for id in ids if id < tokenizer.size]
+
+
+def use_control(tokenizer, text):
+    """Make the control tokens in a template's text special. Where a file lists [INST], say, as an
+    ordinary word, the template's is a control token all the same, and a user who types it gets
+    plain text. InputError where a token is not in the vocabulary, has no row in the model, or
+    swallows the spaces beside it."""
+    absent = set(CONTROL.findall(text)) - {*tokenizer.special, *tokenizer.words}
+    if absent:
+        raise InputError(f"{tokenizer.folder}: the vocabulary has no control token {min(absent)}; "
+                         "try another --format")
+    for piece in split_at({*tokenizer.special, *tokenizer.words}, text):
+        if piece in tokenizer.words and re.search(r"[^\w\s]", piece):      # not "user"
+            tokenizer.special[piece] = tokenizer.words.pop(piece)
+            del tokenizer.spelling[tokenizer.special[piece]]
+        id = tokenizer.special.get(piece, 0)
+        if id >= tokenizer.size:
+            raise InputError(f"{tokenizer.folder}: {piece} has id {id}, but config.json says "
+                             f"vocab_size {tokenizer.size}")
+        if piece in tokenizer.sticky:
+            raise InputError(f"{tokenizer.folder}: the control token {piece} depends on the spaces "
+                             "around it (lstrip, rstrip, single_word), which is not known here")
 
 
 # ------------------------------------------------------------------ the folder's own chat template
