@@ -194,6 +194,8 @@ def fit_memory(args, world, examples):
 
 def load_for_training(args, world):
     """The model of args.model, sharded where there are more ranks."""
+    if world.rank == 0:
+        check_disk(args)
     products, storage = training_dtypes(args, world)
     device = "cpu" if world.ranks > 1 else world.device
     model = Llama.from_pretrained(args.model, device, storage)
@@ -202,6 +204,20 @@ def load_for_training(args, world):
     if world.ranks > 1:
         model = shard(model, world.device, products)
     return model
+
+
+def check_disk(args):
+    """InputError if there is no room in --out for the finished model, and with --save-every for a
+    checkpoint (fp32 weights and two moments) beside it: better now than after hours."""
+    config = LlamaConfig.from_json(Path(args.model) / "config.json")
+    weights = parameters(config)
+    need = weights * getattr(torch, config.torch_dtype).itemsize
+    if args.save_every:
+        need += weights * 3 * torch.float32.itemsize
+    free = shutil.disk_usage(args.out).free
+    if need > free:
+        raise InputError(f"{args.out}: what will be written needs {need / 2 ** 30:.1f} GiB, and "
+                         f"{free / 2 ** 30:.1f} are free; make room, or choose another --out")
 
 
 def training_dtypes(args, world):

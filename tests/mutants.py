@@ -146,6 +146,8 @@ MUTANTS = [
     # ---- what the world feeds it: a guard that fails open
     ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
     ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
+    ("train_sft.py", "need += weights * 3 *", "need += weights *", "test_train.py -k without_room"),
+    ("train_sft.py", "    if need > free:", "    if False:", "test_train.py -k without_room"),
     ("data.py", "        temporary.chmod(mode) ", "        mode ", "test_data.py -k whom_a_new"),
     ("mine_hard.py", 'settings["seed"] += number', "pass", "test_mine.py -k models_that_are_alike"),
     ("eval.py", 'begins in ("", "[")', "True", "test_bad_input.py -k figures_of_other"),

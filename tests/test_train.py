@@ -222,6 +222,19 @@ def test_checkpoints_of_an_unknown_run_are_not_mixed_with_another(tmp_path, more
         assert (folder / name).read_text() == "x"
 
 
+@pytest.mark.parametrize("free, more", [(3.9, []), (15.9, ["--save-every", 2])])           # bytes a weight
+def test_a_disk_without_room_is_said_before_training(tmp_path, monkeypatch, free, more):
+    weights = train_sft.parameters(train_sft.LlamaConfig.from_json(ROOT / "toy/model/config.json"))
+    for bytes_free in (free * weights, (free + 0.2) * weights):
+        monkeypatch.setattr(train_sft.shutil, "disk_usage", lambda path: SimpleNamespace(free=bytes_free))
+        if bytes_free < 4 * weights or more and bytes_free < 16 * weights:
+            with pytest.raises(InputError, match="what will be written needs 0.0 GiB, and 0.0 are free; make room"):
+                run(tmp_path / "a", "--max-steps", 1, *more)
+            assert not (tmp_path / "a/metrics.jsonl").exists()
+        else:
+            run(tmp_path / "a", "--max-steps", 1, *more)
+
+
 def test_two_processes_do_not_write_into_one_folder(tmp_path):
     code = "import sys, time; from data import hold; hold(sys.argv[1]); hold(sys.argv[1]); print(flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT) as other:
