@@ -131,7 +131,8 @@ def shorten(text, most):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    block     what follows the last line that begins with "answers:" or is that word (ANSWERS)
+    block     what follows the last heading: a line that begins with "answers:" or "final answers:",
+              or has these words alone (ANSWERS)
     line      of each task: the first one in the block that begins with its name and a colon; where
               the block has none, or there is no block, the last such line of the whole text
     verdict   what verdict_word finds after that colon, spaces and ends of lines left out, up to the
@@ -1624,6 +1625,7 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)                   # of a run that was killed
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
@@ -1767,7 +1769,7 @@ def main(argv=None):
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     for path in args.files:
         if Path(path).is_fifo():
-            raise InputError(f"{path}: is a pipe, which can be read once alone; write it to a file")
+            raise InputError(f"{path}: is a pipe, and would be read twice; write it to a file")
         _, first = next(parse_records(path), ("", {}))
         is_pair = isinstance(first, dict) and "chosen" in first
         answers = ("chosen", "rejected") if is_pair else ("output",)

@@ -40,7 +40,7 @@ import numpy as np
 from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, InputError, answers_heading,
                   at_least, common_prefix, exchange_of, format_answers, format_input, gold_verdict,
                   hold, hush, interruptible, is_there, line_pattern, pack, parse_json,
-                  parse_records, parse_verdict, read_records, read_text, say, spelled, tell,
+                  parse_records, parse_verdict, read_bytes, read_records, say, spelled, tell,
                   warn_of_markers, without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
@@ -124,8 +124,8 @@ def reasoning_verdict(text):
     """What the reasoning itself concludes: {task: the last of its two verdict words under its
     heading, as a whole word, in any case, given in lower case; or None}. Headings are "# Task 1"
     (request), 2 (completion) and 3 (response), spaces and case free. What follows the last
-    "answers:", in any case and anywhere (not only where answers_heading finds it), is not read,
-    unless the text begins with it."""
+    "answers:", in any case and anywhere, is not read, unless the text begins with it. (Where the
+    block's heading has no colon, the block is read as the last task's.)"""
     text = text.lower()
     reasoning, _, _ = text.rpartition("answers:")           # "" where there is none
     parts = re.split(r"#\s*task\s*(\d)", reasoning or text)
@@ -373,7 +373,7 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     """Yield (number of the exchange, its verdict) as answers are done. A verdict is a dict of
 
     request, completion, response: a word, or None where it is missing or not asked for
-    parsed: did the answer end, and has its Answers block every verdict that is needed?
+    parsed: did the answer end, and say every verdict that is needed plainly (block_verdict)?
     forced: it did not end, and the verdicts are the likelier words after what was written
     cut: not all of the request and response was read (fit_prompt), or the vocabulary lacks one of
         their characters
@@ -420,14 +420,14 @@ def block_verdict(text):
     """The verdicts of an answer that is acted upon: {task: word, or None}.
 
     For F1, parse_verdict makes the most of any answer. Here a verdict counts only if, from the
-    first Answers heading on, each line about the task is plain (plain_verdict) and has that word:
-    whatever else stands there may take it back, and an Answers block that is not alone may be
-    quoted from a user. What stands before the heading is reasoning."""
+    first Answers heading on, each line that begins with the task's name and a colon is plain
+    (plain_verdict) and has that word: what else stands on it may take it back, and an Answers block
+    that is not alone may be quoted from a user. What stands before the heading is reasoning."""
     heading = ANSWERS.search(text)
     block = text[heading.end():] if heading else ""
     verdict = dict.fromkeys(VERDICTS)
     for task in VERDICTS:
-        lines = line_pattern(task, ".*").finditer(block)
+        lines = line_pattern(task).finditer(block)          # with the next one, if a verdict alone
         words = {plain_verdict(line.group(), task) for line in lines}
         if len(words) == 1:
             verdict[task] = words.pop()
@@ -435,11 +435,11 @@ def block_verdict(text):
 
 
 def plain_verdict(line, task):
-    """The word of a line that is a task's name, a colon and that word, or None where anything else
-    stands there but emphasis, quotes, full stops and table cells, and before the name a bullet, a
-    number or a letter of a list."""
+    """The word of a line that is a task's name, a colon and that word; None where anything else
+    stands there but emphasis, quotes, full stops and table bars, and before the name also #, a
+    bullet, and a number or a letter of a list."""
     marks = r"[\s*_`\"'|.]*"
-    bullet = r"[\s*_`\"'|.>#)-]*"
+    bullet = r"[\s*_`\"'|.#)-]*"
     number = rf"(?:(?:\d{{1,9}}|[a-z]\)){bullet})?"
     word = "|".join(VERDICTS[task])
     found = re.fullmatch(rf"{bullet}{number}{task}{marks}{COLON}{marks}({word}){marks}",
@@ -954,13 +954,13 @@ def labels_of(record, dataset):
 # ------------------------------------------------------------------ figures that are there
 def former_results(path):
     """The results of single files in a results.json; none where it is not there, is empty, or is a
-    part of a list. InputError where it is another program's."""
-    text = read_text(path) if is_there(path) else "[]"
-    begins = text.lstrip()[:1]
+    part of what is written here. InputError where it is anything else."""
+    text = read_bytes(path).decode("utf-8-sig", "replace") if is_there(path) else "[]"
+    begins = text.strip("\0 \n")[:5]
     try:
         before = parse_json(path, text)
     except InputError as error:
-        if begins in ("", "["):                             # no figures that anyone could miss
+        if "[\n  {".startswith(begins):                     # no figures that anyone could miss
             tell(f"{error}; it will be written anew")
             return []
         before = None

@@ -7,7 +7,8 @@
     model folders + records  ->  OUT/samples.jsonl (k answers to every prompt, with verdicts)
                              ->  OUT/hard.jsonl    (one pair for each hard prompt, with its weight)
 
-Of several models each has a file of its own, samples-0.jsonl, samples-1.jsonl, ...
+Of several models each has a file of its own, samples-0.jsonl, samples-1.jsonl, ..., and draws with
+a seed of its own, --seed, --seed + 1, ...
 hard.jsonl follows from samples.jsonl, the records' labels and --judge, --pair, --gamma: change one
 of the latter, add --resume, and no model is loaded. The rules are the paper's; for the released
 code's see --judge and --pair.
@@ -196,7 +197,7 @@ def main(argv=None):
         if asked and prompts == asked[-1][1]:
             prompts = asked[-1][1]                          # the same tokenizer: one copy is held
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
-        settings["seed"] += number                          # with one seed models draw much alike
+        settings["seed"] = seed_of(number, args.seed, out / name)
         claim_answers(prompts, out / name, world, settings, args, out / "hard.jsonl")
         asked.append((guard, prompts, out / name, settings))
     answers = []
@@ -213,6 +214,14 @@ def main(argv=None):
         spread = ", ".join(f"{weight:.2f} x {n}"
                            for weight, n in sorted(weights.items()))
         say(f"wrote {out / 'hard.jsonl'}: {len(hard)} pairs, weights {spread}")
+
+
+def seed_of(number, seed, path):
+    """The seed with which model `number` answers: with one for all, models that are alike would
+    draw much the same. (A file that an earlier version began has the run's own.)"""
+    before = read_object(parts_of(path) / "settings.json", {})
+    begun = has_answers(path) and before.get("seed") == seed
+    return seed if begun else seed + number
 
 
 def check_out(args, out, names):

@@ -350,11 +350,12 @@ def test_figures_of_other_files_are_not_written_over_without_a_word(place, capsy
         evaluation.main(["--predictions", str(path), "--out", str(place / "figures")])
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and says in err if says else not err
-    for damaged in ("[", "", "[]"):
-        (place / "figures/results.json").write_text(damaged)
+    whole = (place / "figures/results.json").read_bytes()
+    for damaged in (b"[", b"", b"[]", whole[:40], whole[:-3], bytes(100), whole[:20] + "\u00e9".encode()[:1]):
+        (place / "figures/results.json").write_bytes(damaged)
         evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
         assert json.loads((place / "figures/results.json").read_text())[0]["f1"] == 100
-    for foreign in ("[1, {}]", '{"results": 1}', "5", '[{"name": 1}]', '{"task": "mmlu"}\n{"task": "arc"}\n', "task, f1\nrequest, 90"):
+    for foreign in ("[1, {}]", '{"results": 1}', "5", '[{"name": 1}]', '{"task": "mmlu"}\n{"task": "arc"}\n', "task, f1\nrequest, 90", "[1, 2", '[{"task": 1, "task": 2}]', "[1]\n[2]\n"):
         (place / "figures/results.json").write_text(foreign)
         with pytest.raises(SystemExit, match="results.json: is there, and was not made here"):
             evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])

@@ -120,6 +120,7 @@ def test_a_file_may_be_read_by_whom_a_new_file_may(tmp_path):
         path.write_bytes(b"x")
         path.chmod(0o600)
 
+    write_privately(tmp_path / "a.tmp")                     # a kill left it
     data.write_whole(tmp_path / "a", write_privately)
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -294,6 +294,12 @@ def test_models_that_are_alike_draw_other_samples(tmp_path):
     copy = shutil.copytree("toy/model", tmp_path / "m")
     mine_hard.main([*ARGS, "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy)])
     first, second = ((tmp_path / f"a/samples-{number}.jsonl").read_text().splitlines() for number in (0, 1))
+    settings = tmp_path / "a/samples-1.jsonl.parts/settings.json"
+    made = json.loads(settings.read_text())
+    assert made["seed"] == 43
+    settings.write_text(json.dumps({**made, "seed": 42}))                          # as they were made before
+    mine_hard.main([*ARGS, "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy), "--resume"])
+    assert json.loads(settings.read_text())["seed"] == 42
     texts = [[sample["text"] for line in lines for sample in json.loads(line)["samples"]] for lines in (first, second)]
     assert len(texts[0]) == len(texts[1]) > 1 and all(a != b for a, b in zip(*texts))
 

@@ -342,10 +342,25 @@ def test_the_whole_recipe(tmp_path, capsys, monkeypatch):
     assert found["alpha", "labels_3x", "labels_1x", "f1"] == pytest.approx(
         tuple(-x for x in np.array(found["alpha", "labels_1x", "labels_3x, seed 3, float32", "f1"])[[0, 2, 1]]))
     lines = [json.loads(line) for line in Path(beside).read_text().splitlines()]
-    for spoilt in ({"said": lines[0]["said"][:-1]}, {"p": [2.0] * lines[0]["n"]}, {"task": "x"}, {"said": "?" * lines[0]["n"]}, {"hash": "another"}):
+    n = lines[0]["n"]
+    fewer = {"n": n - 1, "said": lines[0]["said"][1:], "p": lines[0]["p"][1:]}
+    for spoilt, says in [({"hash": "another"}, "is about another test"), (fewer, f"says {n - 1} verdicts on the request, where {n} records"),
+                         ({"seed": 4}, ""), *(({name: value}, "is no line of a said.jsonl") for name, value in [
+                             ("said", "1"), ("said", 5), ("said", "?" * n), ("p", [2.0] * n), ("p", None), ("p", [0.5]), ("task", "x"), ("task", []),
+                             ("n", 10 ** 12), ("n", None), ("f1", "x")])]:
         write_json(tmp_path / "spoilt.json", [{**lines[0], **spoilt}])
-        with pytest.raises(InputError, match="is about another test" if "hash" in spoilt else "is no line of a said.jsonl"):
-            real.main(["table", "--data", str(data), "--out", str(out), "--beside", str(tmp_path / "spoilt.json")])
+        command = ["table", "--data", str(data), "--out", str(out), "--beside", str(tmp_path / "spoilt.json")]
+        if says:
+            with pytest.raises(InputError, match=says):
+                real.main(command)
+        else:
+            real.main(command)
+            assert "spoilt.json: says nothing about beta" in capsys.readouterr().err
+            with pytest.raises(InputError, match="labels_1x, seed 4, float32 is in a file before it, too"):
+                real.main([*command, command[-1]])
+            write_json(tmp_path / "spoilt.json", 2 * [{**lines[0], **spoilt}])
+            with pytest.raises(InputError, match="record 2 says again"):
+                real.main(command)
 
     real.main(["all", *options, "--seed", "3"])             # nothing is done again
     assert "$ python" not in capsys.readouterr().out

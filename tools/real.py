@@ -9,8 +9,8 @@
     arm     OUT/NAME_seed1: model, eval/TEST/results.json, seconds.txt; what was mined, and the
             parent, beside it: OUT/mined_NAME_seed1, OUT/parent_seed1.json
     table   OUT/table.json, OUT/table.svg, and Markdown on the console (real_table.py); and
-            OUT/said.jsonl: what each arm said to each record, without a text. With --beside and such
-            files of other folders, these arms are compared with those, record by record
+            OUT/said.jsonl: what each arm said to each record, without a text. With --beside and
+            such files of other folders, these arms are compared with those, record by record
 
 8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
 called like its benchmark. Another base is another --model: the learning rates follow from its

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
 from data import (VERDICTS, InputError, gold_verdict, parse_records, read_json,  # noqa: E402
-                  read_object, read_records, split_input, write_bytes, write_json)
+                  read_object, read_records, split_input, tell, write_bytes, write_json)
 from eval import TITLES, labels_of, read_predictions, score_cases  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
@@ -97,7 +97,7 @@ def by_threshold(cases, task):
     p = np.array([case["p"][task] for case in cases])
     order = np.argsort(-p, kind="stable")
     is_last = np.append(np.diff(p[order]) != 0, True)       # last of each threshold
-    times = drawn[:, prompt[order]]                         # (2001, n): how often each case is drawn
+    times = drawn[:, prompt[order]]                         # (2001, n): how often a case is drawn
     tp = np.cumsum(times * positive[order], 1)
     flagged = np.cumsum(times, 1)
     return tp[:, is_last], flagged[:, is_last]
@@ -213,14 +213,14 @@ def check_test(folder, test, asked):
         raise InputError(f"{folder}: has answers to another test of this name; rename {test}")
 
 
-def read_guards(out, names, test, train, limit, beside):
+def read_guards(out, names, test, train, settings, beside):
     """{guard: {seed: Guard}} of all arms that answered this test, of the guards without a model and
     of those in the files `beside`, whose seed is None. train: the records that `words` learns from;
-    limit: how many records of the test were asked, None for all."""
+    settings: see make_table."""
     dataset = Path(test).stem
     records = read_records(test)
     asked = {"hash": hash_of(records)}
-    records = records[:limit]
+    records = records[:settings.get("limit")]
     guards = {}
     for name in names:
         for folder in sorted(out.glob(f"{name}_seed*")):
@@ -231,13 +231,18 @@ def read_guards(out, names, test, train, limit, beside):
                 cases = read_answers(path / dataset, records, dataset)
                 results = read_json(path / "results.json")
                 guards.setdefault(name, {})[int(seed)] = Guard(results, cases)
-    said = {"throughout": throughout(records, dataset),
-            "words": words_guard(records, dataset, train)}
-    for name, cases in said.items():
+    simple = {"throughout": throughout(records, dataset),
+              "words": words_guard(records, dataset, train)}
+    for name, cases in simple.items():
         guards[name] = {None: Guard(score_cases(cases, dataset), cases)}
     for path in beside:
-        for name, guard in read_said(path, records, dataset).items():
-            guards[name] = {None: guard}
+        found = read_said(path, records, dataset, asked["hash"], settings["data"])
+        if not found:
+            tell(f"{path}: says nothing about {dataset}")
+        twice = sorted(found.keys() & guards.keys())
+        if twice:
+            raise InputError(f"{path}: {twice[0]} is in a file before it, too; leave one out")
+        guards.update((name, {None: guard}) for name, guard in found.items())
     return guards
 
 
@@ -258,7 +263,7 @@ def read_answers(folder, records, dataset):
 LETTERS = "10-"             # of a verdict: the positive one, the other one, none
 
 
-def said_lines(guards, names, dataset, settings):
+def said_lines(guards, names, test, settings):
     """A line of said.jsonl for each arm, seed and task of a test: the figures, then of each record
     the verdict and P. It holds no text, so what a guard says can be shown where a test cannot.
     settings: of all arms (OUT/settings.json)."""
@@ -268,16 +273,11 @@ def said_lines(guards, names, dataset, settings):
             for task, result in guard.results.items():
                 lines.append({
                     "guard": name, "seed": seed, "dtype": settings.get("dtype"),
-                    "data": settings["data"],
-                    "test": dataset, "hash": hash_of(answered(guard.cases, task)), "task": task,
+                    "data": settings["data"], "test": Path(test).stem,
+                    "hash": hash_of(read_records(test)), "task": task,
                     **{key: result.get(key) for key in ("n", *FIGURES)},
                     **said_of(guard.cases, task)})
     return lines
-
-
-def answered(cases, task):
-    """What a line of said.jsonl is about: [(prompt, label)] of the cases that are labelled."""
-    return [(case["prompt"], case["gold"][task]) for case in cases if case["gold"][task]]
 
 
 def said_of(cases, task):
@@ -290,52 +290,72 @@ def said_of(cases, task):
     return said
 
 
-def read_said(path, records, dataset):
+def read_said(path, records, dataset, asked, data):
     """{name: Guard} of the guards in a said.jsonl that answered this test; InputError where that
-    was another one of this name, or the file is no such file."""
-    results = {}
-    cases = {}
-    for place, line in parse_records(path):
-        check_said(f"{path}: {place}", line)
-        if line["test"] != dataset:
+    was another one of this name, or the file is no such file. asked, data: the hash of all records
+    of the test, and that of what the arms here learned."""
+    lines = {}                                              # name -> task -> line
+    for place, told in parse_records(path):
+        check_said(f"{path}: {place}", told)
+        if told["test"] != dataset:
             continue
-        name = "{guard}, seed {seed}".format(**line)
-        if line["dtype"]:                                   # else what the machine chose
-            name += f", {line['dtype']}"
-        if name not in cases:
-            cases[name] = [case_of(record, dataset, dict.fromkeys(VERDICTS)) for record in records]
-            results[name] = []
-        if hash_of(answered(cases[name], line["task"])) != line["hash"]:
+        if told["hash"] != asked:
             raise InputError(f"{path}: {place} is about another test than this {dataset}")
-        take_said(cases[name], line)
-        results[name].append({**line, "dataset": dataset})
-    return {name: Guard(results[name], own) for name, own in cases.items()}
+        own = lines.setdefault(name_of(told, data), {})
+        if told["task"] in own:
+            raise InputError(f"{path}: {place} says again what a line before it says")
+        own[told["task"]] = told
+    guards = {}
+    for name, own in lines.items():
+        cases = [case_of(record, dataset, dict.fromkeys(VERDICTS)) for record in records]
+        for task in VERDICTS:
+            take_said(f"{path}: {name}", cases, task, own.get(task, {}))
+        guards[name] = Guard([{**told, "dataset": dataset} for told in own.values()], cases)
+    return guards
 
 
-def check_said(place, line):
+def name_of(told, data):
+    """What a guard of a said.jsonl is called: arm, seed, what it was computed in and learned."""
+    name = f"{told['guard']}, seed {told['seed']}"
+    if told["dtype"]:                                       # else what its machine chose
+        name += f", {told['dtype']}"
+    if told["data"] != data:
+        name += f", data {told['data']}"
+    return name
+
+
+def check_said(place, told):
     """InputError where this is not a line of a said.jsonl."""
-    known = {"guard", "seed", "dtype", "test", "hash", "task", "said", "n", *FIGURES}
-    if not isinstance(line, dict) or not known <= set(line) or not is_said(line):
+    known = {"guard", "seed", "dtype", "data", "test", "hash", "task", "said", "n", *FIGURES}
+    if not isinstance(told, dict) or not known <= set(told) or not is_said(told):
         raise InputError(f"{place} is no line of a said.jsonl as tools/real.py writes it")
 
 
-def is_said(line):
-    """Whether a line has a letter, and P or no P, for each of its n cases."""
-    said = line["said"]
-    p = line.get("p", [0.5] * line["n"])
-    return (line["task"] in VERDICTS and set(said) <= set(LETTERS)
-            and len(said) == len(p) == line["n"]
-            and all(isinstance(some, float) and 0 <= some <= 1 for some in p))
+def is_said(told):
+    """Whether a line has a letter and P, or no P, for each of its n cases, and figures or none."""
+    said = told["said"]
+    if not isinstance(said, str) or told["task"] not in list(VERDICTS):
+        return False
+    p = told.get("p", [0.5] * len(said))
+    figures = [told[key] for key in FIGURES if told[key] is not None]
+    return (set(said) <= set(LETTERS) and told["n"] == len(said) > 0
+            and isinstance(p, list) and len(p) == len(said)
+            and all(type(some) is float and 0 <= some <= 1 for some in p)
+            and all(type(some) in (int, float) for some in figures))
 
 
-def take_said(cases, line):
-    """Put what a line of said.jsonl says into its cases."""
-    task = line["task"]
+def take_said(place, cases, task, told):
+    """Put what a line of said.jsonl says of a task into its cases; InputError unless it says as
+    much as there is to say. told: {} where there is no line."""
     words = dict(zip(LETTERS, (*VERDICTS[task], None)))
     some = [case for case in cases if case["gold"][task]]
-    for case, letter in zip(some, line["said"]):
+    count = told.get("n", 0)
+    if len(some) != count:
+        raise InputError(f"{place} says {count} verdicts on the {task}, where {len(some)} records "
+                         "are labelled")
+    for case, letter in zip(some, told.get("said", "")):
         case["verdict"][task] = words[letter]
-    for case, p in zip(some, line.get("p", [])):
+    for case, p in zip(some, told.get("p", [])):
         case.setdefault("p", {})[task] = p
 
 
@@ -349,8 +369,8 @@ def make_table(out, data, tests, names, settings, beside):
     differences = []
     lines = []
     for test in tests:
-        guards = read_guards(out, names, test, train, settings.get("limit"), beside)
-        lines += said_lines(guards, names, Path(test).stem, settings)
+        guards = read_guards(out, names, test, train, settings, beside)
+        lines += said_lines(guards, names, test, settings)
         tasks = {task for seeds in guards.values() for some in seeds.values()
                  for task in some.results}
         for task in [task for task in VERDICTS if task in tasks]:
