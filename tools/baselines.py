@@ -341,7 +341,6 @@ def run_address(args, path, dataset):
     records = benchmark.records
     file = Path(args.out) / dataset / "answers.jsonl"
     settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
-    keep_others(file.with_name("generated_predictions.jsonl"), file.with_name("settings.json"))
     check_settings(file.with_name("settings.json"), settings)
 
     def answer(row):
@@ -412,6 +411,10 @@ def main(argv=None):
         guard = LazyModel(args, args.guard, pick_device(args.device))
         if args.template == TEMPLATE:
             print("LLaMA Guard is asked in our words; --template: in those of its training", file=sys.stderr)
+    else:
+        for path in args.data:                              # all of them, before the first is asked about
+            folder = Path(args.out) / (args.dataset or Path(path).stem)
+            keep_others(folder / "generated_predictions.jsonl", folder / "settings.json")
 
     for path in args.data:
         name = args.dataset or Path(path).stem

@@ -269,8 +269,11 @@ def main(argv=None):
     if args.table:
         return print_table({Path(path).stem: [record["output"] for record in read_records(path)]
                             for path in args.table})
-    for path in args.data:
-        audit.keep_inputs(Path(args.out) / f"{Path(path).stem}.json", args.data)
+    for path in args.data:                                  # all of them, before the first is asked about
+        folder = Path(args.out) / Path(path).stem
+        target = folder.with_name(f"{folder.name}.json")
+        audit.keep_inputs(target, args.data)
+        audit.keep_others(target, folder / "settings.json")
     sources = {}                                            # name -> the outputs that were kept
     faults = Counter()                                      # of all attempts
     dropped = Counter()                                     # rows without an output, by their last fault
@@ -294,7 +297,6 @@ def synthesize_file(args, path):
     folder = Path(args.out) / name
     settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
                 "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
-    audit.keep_others(folder.with_name(f"{name}.json"), folder / "settings.json")
     check_settings(folder / "settings.json", settings)
     outcomes = list(synthesize(args, exchanges, folder / "answers.jsonl").values())
     records = []
