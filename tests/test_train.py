@@ -208,8 +208,8 @@ def test_an_old_run_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_checkpoints_of_an_unknown_run_are_not_mixed_with_another(tmp_path, more):
     run(tmp_path / "a", "--max-steps", 4, "--save-every", 2)
-    for name in ("metrics.jsonl", "config.json"):                                  # tidied up by hand
-        (tmp_path / "a" / name).unlink()
+    for name in ("metrics.jsonl", *train_sft.OF_MODELS):                           # tidied up by hand
+        (tmp_path / "a" / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="already holds a run"):
         run(tmp_path / "a", *more)
     assert train_sft.checkpoints(tmp_path / "a")
