@@ -268,13 +268,14 @@ def said_lines(guards, names, test, settings):
     the verdict and P. It holds no text, so what a guard says can be shown where a test cannot.
     settings: of all arms (OUT/settings.json)."""
     lines = []
+    asked = hash_of(read_records(test))
     for name in names:
         for seed, guard in guards.get(name, {}).items():
             for task, result in guard.results.items():
                 lines.append({
                     "guard": name, "seed": seed, "dtype": settings.get("dtype"),
                     "data": settings["data"], "test": Path(test).stem,
-                    "hash": hash_of(read_records(test)), "task": task,
+                    "hash": asked, "task": task,
                     **{key: result.get(key) for key in ("n", *FIGURES)},
                     **said_of(guard.cases, task)})
     return lines
