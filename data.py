@@ -466,9 +466,9 @@ class Tokenizer:
         """(most tokens, which rule says so): of a prompt, where new_tokens are generated after it;
         of a prompt with its answer, where none are (training).
 
-        It is max_length, or what new_tokens leave of the model's context where that is less. They
-        take no more than a quarter of it: a prompt may have the rest, and a long answer runs past
-        it."""
+        It is max_length, or what new_tokens leave of the model's context where that is less. At
+        most a quarter of the context is kept free for them: an answer longer than that may run
+        past its end."""
         room = self.context - int(min(new_tokens, self.context / 4))
         if room < max_length:
             return room, f"the model's context of {self.context} tokens"
@@ -621,10 +621,13 @@ def common_prefix(sequences):
 # ------------------------------------------------------------------ the tree packer
 # Attention is causal: a token's hidden state depends on nothing after it. Sequences that begin
 # alike therefore share their beginning, computed once. Words used from here on, in all files:
+# (the engine, part III of model.py, has rows of its own: the samples of a batch)
 #
 #   stream   tokens of several sequences in one line, T long
 #   row      a place in the stream, 0 .. T - 1, and what is computed there
-#   segment  neighbouring rows that belong together: the instruction, a prompt's own part, an answer
+#   segment  neighbouring rows that belong together: the root, a prompt's own part, an answer
+#   root     what all prompts of a tree begin with: the instruction, and more where they have more
+#            in common
 #   forest   one or more trees of segments: a segment is followed by those that continue it
 #   end      (T,) for each token the first row after all that continues it
 #   to see   row i sees the key of row j  iff  j <= i < end[j]; this one rule is the whole mask
@@ -640,12 +643,13 @@ def common_prefix(sequences):
 #   scored     (q,a) (a,b) (b,$) (q,x) (x,y) (y,$)      $, the end mark, is predicted and never fed
 @dataclass
 class Pack:
-    """One stream that holds a forest, and its N scored pairs (row, next token)."""
+    """One stream that holds a forest, and its N scored rows, each with the token that follows."""
     tokens: torch.Tensor        # (T,) ids
     end: torch.Tensor           # (T,) see above
     rows: torch.Tensor          # (N,) the rows that predict
     targets: torch.Tensor       # (N,) the token each should predict
-    answer: torch.Tensor        # (N,) which answer each pair is of, counted through pack's examples
+    answer: torch.Tensor        # (N,) which answer each belongs to: its number, from 0 on, among
+                                # those of all examples that `pack` was given
 
     def to(self, device):
         """Move all but `end`, which is read on the host."""
@@ -661,20 +665,20 @@ def send(x, device):
 
 @dataclass
 class Forest:
-    """Prompts below one root, and their answers, not yet written down: what one example brings, or
-    what a pack has gathered so far."""
-    root: list                  # ids that all its prompts begin with
-    branches: list              # [(a prompt, root included; [(number of an answer, its ids)])]
+    """What goes into a pack before it is written down: prompts below one root, and their answers;
+    at first those of one example, then those of all that share a pack."""
+    root: list                  # ids that all its prompts begin with; [] without sharing
+    branches: list              # of (ids of a prompt with its root, [(number of an answer, ids)])
     size: int                   # rows that lay_out will write below the root
 
 
 def pack(examples, max_tokens, share=True):
     """Lay examples out as packs of at most max_tokens rows each (more where one example is longer).
 
-    A pack holds one instruction, once; each prompt once; then its answers. First fit, longest
-    first: forests, which to_forests makes of the examples, are taken by their size, the largest
-    first, and each goes into the first pack that has its root and room, or into a new one. An
-    example is never torn apart. -> a list of Packs, the largest first, written by lay_out.
+    A pack holds one root, once; of each prompt its own part, once; then its answers. First fit,
+    longest first: forests, which to_forests makes of the examples, are taken by their size, the
+    largest first, and each goes into the first pack that has its root and room, or into a new one.
+    An example is never torn apart. -> a list of Packs, the largest first, written by lay_out.
     share=False is ordinary packing: every answer has a prompt of its own."""
     bins = []
     for forest in sorted(to_forests(examples, share), key=lambda forest: -forest.size):
@@ -1741,7 +1745,7 @@ def show_pack(tokenizer, p):
         return whole if len(whole) < 60 else whole[:32] + " ... " + whole[-24:]
 
     say("\n    rows        position      end   text, the scored part in [ ]")
-    starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the segments
+    starts = [i for i in range(T) if i == 0 or end[i] != end[i - 1]]       # of the runs of one end
     for start, stop in zip(starts, starts[1:] + [T]):
         first = next((i for i in range(start, stop) if i in scored), stop)
         answer = f"[{text(first, stop)}]" if first < stop else ""

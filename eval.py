@@ -174,7 +174,8 @@ def calibration_error(positive, score, bins=10):
 #   gold, verdict             {task: word or None}, as parse_verdict gives them
 #   tokens, ms, latency_ms    what the answer cost, where that is known
 #   texts, ended              of a reasoned answer: all k texts; did any of the k end?
-#   forced                    of an answer without an end: the verdicts close_by_force gave it
+#   forced                    of an answer without an end: {task: word or None}, the verdicts that
+#                             close_by_force gave it (moderate's `forced` says only whether)
 #   p                         {task: P(positive class)}, with --scores or --fast
 #   slice                     "column=value", with --by
 def score_cases(cases, dataset, legacy=False, fpr=None):
@@ -346,7 +347,7 @@ def close_by_force(model, tokenizer, prompts, texts, world):
     reasoning = []
     for text in texts:
         heading = answers_heading(text)
-        # no more lines follow than a block has: it was begun, and the answer ended inside
+        # at most three lines follow the heading: the answer stopped inside its Answers block
         if heading and text[heading.end():].strip().count("\n") < len(VERDICTS):
             text = text[:heading.start()]
         reasoning.append(text.rstrip() + "\n\n")
@@ -408,8 +409,9 @@ def conclude(model, tokenizer, prompt, ids, has_response):
     else:
         verdict = block_verdict(text)
         starts = [up_to_verdict(text, task) for task in harmful]
+        # both tasks have the words of "request"
         values = verdict_probability(model, tokenizer, [prompt] * len(harmful), starts, "request",
-                                     alone)                 # or "response": the words are the same
+                                     alone)
         p = dict(zip(harmful, values))
     verdict.update((task, None) for task in VERDICTS if task not in needed)
     return {**verdict, "parsed": not forced and all(verdict[task] for task in needed),
@@ -1073,7 +1075,7 @@ def notes(results):
             p95 = r["latency_ms_p95"] / 1000
             lines.append(f"{r['dataset']}: {r['tokens_p50']:.0f} tokens a query (95%: "
                          f"{r['tokens_p95']:.0f}), answered {p50:.1f} s (95%: {p95:.1f}) after "
-                         "their block began")
+                         "their group of prompts (--block) was begun")
     for r in results:
         if "forced" in r:
             lines.append(f"{r['dataset']}, {TITLES[r['task']]}: {r['forced']} answers had no end "

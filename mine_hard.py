@@ -16,9 +16,10 @@ code's see --judge and --pair.
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
     answer_prompts                             machinery: k answers to all prompts in a file, which
-                                               eval.py uses too; however often it is interrupted, on
-                                               any number of ranks, the file is the same (where a
-                                               GPU's memory is short: with --kv-tokens)
+                                               eval.py uses too. The file is the same however often
+                                               it is interrupted, and on any number of ranks (on a
+                                               GPU with --kv-tokens: by default that follows from
+                                               the memory that is free)
 """
 import argparse
 import json
@@ -41,7 +42,7 @@ from model import (NEARLY_ZERO, Job, Llama, config_hash, fingerprint, folder_nam
 # A sample is a dict of a line of samples.jsonl: text, finish ("stop", or "length" where the answer
 # is unfinished), tokens, verdict (see data.parse_verdict).
 def judge(verdict, gold):
-    """Is this output correct: has it the right verdict on every task that the record labels? A
+    """Is an answer with this verdict correct: is it right on every task that the record labels? A
     missing verdict is wrong, and where nothing is labelled, nothing is right. verdict, gold: dicts
     as parse_verdict gives them; a None in gold is no label. -> bool"""
     labelled = [name for name in VERDICTS if gold[name] is not None]
@@ -154,10 +155,10 @@ def parse_arguments(argv):
     p.add_argument("--top-p", type=at_least(0, float, 1), default=0.95,
                    help="nucleus (paper: 0.95)")
     p.add_argument("--judge", choices=["all", "field"], default="all",
-                   help="an output is correct if all labelled verdicts are, "
+                   help="an answer is correct if all labelled verdicts are, "
                         "or (released) one field's is")
     p.add_argument("--pair", choices=["random", "longest"], default="random",
-                   help="which correct and which incorrect output make the pair "
+                   help="which correct and which incorrect answer make the pair "
                         "(released: longest)")
     p.add_argument("--gamma", type=at_least(0, float, 1), default=0.2,
                    help="weights: 1 +- gamma (paper: 0.2)")
@@ -190,18 +191,20 @@ def main(argv=None):
     if world.rank == 0:
         hold(out)
     asked = []
-    # every model is read before one answers for hours
-    for number, (name, folder) in enumerate(zip(names, args.model)):
+    last_prompts = None
+    # every folder is looked at before one model answers for hours
+    for model_number, (name, folder) in enumerate(zip(names, args.model)):
         guard = LazyModel(args, folder, world.device)
         prompts, _ = encode_prompts(guard.tokenizer, records, args.max_length, args.max_new_tokens)
-        if asked and prompts == asked[-1][1]:
-            prompts = asked[-1][1]                          # the same tokenizer: one copy is held
+        if prompts == last_prompts:
+            prompts = last_prompts                          # the same tokenizer: one copy is held
+        last_prompts = prompts
         settings = generation_settings(args, guard, args.temperature, top_p=args.top_p)
-        settings["seed"] = seed_of(number, args.seed, out / name)
+        settings["seed"] = seed_of(model_number, args.seed, out / name)
         claim_answers(prompts, out / name, world, settings, args, out / "hard.jsonl")
         asked.append((guard, prompts, out / name, settings))
     answers = []
-    while asked:                                            # one model is in memory at a time
+    while asked:                        # popped: a model's weights are let go before the next one's
         guard, prompts, path, settings = asked.pop(0)
         lines = answer_prompts(guard, prompts, path, world, settings, args)
         answers.append((guard.folder, {line["prompt"]: line["samples"] for line in lines}))

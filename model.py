@@ -182,8 +182,8 @@ class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""
     end: torch.Tensor           # (T,) on the host
     position: torch.Tensor      # (T,) how many keys a row sees before its own
-    skip: int                   # the keys of the first `skip` tokens come from a cache: only
-                                # later tokens have a query
+    skip: int                   # 0 in training and in part I. The engine (part III) has fed the
+                                # first `skip` tokens before: they have keys, but no query
 
 
 def tree_plan(end, skip=0, device=None):
@@ -375,7 +375,9 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None       # None: that of the weights; training sets bf16 beside fp32
-        self.recompute = False          # True: keep only each layer's input for the backward pass
+        # True: each layer keeps its input alone, and the backward pass runs the layer again; False:
+        # so does only what is cheap, down's input and, on a CPU, the norms
+        self.recompute = False
 
     @property
     def head(self):
@@ -539,19 +541,21 @@ def mixed(x):
 
 
 NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
-BUCKET = 256        # tokens whose probabilities are added up first: a draw takes two searches
+BUCKET = 256        # tokens whose probabilities are added up as one: a running sum over all of a
+                    # large V costs more than the softmax; here a draw finds its bucket, then the
+                    # token inside
 
 
 def draw_token(logits, seed, position, temperature, top_p):
     """One token for each of B samples, from its nucleus: the likeliest tokens that together reach
     top_p (Holtzman et al. 2020), without sorting; a temperature or top_p of (nearly) 0 is argmax.
 
-    logits (B, V), divided by temperature; seed and position (B,) int64 -> (B,) int64. A token
-    depends on its own logits, seed and position, not on other samples. Draw from the full softmax
-    by inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...); accept if
-    the mass of strictly likelier tokens is below top_p; else draw again. An accepted token is in
-    the nucleus and has its right relative probability there. Where logits are NaN, it is any
-    token."""
+    logits (B, V), divided by temperature here; seed and position (B,) int64 -> (B,) int64. A
+    token depends on its own logits, seed and position, not on other samples. Draw from the full
+    softmax by inverting its sum (token_at) at one uniform number (uniform, attempt 0, 1, ...);
+    accept if the mass of strictly likelier tokens is below top_p; else draw again. An accepted
+    token is in the nucleus and has its right relative probability there. Where logits are NaN, it
+    is any token."""
     if temperature < NEARLY_ZERO or top_p < NEARLY_ZERO:
         return logits.argmax(-1)
     if use_kernels(logits):
@@ -567,7 +571,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     left = torch.arange(len(p), device=p.device)            # samples without a token so far
     attempt = 0
     while len(left):
-        some = left if attempt else slice(None)     # at first all rows: a slice does not copy p
+        some = left if attempt else slice(None)     # at first all of B: a slice does not copy p
         u = uniform(seed[some], position[some], attempt).to(p)
         p_some = p[some]
         pick = token_at(u, p_some, below[some]).clamp(max=V - 1)
@@ -593,9 +597,9 @@ def token_at(u, p, below):
     after = torch.searchsorted(below, goal, right=True)
     bucket = after.clamp(max=buckets) - 1                   # (B, 1)
     rest = goal - below.gather(1, bucket)
-    rows = torch.arange(len(p), device=p.device)
+    sample = torch.arange(len(p), device=p.device)
     by_bucket = p.unflatten(1, (-1, BUCKET))                # (B, V / 256, 256)
-    inside = by_bucket[rows, bucket[:, 0]].cumsum(-1)       # (B, 256)
+    inside = by_bucket[sample, bucket[:, 0]].cumsum(-1)     # (B, 256)
     nth = torch.searchsorted(inside, rest, right=True).clamp(max=BUCKET - 1)
     token = bucket * BUCKET + nth
     return token[:, 0]

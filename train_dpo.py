@@ -7,9 +7,13 @@
 
     R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
 
-A pair is one tree: instruction, prompt, and two branches, so the prompt is computed once. The
-reference is the model we start from; its log-probabilities are computed before the first step, and
-no second model is ever held. The first loss is therefore mean(alpha) ln 2, plus the SFT term.
+DPO raises the log-probability of the chosen answer and lowers that of the rejected one, each
+measured from where it stood in the reference, the model we start from. The further apart a pair is
+already, the less it is pushed; beta says how fast that falls off. A pair is one tree: instruction,
+prompt, and two branches, so the prompt is computed once. The reference's log-probabilities are
+computed before the first step, and no second model is ever held. At that step the model is the
+reference, every margin is 0, and -log sigmoid(0) = ln 2: the first loss is mean(alpha) ln 2, plus
+the SFT term.
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss
@@ -34,9 +38,11 @@ from train_sft import (Interrupts, Log, batches, finish_step, fit_memory, identi
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, weight):
     """-alpha log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
-    Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2). All (B,):
-    log-probabilities *summed* over an answer's tokens, end mark included; w is the chosen, l the
-    rejected answer. -> (B,), finite for any margin."""
+    Rafailov et al. 2023, Eq. 7, weighted by alpha (GuardReasoner, Eq. 2).
+
+    chosen = log pi_w, rejected = log pi_l, ref_... = log ref_...: (B,), one number a pair, a
+    log-probability *summed* over an answer's tokens, end mark included; weight = alpha, (B,).
+    -> (B,), finite for any margin."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)          # (B,)
     return -weight * functional.logsigmoid(beta * margin)
 
@@ -139,8 +145,8 @@ def main(argv=None):
     schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
-    identify_run(args, world, examples, schedule, alphas.tolist())
-    checkpoint = start_run(args, world)
+    identify_run(args, world, examples, schedule, alphas.tolist())      # into args, for the log
+    checkpoint = start_run(args, world)             # ends the script where all is done
     args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
@@ -149,7 +155,7 @@ def main(argv=None):
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
     world.wait()            # Log writes into --out: first all must have seen that it is free
-    interrupts.after_step = True
+    interrupts.wait_for_step = True    # from here on a signal ends the run after a whole step
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
         numbers = schedule[step - 1]
@@ -170,9 +176,9 @@ def main(argv=None):
             answer_lengths = lengths[in_data].to(policy)    # (B, 2)
             alpha = alphas[in_data].to(policy)
             part = pairs_loss(policy, ref, answer_lengths[:, 0], alpha, args.beta, args.sft)
-            in_block = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            in_block = in_block.view(-1, 2)[in_batch]       # (B, 2), as policy
-            part.update(watched(part["loss"], policy, in_block, answer_lengths))
+            block_sums = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
+            block_sums = block_sums.view(-1, 2)[in_batch]   # (B, 2), as policy
+            part.update(watched(part["loss"], policy, block_sums, answer_lengths))
             (part["loss"].sum() * world.ranks / pairs).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -197,16 +203,16 @@ def measure_answers(tokenizer, examples):
     return torch.tensor(lengths), torch.tensor(starts)
 
 
-def watched(loss, policy, in_block, lengths):
+def watched(loss, policy, block_sums, lengths):
     """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
 
-    push: -d loss / d log pi, how hard a step pushes an answer up. in_block (B, 2): the part of
+    push: -d loss / d log pi, how hard a step pushes an answer up. block_sums (B, 2): the part of
     log pi that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
     gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
     figures = {}
     for column, which in enumerate(("chosen", "rejected")):
         figures[f"{which}_push"] = -gradient[:, column]
-        figures[f"{which}_verdict"] = in_block[:, column]
+        figures[f"{which}_verdict"] = block_sums[:, column]
         figures[f"{which}_length"] = lengths[:, column]
     return figures
 

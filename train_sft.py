@@ -108,19 +108,19 @@ def main(argv=None):
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
-    identify_run(args, world, examples, schedule, held_out=held_out)
-    checkpoint = start_run(args, world)
+    identify_run(args, world, examples, schedule, held_out=held_out)    # into args, for the log
+    checkpoint = start_run(args, world)             # ends the script where all is done
     args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
     world.wait()            # Log writes into --out: first all must have seen that it is free
-    interrupts.after_step = True
+    interrupts.wait_for_step = True    # from here on a signal ends the run after a whole step
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
         batch = [examples[i] for i in schedule[step - 1]]
-        count = sum(len(e.answers[0]) for e in batch)       # answer tokens of all ranks
+        count = sum(len(e.answers[0]) for e in batch)       # tokens of all answers, on all ranks
         packs = pack(batch, args.max_tokens, not args.no_share)
         packs = deal(packs, world.rank, world.ranks)
         loss = 0.0
@@ -556,7 +556,7 @@ class Interrupts:
 
     def __init__(self):
         self.seen = 0
-        self.after_step = False
+        self.wait_for_step = False
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # as under nohup
             numbers.append(signal.SIGHUP)
@@ -564,7 +564,7 @@ class Interrupts:
             signal.signal(number, self.notice)
 
     def notice(self, number, frame):
-        if not self.after_step:
+        if not self.wait_for_step:
             raise InputError("interrupted before the first step: nothing is lost, "
                              "and the same command begins again")
         self.seen += 1

@@ -189,7 +189,7 @@ MUTANTS = [
     ("train_sft.py", "args.schedule_hash = fingerprint([*schedule, rates])", "args.schedule_hash = 0", "test_train.py -k schedule_belongs"),
     ("model.py", "return hash32(seed, sample, *prompt)", "return hash32(seed, *prompt)", "test_mine.py -k drawn_apart"),
     ("train_dpo.py", "if chosen != rejected:", 'if record["chosen"] != record["rejected"]:', "test_dpo.py -k equal_answers"),
-    ("train_sft.py", "if not self.after_step:", "if False:", "test_train.py -k signal"),
+    ("train_sft.py", "if not self.wait_for_step:", "if False:", "test_train.py -k signal"),
     # a remark among the verdicts, text that was not read, answers that are lost or of another config, what lies in --out
     ("data.py", "    if sys.stderr is not None:\n", "    if True:\n", "test_eval.py -k remarks"),
     ("data.py", 'if entry.get("special") or CONTROL.fullmatch(str(name)) or', 'if entry.get("special") or', "test_inputs.py -k looks_like_a_control"),
