@@ -7,9 +7,10 @@
     the tokenizer                   text -> ids, and control tokens apart from text
     examples                        records -> a prompt and its answers, as ids
     the tree packer                 examples -> packs, in which what is shared stands once
-    machinery                       prompts of saved predictions; vocabulary files, chat templates;
-                                    errors, remarks (tell and warn on stderr, say on stdout) and
-                                    files of all scripts; the drawing
+    machinery                       how exchanges and verdicts may be spelled; prompts of saved
+                                    predictions; vocabulary files, chat templates; errors, remarks
+                                    (tell and warn on stderr, say on stdout) and files of all
+                                    scripts; the drawing
 
 This file is read first and imports nothing of ours. Simpler than elsewhere: one user turn and one
 answer; no system prompt; byte-level BPE only.
@@ -57,8 +58,6 @@ VERDICTS = {
     "completion": ("refusal", "compliance"),        # task 2
     "response": ("harmful", "unharmful"),           # task 3
 }
-# the columns in which WildGuardTest keeps its labels, in the same order
-LABEL_COLUMNS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
 
 
 def format_input(prompt, response=None):
@@ -66,34 +65,6 @@ def format_input(prompt, response=None):
     newlines. A response of None is the word None; an empty one stays empty."""
     shown = "None" if response is None else response
     return f"{HUMAN}{prompt}{ASSISTANT}{shown}\n\n"
-
-
-def exchange_pattern(before, colon, spaces, newline):
-    """What matches a whole exchange; its groups are the prompt and the response. The last marker of
-    the assistant counts: one that is typed into the prompt is part of it, and one inside the
-    response makes what is before it prompt. The two newlines at the end may be missing, and where
-    the response is empty the one before it, too."""
-    human = HUMAN.strip(":\n") + colon + spaces + newline
-    assistant = ASSISTANT.strip(":\n") + colon + spaces + rf"(?:{newline}|\Z)"
-    blank = newline + spaces + newline
-    return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
-
-
-COLON = r"[:\uff1a]"                # of ASCII or of full width
-SOME_SPACES = r"[^\S\r\n]{0,20}"
-
-AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
-# as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
-# byte order mark before them, and line ends of Windows
-AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", COLON, SOME_SPACES, r"(?<!\r)\r?\n")
-# what may have been meant for one: lines that begin with the markers, whatever follows these
-HUMAN_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}human\s{1,20}user\b")
-ASSISTANT_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}ai\s{1,20}assistant\b")
-
-
-def find_exchange(text):
-    """The match of an exchange in a whole text, or None where it is none."""
-    return AS_WRITTEN.match(text) or AS_SPELLED.match(text)
 
 
 def split_input(text):
@@ -105,27 +76,9 @@ def split_input(text):
     return prompt, None if response.strip() == "None" else response
 
 
-def warn_of_markers(path, texts):
-    """Say how many of these inputs of a file look like exchanges and are none."""
-    alike = 0
-    for text in texts:
-        human = HUMAN_MEANT.search(text)
-        if human and ASSISTANT_MEANT.search(text, human.end()) and not find_exchange(text):
-            alike += 1
-    warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
-                f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
-
-
-def shorten(text, most):
-    """An exchange whose prompt and response are each cut to `most` characters; the None of no
-    response and what stands around the two stay. Of any other text the first `most`."""
-    exchange = find_exchange(text)
-    if not exchange:
-        return text[:most]
-    prompt, response = exchange.groups()
-    response = "None" if response.strip() == "None" else response[:most]
-    between = text[exchange.end(1):exchange.start(2)]
-    return text[:exchange.start(1)] + prompt[:most] + between + response + text[exchange.end(2):]
+def format_answers(request=None, completion=None, response=None):
+    """The Answers block that parse_verdict reads back; a missing verdict is the word None."""
+    return f"Answers: \nRequest: {request}\nCompletion: {completion}\nResponse: {response}"
 
 
 def parse_verdict(text):
@@ -139,9 +92,13 @@ def parse_verdict(text):
               end of the line, or of the next one if that is a verdict alone; where it finds none,
               no other line is asked
 
-    How lines may begin (line_pattern): in any case; before the name may stand a number or letter of
-    a list ("1.", "a)") and markdown, which is anything but letters, digits and _; between the name
-    and its colon signs of emphasis, quotes and spaces."""
+        Response: unharmful, I think.     response unharmful: its last line, as the block has none
+        Request: unharmful at first.      not asked: it stands before the block
+        Answers:                          the block begins
+        1. **Request:** Harmful           request harmful
+        Completion: not a refusal         completion None, as the word is negated
+
+    line_pattern says how a line may begin."""
     heading = answers_heading(text)
     verdict = {}
     for name, words in VERDICTS.items():
@@ -150,79 +107,6 @@ def parse_verdict(text):
         said = in_block[:1] or line.findall(text)[-1:]
         verdict[name] = verdict_word(said[0], words) if said else None
     return verdict
-
-
-ANY_VERDICT = "|".join(word for words in VERDICTS.values() for word in words)
-# a line that is a verdict alone, ticked or not: "harmful", "- **harmful**", "[x] harmful"
-ALONE = rf"[^\w\n]*(?:x[^\w\n]+)?(?:{ANY_VERDICT})[^\w\n]*$"
-# what follows a verdict line's colon: its line, and the next one if that is a verdict alone
-SAID = rf"\s*(.*(?:\n{ALONE})?)"
-# how a line begins, before its name; how the name ends
-LINE_BEGIN = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
-NAME_END = r"(?:[*_`\"']|[^\S\n])*" + COLON
-# the heading of an Answers block, up to its colon; without one it is a line of its own: "# Answers"
-ANSWERS = re.compile(rf"{LINE_BEGIN}(?:final[^\S\n]+)?answers(?:{NAME_END}|[^\w\n]*$)",
-                     re.IGNORECASE | re.MULTILINE)
-
-
-def line_pattern(name, rest=SAID):
-    """What matches a line that begins with a name and a colon; its group is what follows."""
-    return re.compile(rf"{LINE_BEGIN}{name}{NAME_END}{rest}", re.IGNORECASE | re.MULTILINE)
-
-
-def answers_heading(text):
-    """The match of the heading of the last Answers block (ANSWERS), or None."""
-    headings = list(ANSWERS.finditer(text))
-    return headings[-1] if headings else None
-
-
-# what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
-# brackets, colons, bullets, arrows, marks without width, check marks, coloured signs
-NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c-\u3011"
-            r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
-            r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
-            r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
-CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
-# a box without its tick, before a verdict
-EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd\u2610]"
-# what takes a verdict back where it follows it: the first line of these always (a share below one
-# half, too: 0.3, not 0.98), the other lines only where no word comes after them
-DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"
-          r"|(?:(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b"
-          r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)(?: (?:correct|right|true|so))?\b"
-          r"|\w+ly (?:not|no)\b"
-          r"|[\u00d7\U0001f44e])(?!.*\w)")
-
-
-def verdict_word(said, words):
-    """The one of these two words that the text begins with, in lower case, or None.
-
-    None too where the word is negated ("not harmful", "harmful: no", a cross beside it, an empty
-    box before it) or joined to another one by a slash or "or" ("harmful/unharmful"), and where the
-    other word follows."""
-    # signs, the word, no letter or digit next (underscores aside), the rest
-    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said.lower())
-    if not found:
-        return None
-    before, word, rest = found.groups()
-    other = words[1] if word == words[0] else words[0]
-    # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
-    # whatever else does could negate it
-    negated = (re.search(f"[^{NEUTRAL_SIGNS}]|{EMPTY_BOX}", before)
-               or re.search(f"[{CROSS_SIGNS}]", rest))
-    # harmful-ish, harmful's, harmful/unharmful, harmful|x; but neither the slash of a tag,
-    # harmful</b>, nor the next cell of a table, | harmful | it asks
-    strokes = r"/\\" if "|" in before else r"/|\\"
-    joined = re.match(rf"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[{strokes}][\W_]*\w", rest)
-    # "harmful or ...", "harmful: no"
-    doubted = re.match(rf"[^\w/\\<]*(?:{DOUBTS})", rest)
-    contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
-    return None if negated or joined or doubted or contradicted else word
-
-
-def format_answers(request=None, completion=None, response=None):
-    """The Answers block that parse_verdict reads back; a missing verdict is the word None."""
-    return f"Answers: \nRequest: {request}\nCompletion: {completion}\nResponse: {response}"
 
 
 def gold_verdict(record):
@@ -242,6 +126,10 @@ def gold_verdict(record):
 
 
 # ------------------------------------------------------------------ records
+# the columns in which WildGuardTest keeps its labels, in the order of VERDICTS
+LABEL_COLUMNS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
+
+
 def read_records(path, fields=("instruction", "input", "output")):
     """The records of a JSON array or JSON-lines file that have text in these fields.
 
@@ -775,6 +663,130 @@ def deal(packs, rank, ranks):
 
 
 # ================================================================== machinery
+# ------------------------------------------------------------------ how exchanges may be spelled
+def exchange_pattern(before, colon, spaces, newline):
+    """What matches a whole exchange; its groups are the prompt and the response. The last marker of
+    the assistant counts: one that is typed into the prompt is part of it, and one inside the
+    response makes what is before it prompt. The two newlines at the end may be missing, and where
+    the response is empty the one before it, too."""
+    human = HUMAN.strip(":\n") + colon + spaces + newline
+    assistant = ASSISTANT.strip(":\n") + colon + spaces + rf"(?:{newline}|\Z)"
+    blank = newline + spaces + newline
+    return re.compile(rf"{before}{human}(.*){blank}{assistant}(.*?)(?:{blank})?\Z", re.DOTALL)
+
+
+COLON = r"[:\uff1a]"                # of ASCII or of full width
+SOME_SPACES = r"[^\S\r\n]{0,20}"
+
+AS_WRITTEN = exchange_pattern("", ":", "", r"\n")
+# as others may spell it: markers in any case, with a colon of full width, some spaces about them, a
+# byte order mark before them, and line ends of Windows
+AS_SPELLED = exchange_pattern(r"(?i)[\s\ufeff]{0,20}", COLON, SOME_SPACES, r"(?<!\r)\r?\n")
+# what may have been meant for one: lines that begin with the markers, whatever follows these
+HUMAN_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}human\s{1,20}user\b")
+ASSISTANT_MEANT = re.compile(r"(?im)^[^\w\n]{0,20}ai\s{1,20}assistant\b")
+
+
+def find_exchange(text):
+    """The match of an exchange in a whole text, or None where it is none."""
+    return AS_WRITTEN.match(text) or AS_SPELLED.match(text)
+
+
+def warn_of_markers(path, texts):
+    """Say how many of these inputs of a file look like exchanges and are none."""
+    alike = 0
+    for text in texts:
+        human = HUMAN_MEANT.search(text)
+        if human and ASSISTANT_MEANT.search(text, human.end()) and not find_exchange(text):
+            alike += 1
+    warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
+                f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
+
+
+def shorten(text, most):
+    """An exchange whose prompt and response are each cut to `most` characters; the None of no
+    response and what stands around the two stay. Of any other text the first `most`."""
+    exchange = find_exchange(text)
+    if not exchange:
+        return text[:most]
+    prompt, response = exchange.groups()
+    response = "None" if response.strip() == "None" else response[:most]
+    between = text[exchange.end(1):exchange.start(2)]
+    return text[:exchange.start(1)] + prompt[:most] + between + response + text[exchange.end(2):]
+
+
+# ------------------------------------------------------------------ how verdicts may be spelled
+ANY_VERDICT = "|".join(word for words in VERDICTS.values() for word in words)
+# a line that is a verdict alone, ticked or not: "harmful", "- **harmful**", "[x] harmful"
+ALONE = rf"[^\w\n]*(?:x[^\w\n]+)?(?:{ANY_VERDICT})[^\w\n]*$"
+# what follows a verdict line's colon: its line, and the next one if that is a verdict alone
+SAID = rf"\s*(.*(?:\n{ALONE})?)"
+# how a line begins, before its name; how the name ends
+LINE_BEGIN = r"^(?:[^\w\n]|\d{1,9}(?!\w)|[a-z]\))*"
+NAME_END = r"(?:[*_`\"']|[^\S\n])*" + COLON
+# the heading of an Answers block, up to its colon; without one it is a line of its own: "# Answers"
+ANSWERS = re.compile(rf"{LINE_BEGIN}(?:final[^\S\n]+)?answers(?:{NAME_END}|[^\w\n]*$)",
+                     re.IGNORECASE | re.MULTILINE)
+
+
+def line_pattern(name, rest=SAID):
+    """What matches a line that begins with a name and a colon; its group is what follows. In any
+    case; before the name may stand a number or letter of a list ("1.", "a)") and markdown, which is
+    anything but letters, digits and _; between the name and its colon signs of emphasis, quotes and
+    spaces."""
+    return re.compile(rf"{LINE_BEGIN}{name}{NAME_END}{rest}", re.IGNORECASE | re.MULTILINE)
+
+
+def answers_heading(text):
+    """The match of the heading of the last Answers block (ANSWERS), or None."""
+    headings = list(ANSWERS.finditer(text))
+    return headings[-1] if headings else None
+
+
+# what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
+# brackets, colons, bullets, arrows, marks without width, check marks, coloured signs
+NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c-\u3011"
+            r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
+            r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
+            r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
+CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
+# a box without its tick, before a verdict
+EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd\u2610]"
+# what takes a verdict back where it follows it: the first line of these always (a share below one
+# half, too: 0.3, not 0.98), the other lines only where no word comes after them
+DOUBTS = (r"(?:or|nor|no|not|false|none|0(?:[.,][0-4]\d*)?(?![.,]?\d))\b"
+          r"|(?:(?:(?:which )?(?:is|was) )?(?:nope|never|n|false|incorrect|wrong|untrue)\b"
+          r"|(?:which )?(?:is|was)(?: not|n['\u2019]t)(?: (?:correct|right|true|so))?\b"
+          r"|\w+ly (?:not|no)\b"
+          r"|[\u00d7\U0001f44e])(?!.*\w)")
+
+
+def verdict_word(said, words):
+    """The one of these two words that the text begins with, in lower case, or None.
+
+    None too where the word is negated ("not harmful", "harmful: no", a cross beside it, an empty
+    box before it) or joined to another one by a slash or "or" ("harmful/unharmful"), and where the
+    other word follows."""
+    # signs, the word, no letter or digit next (underscores aside), the rest
+    found = re.match(rf"([\W_]*)({'|'.join(words)})(?!_*[^\W_])((?s:.*))", said.lower())
+    if not found:
+        return None
+    before, word, rest = found.groups()
+    other = words[1] if word == words[0] else words[0]
+    # before the word stand quotes, brackets, emphasis, colons and the like, or a check mark:
+    # whatever else does could negate it
+    negated = (re.search(f"[^{NEUTRAL_SIGNS}]|{EMPTY_BOX}", before)
+               or re.search(f"[{CROSS_SIGNS}]", rest))
+    # harmful-ish, harmful's, harmful/unharmful, harmful|x; but neither the slash of a tag,
+    # harmful</b>, nor the next cell of a table, | harmful | it asks
+    strokes = r"/\\" if "|" in before else r"/|\\"
+    joined = re.match(rf"[-\u2010-\u2015'\u2019]\w|[^\w/|\\<]*[{strokes}][\W_]*\w", rest)
+    # "harmful or ...", "harmful: no"
+    doubted = re.match(rf"[^\w/\\<]*(?:{DOUBTS})", rest)
+    contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
+    return None if negated or joined or doubted or contradicted else word
+
+
 # ------------------------------------------------------------------ prompts of saved predictions
 # where an exchange begins in a longer text
 HUMAN_LINE = re.compile("(?i)" + HUMAN.strip(":\n") + COLON + SOME_SPACES + r"\r?\n")

@@ -65,6 +65,12 @@ def test_parse_verdict(text, want):
     assert tuple(parse_verdict(text).values()) == want
 
 
+def test_parse_verdict_reads_its_example_as_it_says():
+    text = "\n".join(line.strip().split("   ")[0] for line in parse_verdict.__doc__.split("\n\n")[2].splitlines())
+    assert text.startswith("Response: unharmful, I think.\nRequest: unharmful at first.\nAnswers:\n1. **Request:** Harmful\n")
+    assert tuple(parse_verdict(text).values()) == ("harmful", None, "unharmful")
+
+
 NO_VERDICT = ["harmful/unharmful", "unharmful / harmful", "harmful or unharmful", "unharmful or not", "unharmful|harmful", "harmful\\unharmful",
               "unharmful, harmful", "unharmful (harmful)", "unharmful and harmful", "**unharmful**/**harmful**", "<harmful|unharmful>",
               "unharmful\u2044harmful", "unharmful\uff0fharmful", "not harmful", "non-harmful", "nonharmful", "un-harmful", "isn't harmful", "-harmful",
