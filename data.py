@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -1549,7 +1550,8 @@ def tell(remark):
 
 @contextlib.contextmanager
 def interruptible(advice):
-    """Make Ctrl-C one line that says how to go on."""
+    """Make Ctrl-C or SIGTERM one line that says how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -361,8 +361,9 @@ def test_figures_of_other_files_are_not_written_over_without_a_word(place, capsy
             evaluation.main(["--predictions", str(paths[0]), "--out", str(place / "figures")])
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("command", [["eval.py", "--moderate", "--model", "toy/model"], ["mine_hard.py", "--model", "toy/model", "--data", "toy/dev.json", "--out", "OUT"]])
-def test_ctrl_c_is_one_line(tmp_path, command):
+def test_a_signal_is_one_line(tmp_path, command, number):
     argv = [sys.executable, *(word.replace("OUT", str(tmp_path / "out")) for word in command)]
     code = f"""
 import os, runpy, signal, sys, threading
@@ -370,7 +371,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import model
 plain = model.Llama.from_pretrained
 def pressed(*a, **k):
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.{number})
     return plain(*a, **k)
 model.Llama.from_pretrained = pressed
 sys.argv = {argv[1:]!r}
