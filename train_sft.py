@@ -292,7 +292,11 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
 
 
 def shard(model, device, products):
-    """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer)."""
+    """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer).
+    InputError where torch cannot do so on a CPU."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):      # torch 2.6
+        raise InputError(f"torch {torch.__version__} cannot train on several ranks of a CPU: use "
+                         "one, or the torch of requirements.txt")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, rows_of, run, tiny_folder, write_pairs, write_records
+from processes import CAN_SHARD, ROOT, rows_of, run, tiny_folder, write_pairs, write_records
 from safetensors.torch import load_file
 
 EXACT = ["--epochs", 2, "--batch-size", 5, "--lr", "1e-2", "--dtype", "float64", "--device", "cpu"]
@@ -126,6 +126,7 @@ def test_moderation_under_torchrun_says_the_same_on_each_rank(folder, guard):
     assert said[0]["p_harmful"] == said[1]["p_harmful"] and 0.02 < said[0]["p_harmful"]["request"] < 0.98
 
 
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot train on several ranks of a CPU")
 def test_torchrun_itself(folder):
     """The command line of the README, once."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_sft.py"]

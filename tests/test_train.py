@@ -487,3 +487,9 @@ def test_every_step_is_made_at_the_rate_that_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sft, "update", lambda *args: (used.append(args[2]), update(*args))[1])
     _, rows, _ = run(tmp_path / "a", "--batch-size", 16)
     assert used == [r["lr"] for r in rows] == [lr_at(step, 4, 1e-3) for step in range(4)]
+
+
+def test_a_torch_that_cannot_shard_on_a_cpu_says_so(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(InputError, match="cannot train on several ranks of a CPU: use one, or the torch of"):
+        train_sft.shard(None, torch.device("cpu"), torch.float32)
