@@ -240,6 +240,7 @@ class Vocabulary:
     words: dict             # text that is one token wherever it stands, and no control token -> id
     late: set               # the words that are looked for in what the other words leave
     sticky: set             # the control tokens that swallow the spaces beside them
+    start: str = ""         # the control token that its own library writes before plain text, or ""
 
 
 class Tokenizer:
@@ -268,6 +269,7 @@ class Tokenizer:
         self.late = vocabulary.late
         self.special = vocabulary.special
         self.sticky = vocabulary.sticky
+        self.start = vocabulary.start
         self.size = size                                            # ids that the model has
         self.context = context                                      # tokens it was made for
         self.format = format
@@ -375,6 +377,7 @@ class Tokenizer:
         template = read_chat_template(folder)
         name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
         tokenizer = cls(vocabulary, name, folder, size, context)
+        compare_names(folder)
         set_turns(tokenizer, {} if format else template)
         check_round_trip(tokenizer)
         return tokenizer
@@ -385,6 +388,8 @@ class Tokenizer:
         folder = Path(folder)
         for name, content in self.files.items():
             write_bytes(folder / name, content)
+        if "tokenizer.json" not in self.files:
+            write_json(folder / "tokenizer.json", as_tokenizer_json(self))
         # the class that reads tokenizer.json as it stands, whatever the folder's own was
         config = {"model_input_names": ["input_ids", "attention_mask"],
                   **self.config, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -392,6 +397,7 @@ class Tokenizer:
         others = sorted(word for word in self.special if not CONTROL.fullmatch(word))
         if others:
             config["additional_special_tokens"] = others
+        config.pop("split_special_tokens", None)    # would spell the template's tokens as text
         config["eos_token"] = self.end_mark
         config["chat_template"] = self.jinja
         write_json(folder / "tokenizer_config.json", config)
@@ -883,7 +889,7 @@ def vocabulary_of(path, raw):
     pattern = split_pattern(path, splitter)
     told = read_object(path.parent / "tokenizer_config.json", {})
     its_own = told.get("tokenizer_class") != "PreTrainedTokenizerFast"
-    if its_own and told.get("add_prefix_space") and splitter["type"] == "ByteLevel":
+    if its_own and told.get("add_prefix_space") and "ByteLevel" in json.dumps(splitter):
         raise InputError(f"{path.parent}: tokenizer_config.json adds a space before every text "
                          "(add_prefix_space), and tokenizer.json does not: not known")
     vocab = model["vocab"]
@@ -903,6 +909,7 @@ def vocabulary_of(path, raw):
     for entry in added:
         add_token(path, entry, found, control)
     compare_told(path, added, found, control)
+    found.start = start_token(raw.get("post_processor") or {})
     found.tokens = {spell(name): id for name, id in vocab.items() if name not in found.special}
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
@@ -915,11 +922,31 @@ def vocabulary_of(path, raw):
     return found
 
 
+def start_token(processor):
+    """The control token that a tokenizer.json's post_processor writes before a text, or ""."""
+    for step in processor.get("processors") or [processor]:
+        if step.get("type") == "TemplateProcessing":
+            return step["single"][0].get("SpecialToken", {}).get("id", "")
+    return ""
+
+
 def read_told(folder):
     """What special_tokens_map.json and tokenizer_config.json say together; of one field the
     latter."""
-    names = ("special_tokens_map.json", "tokenizer_config.json")
-    return {key: value for name in names for key, value in read_object(folder / name, {}).items()}
+    return {**read_object(folder / "special_tokens_map.json", {}),
+            **read_object(folder / "tokenizer_config.json", {})}
+
+
+def compare_names(folder):
+    """Say on stderr where the two files of read_told name different tokens: which of them counts
+    depends on who reads the folder."""
+    by_map = read_object(folder / "special_tokens_map.json", {})
+    by_config = read_object(folder / "tokenizer_config.json", {})
+    for name in by_map.keys() & by_config.keys() & set(TOKEN_NAMES):
+        old, new = content_of(by_map[name]), content_of(by_config[name])
+        if old != new:
+            tell(f"{folder}: {name} is {old!r} in special_tokens_map.json and {new!r} in "
+                 "tokenizer_config.json, which counts here")
 
 
 def control_names(folder):
@@ -1089,8 +1116,9 @@ def split_pattern(path, splitter):
 
 
 # What Hugging Face's engine for regular expressions and tiktoken's read alike. Not, for example,
-# ^ and $, \w and \b, groups that are referred to, (?i) but for 's and the like, [[:punct:]].
-LETTERS = r"\\[pP]\{(?:[LMNPSZC][a-z]?|Han|Hiragana|Katakana|Hangul)\}|\\[sSdDrnt]|\\[^\w\s]"
+# ^ and $, \w and \b, \< and \>, groups that are referred to, (?i) but for 's and the like,
+# [[:punct:]].
+LETTERS = r"\\[pP]\{(?:[LMNPSZC][a-z]?|Han|Hiragana|Katakana|Hangul)\}|\\[sSdDrnt]|\\[^\w\s<>]"
 ENDING = r"'?(?:\[sdmt\]|[sdmt]|re|ve|ll)"                      # of it's, I'd, I'm, don't, you're
 READ_ALIKE = re.compile(
     rf"(?:{LETTERS}|\[\^?(?:{LETTERS}|[^\\\[\]])+\]"                   # letters, sets of them
@@ -1168,6 +1196,33 @@ def read_tokenizer_model(path):
     return Vocabulary(tokens, order, LLAMA3_PATTERN, special, {}, set(), set())
 
 
+def as_tokenizer_json(tokenizer):
+    """A tokenizer.model's vocabulary as Hugging Face's file has it: without one, its library knows
+    no control token by its id."""
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {tokenizer.spelling[id]: id for id in tokenizer.ids if id is not None}
+    ranks = {token: rank for rank, token in enumerate(vocabulary)}      # in order of priority
+    parts = [last_merge(token, ranks) for token in ranks if len(token) > 1]
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                "use_regex": False}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": id, "content": name, "special": True, **flags}
+                         for name, id in tokenizer.special.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "decoder": to_bytes,
+        "model": {"type": "BPE", "ignore_merges": True,
+                  "vocab": {spell(token): id for token, id in vocabulary.items()},
+                  "merges": [list(map(spell, pair)) for pair in parts if len(pair) == 2]}}
+
+
 def read_sizes(folder, vocabulary):
     """(vocab_size, max_position_embeddings) of this folder's model, infinite where there is no
     config.json; InputError where text can have more ids. (Control tokens that no template uses may
@@ -1206,8 +1261,10 @@ def set_turns(tokenizer, template):
 
 def use_format(tokenizer, form):
     """Set what a format writes before and after a user's text, without a start token that the
-    vocabulary lacks."""
+    vocabulary lacks; of plain text the one that the folder's own library writes."""
     start = form.start if form.start in tokenizer.special else ""
+    if form is FORMATS["raw"] and tokenizer.start in tokenizer.special:
+        start = tokenizer.start
     tokenizer.before = start + form.head.format("user")
     tokenizer.after = form.close + form.head.format("assistant")
     tokenizer.trim = False                                  # strip the user's text?
@@ -1235,6 +1292,9 @@ def follow(tokenizer, template):
     if not found or not known or trims_start != trims_end:
         tell(f"{tokenizer.folder}: its chat template writes {rendered!r}, {ours}")
         return False
+    for name in untold(template):
+        tell(f"{tokenizer.folder}: its chat template names {name}, which no file tells: "
+             "taken for nothing")
     use_control(tokenizer, before + after)
     tokenizer.before = before
     tokenizer.after = after
@@ -1250,6 +1310,7 @@ def closing_mark(tokenizer, template):
     none, or it cannot be told."""
     try:
         turns = render_turns(template, REQUEST, ANSWER, REQUEST)
+        last_turn = render_turns(template, REQUEST, ANSWER, ask=False)
     except NotKnown:
         return None
     between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
@@ -1260,7 +1321,11 @@ def closing_mark(tokenizer, template):
         pieces.pop()
         next_turn.pop()
     marks = [piece for piece in pieces if piece in tokenizer.special]
-    return marks[0] if marks else None
+    if not marks:
+        return None
+    # a bos_token may open each turn of the user's, and end none
+    opens = marks[0] == template.get("bos_token") and marks[0] not in last_turn.partition(ANSWER)[2]
+    return None if opens else marks[0]
 
 
 def use_ends(tokenizer, marks):
@@ -1325,6 +1390,9 @@ class Undefined:
 
 
 UNDEFINED = Undefined()
+# what a template may call: it is defined, and a call is not evaluated
+FUNCTIONS = ("raise_exception", "strftime_now", "range", "dict", "namespace", "cycler", "joiner",
+             "lipsum")
 
 
 def not_of_request(value):
@@ -1333,6 +1401,11 @@ def not_of_request(value):
     if isinstance(value, str) and REQUEST in value:
         raise NotKnown("what depends on the user's text")
     return value
+
+
+# the names that Hugging Face's library gives to tokens
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+               "mask_token")
 
 
 def jinja_of(start, template):
@@ -1344,15 +1417,25 @@ def jinja_of(start, template):
 
 def spelled_out(template):
     """The text of what read_chat_template read, with the tokens set that it names: where it is
-    written, eos_token can be another one. (A newline after a tag is none.)"""
+    written, eos_token can be another one. (A newline after a tag is none; a name that nobody
+    gave a value gives none to another.)"""
     text = template["chat_template"]
-    names = [name for name in template if name != "chat_template" and name in text]
-    return "".join(f"{{% set {name} = {template[name]!r} %}}\n" for name in names) + text
+    values = {name: repr(value) for name, value in template.items() if name != "chat_template"}
+    values.update((name, "not_told") for name in untold(template))
+    lines = [f"{{% set {name} = {value} %}}\n" for name, value in values.items() if name in text]
+    return "".join(line for line in lines if line not in text) + text
+
+
+def untold(template):
+    """The TOKEN_NAMES that a chat template uses, and that nobody tells or sets."""
+    text = template["chat_template"]
+    return [name for name in TOKEN_NAMES if name not in template
+            and re.search(rf"\b{name}\b", text) and not re.search(rf"\bset\s+{name}\b", text)]
 
 
 def read_chat_template(folder):
-    """{"chat_template", and of what it may name "bos_token", "eos_token", ...} of a folder, or {}
-    where it has no template."""
+    """{"chat_template", and of the tokens that it may name (TOKEN_NAMES, and others that the folder
+    gives a name) those that are told} of a folder, or {} where it has no template."""
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
     told = read_told(folder)
@@ -1366,8 +1449,9 @@ def read_chat_template(folder):
     except (TypeError, KeyError):
         raise InputError(f"{config}: chat_template is neither a text nor a list of them, each with "
                          "name and template") from None
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = told.get(name)
+    tokens = {name: told.get(name) for name in TOKEN_NAMES}
+    more = told.get("extra_special_tokens")                 # a list, or with a name each
+    for name, token in {**tokens, **(more if isinstance(more, dict) else {})}.items():
         if token is None:
             continue
         content = content_of(token)
@@ -1385,14 +1469,14 @@ def find_format(template, special):
     return "chatml" if "<|im_start|>" in known else "raw"
 
 
-def render_turns(template, *contents):
+def render_turns(template, *contents, ask=True):
     """What a chat template makes of turns of the user and the assistant, in alternation, ready for
-    the next answer; NotKnown where it holds what is not evaluated here. template: as
-    read_chat_template gives it."""
+    the next answer (unless ask is False); NotKnown where it holds what is not evaluated here.
+    template: as read_chat_template gives it."""
     roles = itertools.cycle(("user", "assistant"))
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    names = {**template, "messages": messages, "tools": None,
-             "documents": None, "add_generation_prompt": True,
+    names = {**dict.fromkeys(FUNCTIONS, object()), **template, "messages": messages,
+             "tools": None, "documents": None, "add_generation_prompt": ask,
              "true": True, "false": False, "none": None}
     text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
     text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
@@ -1462,8 +1546,12 @@ def run_template(nodes, names):
             values = evaluate(expression, names)
             for index, value in enumerate(values):
                 left = len(values) - index
+                depth = names["loop"]["depth"] + 1 if "loop" in names else 1
                 loop = {"first": index == 0, "last": left == 1, "index0": index, "index": index + 1,
-                        "length": len(values), "revindex": left, "revindex0": left - 1}
+                        "length": len(values), "revindex": left, "revindex0": left - 1,
+                        "previtem": values[index - 1] if index else UNDEFINED,
+                        "nextitem": values[index + 1] if left > 1 else UNDEFINED,
+                        "depth": depth, "depth0": depth - 1}
                 inner = {**names, "loop": loop, name.strip(): value}
                 yield from run_template(branches[0][1], inner)
 

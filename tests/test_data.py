@@ -15,7 +15,7 @@ from audit import audit
 from conftest import tiny_examples
 
 import data
-from data import (INSTRUCTION, LLAMA3_PATTERN, Example, InputError, Tokenizer, common_prefix,
+from data import (EVERY_SCRIPT, INSTRUCTION, LLAMA3_PATTERN, Example, InputError, Tokenizer, common_prefix,
                   encode_records, fit_prompt, format_answers, format_input, gold_verdict, pack,
                   parse_verdict, read_records, split_input)
 
@@ -274,6 +274,10 @@ def test_metas_tokenizer_model_gives_the_ids_of_the_same_ranks_in_json(tmp_path,
     assert meta.special["<|begin_of_text|>"] == n and meta.special["<|eot_id|>"] == n + 9 and len(meta.special) == 256
     text = "Ada asks: please lock the tool chest."
     assert meta.decode(meta.encode(text)) == text and meta.stop[0] == n + 9
+    meta.save_pretrained(tmp_path / "saved")            # with a tokenizer.json, which other libraries need
+    (tmp_path / "saved/tokenizer.model").unlink()
+    saved = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.prompt_ids("i", EVERY_SCRIPT) == meta.prompt_ids("i", EVERY_SCRIPT) and saved.special == meta.special and saved.stop == meta.stop
 
 
 def test_formats(tmp_path, tokenizer):

@@ -289,6 +289,40 @@ def test_a_tokenizer_class_that_changes_ids_is_not_written(tmp_path):
     refused("adds a space before every text", Tokenizer.from_pretrained, write_folder(tmp_path / "a", special=CHATML, config=other, pre_tokenizer=BYTES))
 
 
+@pytest.mark.parametrize("splitter", [{"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}, BYTES])
+def test_a_space_before_every_text_is_refused_whatever_splits_it(tmp_path, splitter):
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    refused("adds a space before every text", Tokenizer.from_pretrained, write_folder(tmp_path, special=CHATML, config=config, pre_tokenizer=splitter))
+
+
+def test_a_field_that_spells_control_tokens_as_text_is_not_written(tmp_path):
+    Tokenizer.from_pretrained(write_folder(tmp_path / "a", turns(), special=CHATML, config={"split_special_tokens": True})).save_pretrained(tmp_path / "b")
+    assert "split_special_tokens" not in json.loads((tmp_path / "b/tokenizer_config.json").read_text())
+
+
+def test_what_the_folders_library_writes_before_plain_text_is_written(tmp_path):
+    """Of a base model without a chat template, which may spell its start as it likes."""
+    def begin(raw, processor=None):
+        single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        raw["post_processor"] = processor or {"type": "TemplateProcessing", "single": single}
+
+    def nested(raw):
+        begin(raw)
+        raw["post_processor"] = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, raw["post_processor"]]}
+
+    for change, start in ((begin, [756]), (nested, [756]), (None, []), (lambda raw: begin(raw, {"type": "ByteLevel"}), [])):
+        tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path / "a", special=["<s>", "</s>"], config={"eos_token": "</s>"}, change=change))
+        assert tokenizer.prompt_ids("i", "x") == start + tokenizer.encode("i\nx")
+        tokenizer.save_pretrained(tmp_path / "b")
+        assert Tokenizer.from_pretrained(tmp_path / "b").prompt_ids("i", "x") == start + tokenizer.encode("i\nx")
+
+
+@pytest.mark.parametrize("pattern", [r"\<\/?\p{L}+\>|\p{L}+|\p{N}|[^\p{L}\p{N}]", r" ?[^\s\p{L}\p{N}\<\>]+|\<|\>| ?\p{L}+|\p{N}|\s+"])
+def test_an_escape_that_two_engines_read_differently_is_refused(tmp_path, pattern):
+    splitter = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, {**BYTES, "use_regex": False}]}
+    refused("this pre_tokenizer is not known", Tokenizer.from_pretrained, write_folder(tmp_path, special=CHATML, pre_tokenizer=splitter))
+
+
 # ------------------------------------------------------------------ end marks
 
 
@@ -305,6 +339,9 @@ TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %
     (PHI, "{{ bos_token }}" + (TURN % "m.content").replace("<|end|>", "{{ bos_token if m.role == 'assistant' else '' }}"), {"bos_token": "<|end|>"}, ["<|end|>", "<|endoftext|>"]),
     (PHI, (TURN % "m.content").replace("{% if add_generation_prompt %}", "{% if true %}"), {}, ["<|end|>", "<|endoftext|>"]),
     (PHI, (TURN % "m.content").replace("<|end|>", "").replace("add_generation_prompt", "true"), {}, ["<|endoftext|>"]),      # it always asks for more
+    (PHI, "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}<|user|>{{ m.content }}<|assistant|>{% else %}{{ m.content }}{% endif %}{% endfor %}",
+     {"bos_token": "<|end|>", "eos_token": "<|eos|>"}, ["<|eos|>", "<|endoftext|>"]),       # it opens each turn of the user's
+    (PHI, (TURN % "m.content").replace("<|end|>", "{% if m.role == 'user' or loop.nextitem %}<|end|>{% endif %}"), {}, ["<|end|>", "<|endoftext|>"]),
     (["<|end|>", "<|endoftext|>"], None, {"eos_token": ["<|end|>"]}, ["<|endoftext|>"]),
     (["<s>", "</s>"], None, {"eos_token": {"content": "</s>"}}, ["</s>"]),
     (["<|end|>", "<|im_end|>", "<|im_start|>"], turns(), {"eos_token": "<|end|>"}, ["<|im_end|>"])])
@@ -379,6 +416,39 @@ def test_what_is_written_makes_the_same_prompt_whatever_its_template_names(tmp_p
     assert Tokenizer.from_pretrained(tmp_path / "c").before == before.before
 
 
+@pytest.mark.parametrize("use, says", [("{{ eos_token }}", ""), ("{% if eos_token is defined %}<|im_sep|>{% endif %}", ""), ("{{ cls_token if cls_token else '' }}", "cls_token")])
+def test_a_token_that_no_file_tells_is_none_in_what_is_written_too(tmp_path, capsys, use, says):
+    """What we write tells an eos_token: the prompt that was trained must not begin to have one."""
+    before = Tokenizer.from_pretrained(write_folder(tmp_path / "a", turns() + use, special=CHATML))
+    said = line_said(capsys)
+    assert f"names {says or 'eos_token'}, which no file tells: taken for nothing" in said
+    assert before.prompt_ids(*PROMPT) == GOLDEN["chatml"]["prompt"]
+    for here, there in ("ab", "bc"):
+        Tokenizer.from_pretrained(tmp_path / here).save_pretrained(tmp_path / there)
+    capsys.readouterr()
+    assert Tokenizer.from_pretrained(tmp_path / "c").prompt_ids(*PROMPT) == GOLDEN["chatml"]["prompt"]
+    assert not capsys.readouterr().err                                             # it was said once
+
+
+@pytest.mark.parametrize("config", [{"cls_token": "<|im_sep|>"}, {"extra_special_tokens": {"cls_token": "<|im_sep|>"}}, {"extra_special_tokens": {"turn": "<|im_sep|>"}}])
+def test_a_template_may_name_any_token_that_the_folder_names(tmp_path, capsys, config):
+    name = "turn" if "turn" in str(config) else "cls_token"
+    folder = write_folder(tmp_path / "a", turns(separator="' + %s + '" % name, close="<|im_end|>"), special=CHATML, config=config)
+    Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    for some in (folder, tmp_path / "b"):
+        assert Tokenizer.from_pretrained(some).prompt_ids(*PROMPT) == GOLDEN["chatml_sep"]["prompt"] and not capsys.readouterr().err
+
+
+def test_two_files_that_name_different_tokens_are_said(tmp_path, capsys):
+    folder = write_folder(tmp_path, turns(), special=CHATML, config={"eos_token": "<|im_end|>", "pad_token": {"content": "<|im_sep|>"}})
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_sep|>"}')
+    Tokenizer.from_pretrained(folder)
+    assert not capsys.readouterr().err
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    Tokenizer.from_pretrained(folder)
+    assert "eos_token is '<|endoftext|>' in special_tokens_map.json and '<|im_end|>' in tokenizer_config.json, which counts" in line_said(capsys)
+
+
 OTHERS = [
     ("{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}" + turns(), "writes '<.im_start.>system"), (turns(role="'human'"), "writes .*human"),
     (turns(content="m['content'] + m['content']"), "writes .*REQUESTREQUEST"), ("{# <|im_start|> #}", "writes ''"), ("{{ messages[1].content }}" + turns(), "messages.1"),
@@ -405,6 +475,9 @@ def test_jinja_is_read_as_transformers_reads_it(tmp_path, capsys):
                           ("{% for m in messages %}{% set x = 'in the loop' %}{% endfor %}", "{{ x }}"), ("{#- says 'no' -#}\n", "\n"),
                           ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('x') }}{% endif %}{% endfor %}", ""),
                           ("{% for m in messages %}{% if loop.length != 1 or not loop.last %}X{% endif %}{% endfor %}", ""),
+                          ("{% for m in messages %}{% if loop.depth != 1 or loop.previtem or loop.nextitem is defined %}X{% endif %}{% endfor %}", ""),
+                          ("{% for m in messages %}{% for n in messages %}{% if loop.depth0 != 1 %}X{% endif %}{% endfor %}{% endfor %}", ""),
+                          ("{% if raise_exception is not defined or strftime_now is not defined %}X{% endif %}", ""),
                           ("{% if messages[0].role == 'system' %}S{% elif messages[0]['role'] is not string %}X{% else %}{% endif %}", ""),
                           ("{% if messages[0].role == 'user' %}{% elif messages[0].tools | length > 0 %}X{% endif %}", "")):
         tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, before + turns() + after, special=CHATML))
