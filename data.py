@@ -240,7 +240,7 @@ class Vocabulary:
     words: dict             # text that is one token wherever it stands, and no control token -> id
     late: set               # the words that are looked for in what the other words leave
     sticky: set             # the control tokens that swallow the spaces beside them
-    start: str = ""         # the control token that its own library writes before plain text, or ""
+    start: str = ""         # the control tokens that its own library writes before plain text
 
 
 class Tokenizer:
@@ -377,7 +377,6 @@ class Tokenizer:
         template = read_chat_template(folder)
         name = format or find_format(template, [*vocabulary.special, *vocabulary.words])
         tokenizer = cls(vocabulary, name, folder, size, context)
-        compare_names(folder)
         set_turns(tokenizer, {} if format else template)
         check_round_trip(tokenizer)
         return tokenizer
@@ -621,7 +620,7 @@ def lay_out(root, branches):
     answers with the end mark. The root is written once, then of each prompt what follows the root,
     then its answers without their end marks. `end` of a row is the row after its whole subtree: T
     for the root; for a prompt's own rows that after its last answer; for an answer's that after it.
-    Scored pairs stand answer by answer: a prompt's last row is asked for the first token of each
+    Scored rows stand answer by answer: a prompt's last row is asked for the first token of each
     answer, an answer's rows for the next ones, the end mark included; `answer` repeats its number.
     All five tensors are int64. Without branches (see deal): the root, and nothing scored."""
     tokens = list(root)
@@ -753,9 +752,9 @@ def answers_heading(text):
 # what may stand before a verdict, as a set of a regular expression: spaces, emphasis, quotes,
 # brackets, colons, bullets, arrows, marks without width, check marks, coloured signs
 NEUTRAL_SIGNS = (r"\s_*`\"'\u2018-\u201f\u00ab\u00bb(){}<>\[\]\uff08\uff09\u300c-\u3011"
-            r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
-            r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
-            r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
+                 r":\uff1a=.\u2026,|#$+\u2022\u00b7\u25a0-\u25ff\u2192"
+                 r"\u00ad\u200b-\u200f\u2060\ufeff\ufe0f"
+                 r"\u2705\u2713\u2714\u2611\u26a0\U0001f534\U0001f535\U0001f7e0-\U0001f7eb")
 CROSS_SIGNS = r"\u2612\u2715-\u2718\u274c\u274e\U0001f6ab"
 # a box without its tick, before a verdict
 EMPTY_BOX = r"\[\s*\]|\(\s+\)|[\u25a1\u25ef\u25fb\u25fd\u2610]"
@@ -888,8 +887,8 @@ def vocabulary_of(path, raw):
     splitter = raw.get("pre_tokenizer") or {}
     pattern = split_pattern(path, splitter)
     told = read_object(path.parent / "tokenizer_config.json", {})
-    its_own = told.get("tokenizer_class") != "PreTrainedTokenizerFast"
-    if its_own and told.get("add_prefix_space") and "ByteLevel" in json.dumps(splitter):
+    as_it_stands = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    if told.get("add_prefix_space") and told.get("tokenizer_class") not in as_it_stands:
         raise InputError(f"{path.parent}: tokenizer_config.json adds a space before every text "
                          "(add_prefix_space), and tokenizer.json does not: not known")
     vocab = model["vocab"]
@@ -909,7 +908,7 @@ def vocabulary_of(path, raw):
     for entry in added:
         add_token(path, entry, found, control)
     compare_told(path, added, found, control)
-    found.start = start_token(raw.get("post_processor") or {})
+    found.start = start_text(raw.get("post_processor") or {})
     found.tokens = {spell(name): id for name, id in vocab.items() if name not in found.special}
     check_ids(path, vocab, added)
     for word in found.words.keys() & vocab.keys():
@@ -922,38 +921,30 @@ def vocabulary_of(path, raw):
     return found
 
 
-def start_token(processor):
-    """The control token that a tokenizer.json's post_processor writes before a text, or ""."""
+def start_text(processor):
+    """The control tokens that a tokenizer.json's post_processor writes before a text, as text."""
     for step in processor.get("processors") or [processor]:
         if step.get("type") == "TemplateProcessing":
-            return step["single"][0].get("SpecialToken", {}).get("id", "")
+            before = itertools.takewhile(lambda piece: "SpecialToken" in piece, step["single"])
+            return "".join(piece["SpecialToken"]["id"] for piece in before)
     return ""
 
 
 def read_told(folder):
-    """What special_tokens_map.json and tokenizer_config.json say together; of one field the
-    latter."""
-    return {**read_object(folder / "special_tokens_map.json", {}),
-            **read_object(folder / "tokenizer_config.json", {})}
-
-
-def compare_names(folder):
-    """Say on stderr where the two files of read_told name different tokens: which of them counts
-    depends on who reads the folder."""
-    by_map = read_object(folder / "special_tokens_map.json", {})
-    by_config = read_object(folder / "tokenizer_config.json", {})
-    for name in by_map.keys() & by_config.keys() & set(TOKEN_NAMES):
-        old, new = content_of(by_map[name]), content_of(by_config[name])
-        if old != new:
-            tell(f"{folder}: {name} is {old!r} in special_tokens_map.json and {new!r} in "
-                 "tokenizer_config.json, which counts here")
+    """What tokenizer_config.json and special_tokens_map.json say together, as Hugging Face's
+    library reads them: of one field the latter, but no field where added_tokens_decoder is."""
+    told = read_object(folder / "tokenizer_config.json", {})
+    if "added_tokens_decoder" not in told:
+        told.update(read_object(folder / "special_tokens_map.json", {}))
+    return told
 
 
 def control_names(folder):
     """The control tokens that a folder's other files name, whatever its tokenizer.json calls them:
     end marks and the like, and those in its chat template."""
     named = read_told(folder)
-    entries = [value for key, value in named.items() if key.endswith("_token")]
+    by_map = read_object(folder / "special_tokens_map.json", {})
+    entries = [value for key, value in [*named.items(), *by_map.items()] if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = named.get(key)
         entries += listed.values() if isinstance(listed, dict) else []
@@ -1212,11 +1203,18 @@ def as_tokenizer_json(tokenizer):
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                 "use_regex": False}
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    name = FORMATS["raw"].start
+    start = {"SpecialToken": {"id": name, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "version": "1.0",
         "added_tokens": [{"id": id, "content": name, "special": True, **flags}
                          for name, id in tokenizer.special.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "post_processor": {"type": "TemplateProcessing", "single": [start, text],
+                           "pair": [start, text, {"Sequence": {"id": "B", "type_id": 0}}],
+                           "special_tokens": {name: {"id": name, "tokens": [name], "ids": [
+                               tokenizer.special[name]]}}},
         "decoder": to_bytes,
         "model": {"type": "BPE", "ignore_merges": True,
                   "vocab": {spell(token): id for token, id in vocabulary.items()},
@@ -1261,9 +1259,9 @@ def set_turns(tokenizer, template):
 
 def use_format(tokenizer, form):
     """Set what a format writes before and after a user's text, without a start token that the
-    vocabulary lacks; of plain text the one that the folder's own library writes."""
+    vocabulary lacks; before plain text what the folder's own library writes."""
     start = form.start if form.start in tokenizer.special else ""
-    if form is FORMATS["raw"] and tokenizer.start in tokenizer.special:
+    if form is FORMATS["raw"] and tokenizer.start:
         start = tokenizer.start
     tokenizer.before = start + form.head.format("user")
     tokenizer.after = form.close + form.head.format("assistant")
@@ -1310,7 +1308,6 @@ def closing_mark(tokenizer, template):
     none, or it cannot be told."""
     try:
         turns = render_turns(template, REQUEST, ANSWER, REQUEST)
-        last_turn = render_turns(template, REQUEST, ANSWER, ask=False)
     except NotKnown:
         return None
     between = turns.partition(ANSWER)[2].rpartition(REQUEST)[0]
@@ -1321,11 +1318,18 @@ def closing_mark(tokenizer, template):
         pieces.pop()
         next_turn.pop()
     marks = [piece for piece in pieces if piece in tokenizer.special]
-    if not marks:
-        return None
     # a bos_token may open each turn of the user's, and end none
-    opens = marks[0] == template.get("bos_token") and marks[0] not in last_turn.partition(ANSWER)[2]
-    return None if opens else marks[0]
+    if not marks or marks[0] == template.get("bos_token") and not ends_last(template, marks[0]):
+        return None
+    return marks[0]
+
+
+def ends_last(template, mark):
+    """Does a chat template write this mark after an assistant's turn that no other follows?"""
+    try:
+        return mark in render_turns(template, REQUEST, ANSWER, ask=False).partition(ANSWER)[2]
+    except NotKnown:
+        return False
 
 
 def use_ends(tokenizer, marks):
@@ -1422,13 +1426,14 @@ def spelled_out(template):
     text = template["chat_template"]
     values = {name: repr(value) for name, value in template.items() if name != "chat_template"}
     values.update((name, "not_told") for name in untold(template))
-    lines = [f"{{% set {name} = {value} %}}\n" for name, value in values.items() if name in text]
-    return "".join(line for line in lines if line not in text) + text
+    head = "".join(f"{{% set {name} = {value} %}}\n" for name, value in values.items()
+                   if name in text)
+    return text if text.startswith(head) else head + text
 
 
 def untold(template):
     """The TOKEN_NAMES that a chat template uses, and that nobody tells or sets."""
-    text = template["chat_template"]
+    text = re.sub(r"\{#.*?#\}", "", template["chat_template"], flags=re.DOTALL)
     return [name for name in TOKEN_NAMES if name not in template
             and re.search(rf"\b{name}\b", text) and not re.search(rf"\bset\s+{name}\b", text)]
 
@@ -1449,10 +1454,12 @@ def read_chat_template(folder):
     except (TypeError, KeyError):
         raise InputError(f"{config}: chat_template is neither a text nor a list of them, each with "
                          "name and template") from None
-    tokens = {name: told.get(name) for name in TOKEN_NAMES}
+    tokens = {name: token for name, token in told.items() if name in TOKEN_NAMES
+              or name.endswith("_token") and isinstance(token, str)}
     more = told.get("extra_special_tokens")                 # a list, or with a name each
-    for name, token in {**tokens, **(more if isinstance(more, dict) else {})}.items():
-        if token is None:
+    tokens.update(more if isinstance(more, dict) else {})
+    for name, token in tokens.items():
+        if token is None or not name.isidentifier():
             continue
         content = content_of(token)
         if not isinstance(content, str):
@@ -1546,12 +1553,11 @@ def run_template(nodes, names):
             values = evaluate(expression, names)
             for index, value in enumerate(values):
                 left = len(values) - index
-                depth = names["loop"]["depth"] + 1 if "loop" in names else 1
                 loop = {"first": index == 0, "last": left == 1, "index0": index, "index": index + 1,
                         "length": len(values), "revindex": left, "revindex0": left - 1,
                         "previtem": values[index - 1] if index else UNDEFINED,
                         "nextitem": values[index + 1] if left > 1 else UNDEFINED,
-                        "depth": depth, "depth0": depth - 1}
+                        "depth": 1, "depth0": 0}            # recursive loops alone have more
                 inner = {**names, "loop": loop, name.strip(): value}
                 yield from run_template(branches[0][1], inner)
 
@@ -1638,8 +1644,15 @@ def tell(remark):
 
 @contextlib.contextmanager
 def interruptible(advice):
-    """Make Ctrl-C or SIGTERM one line that says how to go on."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Make Ctrl-C or SIGTERM one line that says how to go on; a second SIGTERM does nothing. Under
+    torchrun SIGTERM ends a rank at once, without a word: it comes, too, where another rank has
+    failed, and a rank that waits for others would not hear it."""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:

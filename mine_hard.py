@@ -18,8 +18,8 @@ code's see --judge and --pair.
     answer_prompts                             machinery: k answers to all prompts in a file, which
                                                eval.py uses too. The file is the same however often
                                                it is interrupted, and on any number of ranks (on a
-                                               GPU with --kv-tokens: by default that follows from
-                                               the memory that is free)
+                                               GPU with --kv-tokens given: without it the cache's
+                                               size follows from the memory that is free)
 """
 import argparse
 import json

@@ -375,8 +375,8 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
         self.compute_dtype = None       # None: that of the weights; training sets bf16 beside fp32
-        # True: each layer keeps its input alone, and the backward pass runs the layer again; False:
-        # so does only what is cheap, down's input and, on a CPU, the norms
+        # what the backward pass computes again instead of keeping it. True: all of a layer but its
+        # input; False: only what is cheap, silu(gate) * up and, without kernels, the norms
         self.recompute = False
 
     @property
@@ -541,9 +541,9 @@ def mixed(x):
 
 
 NEARLY_ZERO = 1e-5  # a temperature or top_p below it leaves only the likeliest token
-BUCKET = 256        # tokens whose probabilities are added up as one: a running sum over all of a
-                    # large V costs more than the softmax; here a draw finds its bucket, then the
-                    # token inside
+BUCKET = 256        # tokens whose probabilities are added up as one: a running sum over all of V
+                    # would cost as much as the softmax; a draw finds its bucket, then the token
+                    # inside
 
 
 def draw_token(logits, seed, position, temperature, top_p):

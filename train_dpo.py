@@ -7,13 +7,13 @@
 
     R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
 
-DPO raises the log-probability of the chosen answer and lowers that of the rejected one, each
-measured from where it stood in the reference, the model we start from. The further apart a pair is
-already, the less it is pushed; beta says how fast that falls off. A pair is one tree: instruction,
-prompt, and two branches, so the prompt is computed once. The reference's log-probabilities are
-computed before the first step, and no second model is ever held. At that step the model is the
-reference, every margin is 0, and -log sigmoid(0) = ln 2: the first loss is mean(alpha) ln 2, plus
-the SFT term.
+DPO raises the margin of a pair: how much further above the rejected answer's log-probability the
+chosen one's lies than it did in the reference, the model we start from. (Both may fall.) The larger
+the margin is already, the less the pair is pushed; beta says how fast that falls off. A pair is one
+tree: instruction, prompt, and two branches, so the prompt is computed once. The reference's
+log-probabilities are computed before the first step, and no second model is ever held. At the first
+step the model is still the reference, every margin is 0, and -log sigmoid(0) = ln 2: the loss is
+mean(alpha) ln 2, plus the SFT term.
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss

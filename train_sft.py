@@ -194,6 +194,8 @@ def fit_memory(args, world, examples):
 
 def load_for_training(args, world):
     """The model of args.model, sharded where there are more ranks."""
+    if world.ranks > 1:
+        check_can_shard(world.device)
     if world.rank == 0:
         check_disk(args)
     products, storage = training_dtypes(args, world)
@@ -204,6 +206,13 @@ def load_for_training(args, world):
     if world.ranks > 1:
         model = shard(model, world.device, products)
     return model
+
+
+def check_can_shard(device):
+    """InputError where torch cannot train on several ranks of a CPU (2.6)."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError(f"torch {torch.__version__} cannot train on several ranks of a CPU: use "
+                         "one, or the torch of requirements.txt")
 
 
 def check_disk(args):
@@ -292,11 +301,7 @@ def training_bytes(c, T, products, storage, ranks, recompute, logits=TokenLogpro
 
 
 def shard(model, device, products):
-    """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer).
-    InputError where torch cannot do so on a CPU."""
-    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):      # torch 2.6
-        raise InputError(f"torch {torch.__version__} cannot train on several ranks of a CPU: use "
-                         "one, or the torch of requirements.txt")
+    """Spread weights, gradients and optimizer state over all ranks (FSDP2, one unit a layer)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -310,7 +310,14 @@ def test_what_the_folders_library_writes_before_plain_text_is_written(tmp_path):
         begin(raw)
         raw["post_processor"] = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, raw["post_processor"]]}
 
-    for change, start in ((begin, [756]), (nested, [756]), (None, []), (lambda raw: begin(raw, {"type": "ByteLevel"}), [])):
+    def word(raw):
+        begin(raw)
+        raw["added_tokens"][0]["special"] = False
+
+    two = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}} for name in ("<s>", "</s>")] + [{"Sequence": {"id": "A"}}]}
+    none = {"type": "TemplateProcessing", "single": []}
+    for change, start in ((begin, [756]), (nested, [756]), (word, [756]), (None, []), (lambda raw: begin(raw, {"type": "ByteLevel"}), []),
+                          (lambda raw: begin(raw, two), [756, 757]), (lambda raw: begin(raw, none), [])):
         tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path / "a", special=["<s>", "</s>"], config={"eos_token": "</s>"}, change=change))
         assert tokenizer.prompt_ids("i", "x") == start + tokenizer.encode("i\nx")
         tokenizer.save_pretrained(tmp_path / "b")
@@ -342,6 +349,8 @@ TURN = "{%% for m in messages %%}<|{{ m.role }}|>\n{{ %s }}<|end|>\n{%% endfor %
     (PHI, "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}<|user|>{{ m.content }}<|assistant|>{% else %}{{ m.content }}{% endif %}{% endfor %}",
      {"bos_token": "<|end|>", "eos_token": "<|eos|>"}, ["<|eos|>", "<|endoftext|>"]),       # it opens each turn of the user's
     (PHI, (TURN % "m.content").replace("<|end|>", "{% if m.role == 'user' or loop.nextitem %}<|end|>{% endif %}"), {}, ["<|end|>", "<|endoftext|>"]),
+    (PHI, (TURN % "m.content").replace("<|end|>", "{% if m.role == 'user' or loop.previtem.role == 'user' %}<|end|>{% endif %}"), {}, ["<|end|>", "<|endoftext|>"]),
+    (PHI, (TURN % "m.content").replace("{% endif %}", "{% else %}{{ raise_exception('x') }}{% endif %}"), {"eos_token": "<|eos|>"}, ["<|end|>", "<|endoftext|>"]),
     (["<|end|>", "<|endoftext|>"], None, {"eos_token": ["<|end|>"]}, ["<|endoftext|>"]),
     (["<s>", "</s>"], None, {"eos_token": {"content": "</s>"}}, ["</s>"]),
     (["<|end|>", "<|im_end|>", "<|im_start|>"], turns(), {"eos_token": "<|end|>"}, ["<|im_end|>"])])
@@ -416,7 +425,8 @@ def test_what_is_written_makes_the_same_prompt_whatever_its_template_names(tmp_p
     assert Tokenizer.from_pretrained(tmp_path / "c").before == before.before
 
 
-@pytest.mark.parametrize("use, says", [("{{ eos_token }}", ""), ("{% if eos_token is defined %}<|im_sep|>{% endif %}", ""), ("{{ cls_token if cls_token else '' }}", "cls_token")])
+@pytest.mark.parametrize("use, says", [("{{ eos_token }}", ""), ("{% if eos_token is defined %}<|im_sep|>{% endif %}", ""), ("{{ cls_token if cls_token else '' }}", "cls_token"),
+                                       ("{# no bos_token #}{{ eos_token }}", "")])
 def test_a_token_that_no_file_tells_is_none_in_what_is_written_too(tmp_path, capsys, use, says):
     """What we write tells an eos_token: the prompt that was trained must not begin to have one."""
     before = Tokenizer.from_pretrained(write_folder(tmp_path / "a", turns() + use, special=CHATML))
@@ -430,23 +440,22 @@ def test_a_token_that_no_file_tells_is_none_in_what_is_written_too(tmp_path, cap
     assert not capsys.readouterr().err                                             # it was said once
 
 
-@pytest.mark.parametrize("config", [{"cls_token": "<|im_sep|>"}, {"extra_special_tokens": {"cls_token": "<|im_sep|>"}}, {"extra_special_tokens": {"turn": "<|im_sep|>"}}])
+@pytest.mark.parametrize("config", [{"cls_token": "<|im_sep|>"}, {"extra_special_tokens": {"cls_token": "<|im_sep|>"}}, {"turn_token": "<|im_sep|>"},
+                                    {"extra_special_tokens": {"turn": "<|im_sep|>", "<|im_end|>": "<|im_end|>"}}])
 def test_a_template_may_name_any_token_that_the_folder_names(tmp_path, capsys, config):
-    name = "turn" if "turn" in str(config) else "cls_token"
+    name, = re.findall("turn_token|turn|cls_token", str(config))
     folder = write_folder(tmp_path / "a", turns(separator="' + %s + '" % name, close="<|im_end|>"), special=CHATML, config=config)
     Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "b")
     for some in (folder, tmp_path / "b"):
         assert Tokenizer.from_pretrained(some).prompt_ids(*PROMPT) == GOLDEN["chatml_sep"]["prompt"] and not capsys.readouterr().err
 
 
-def test_two_files_that_name_different_tokens_are_said(tmp_path, capsys):
-    folder = write_folder(tmp_path, turns(), special=CHATML, config={"eos_token": "<|im_end|>", "pad_token": {"content": "<|im_sep|>"}})
-    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_sep|>"}')
-    Tokenizer.from_pretrained(folder)
-    assert not capsys.readouterr().err
-    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
-    Tokenizer.from_pretrained(folder)
-    assert "eos_token is '<|endoftext|>' in special_tokens_map.json and '<|im_end|>' in tokenizer_config.json, which counts" in line_said(capsys)
+@pytest.mark.parametrize("config, by_map, end", [
+    ({}, "<|endoftext|>", "<|endoftext|>"), ({}, None, "<|im_end|>"), ({"added_tokens_decoder": {}}, "<|endoftext|>", "<|im_sep|>")])
+def test_of_two_files_that_name_a_token_the_one_counts_that_counts_in_transformers(tmp_path, config, by_map, end):
+    folder = write_folder(tmp_path, turns(close="' + eos_token + '"), special=CHATML, config={"eos_token": "<|im_sep|>", **config})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": by_map}))
+    assert Tokenizer.from_pretrained(folder).end_mark == end
 
 
 OTHERS = [
@@ -475,8 +484,8 @@ def test_jinja_is_read_as_transformers_reads_it(tmp_path, capsys):
                           ("{% for m in messages %}{% set x = 'in the loop' %}{% endfor %}", "{{ x }}"), ("{#- says 'no' -#}\n", "\n"),
                           ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('x') }}{% endif %}{% endfor %}", ""),
                           ("{% for m in messages %}{% if loop.length != 1 or not loop.last %}X{% endif %}{% endfor %}", ""),
-                          ("{% for m in messages %}{% if loop.depth != 1 or loop.previtem or loop.nextitem is defined %}X{% endif %}{% endfor %}", ""),
-                          ("{% for m in messages %}{% for n in messages %}{% if loop.depth0 != 1 %}X{% endif %}{% endfor %}{% endfor %}", ""),
+                          ("{% for m in messages %}{% if loop.previtem or loop.nextitem is defined %}X{% endif %}{% endfor %}", ""),
+                          ("{% for m in messages %}{% for n in messages %}{% if loop.depth0 != 0 or loop.depth != 1 %}X{% endif %}{% endfor %}{% endfor %}", ""),
                           ("{% if raise_exception is not defined or strftime_now is not defined %}X{% endif %}", ""),
                           ("{% if messages[0].role == 'system' %}S{% elif messages[0]['role'] is not string %}X{% else %}{% endif %}", ""),
                           ("{% if messages[0].role == 'user' %}{% elif messages[0].tools | length > 0 %}X{% endif %}", "")):

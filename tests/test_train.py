@@ -492,4 +492,4 @@ def test_every_step_is_made_at_the_rate_that_is_logged(tmp_path, monkeypatch):
 def test_a_torch_that_cannot_shard_on_a_cpu_says_so(monkeypatch):
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
     with pytest.raises(InputError, match="cannot train on several ranks of a CPU: use one, or the torch of"):
-        train_sft.shard(None, torch.device("cpu"), torch.float32)
+        train_sft.check_can_shard(torch.device("cpu"))
