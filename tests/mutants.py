@@ -246,6 +246,12 @@ MUTANTS = [
     ("model.py", 'bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / ranks)', "pass", "test_train.py -k container"),
     ("train_sft.py", "left = old.rename(f\"{old}.tmp\")", "left = old", "test_kill.py -k newest"),
     ("train_sft.py", "first_line = file.readline().decode(\"utf-8-sig\")", "first_line = file.read().decode().splitlines()[0]", "test_train.py -k end_is_damaged"),
+    # model folders: what ends a turn, tokens that no file tells, which file counts, what stands before plain text
+    ("data.py", 'marks[0] == template.get("bos_token") and not ends_last(template, marks[0])', "False", "test_inputs.py -k as_the_folder_says"),
+    ("data.py", 'values.update((name, "not_told") for name in untold(template))', "pass", "test_inputs.py -k no_file_tells"),
+    ("data.py", 'if "added_tokens_decoder" not in told:', "if True:", "test_inputs.py -k of_two_files"),
+    ("data.py", 'if form is FORMATS["raw"] and tokenizer.start:', "if False:", "test_inputs.py -k library_writes"),
+    ("data.py", 'itertools.takewhile(lambda piece: "SpecialToken" in piece, step["single"])', 'step["single"][:1]', "test_inputs.py -k library_writes"),
 ]
 
 
