@@ -514,8 +514,8 @@ def common_prefix(sequences):
 
 # ------------------------------------------------------------------ the tree packer
 # Attention is causal: a token's hidden state depends on nothing after it. Sequences that begin
-# alike therefore share their beginning, computed once. Words used from here on, in all files:
-# (the engine, part III of model.py, has rows of its own: the samples of a batch)
+# alike therefore share their beginning, computed once. Words used from here on, in all files (but
+# in the engine, part III of model.py, where a row is a sample of a batch):
 #
 #   stream   tokens of several sequences in one line, T long
 #   row      a place in the stream, 0 .. T - 1, and what is computed there
@@ -942,14 +942,15 @@ def read_told(folder):
 def control_names(folder):
     """The control tokens that a folder's other files name, whatever its tokenizer.json calls them:
     end marks and the like, and those in its chat template."""
-    named = read_told(folder)
-    by_map = read_object(folder / "special_tokens_map.json", {})
-    entries = [value for key, value in [*named.items(), *by_map.items()] if key.endswith("_token")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = named.get(key)
-        entries += listed.values() if isinstance(listed, dict) else []
-        entries += listed if isinstance(listed, list) else []
-    by_id = named.get("added_tokens_decoder")
+    config = read_object(folder / "tokenizer_config.json", {})
+    entries = []
+    for told in (config, read_object(folder / "special_tokens_map.json", {})):
+        entries += [value for key, value in told.items() if key.endswith("_token")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            listed = told.get(key)
+            entries += listed.values() if isinstance(listed, dict) else []
+            entries += listed if isinstance(listed, list) else []
+    by_id = config.get("added_tokens_decoder")
     for entry in by_id.values() if isinstance(by_id, dict) else []:
         if isinstance(entry, dict) and entry.get("special"):
             entries.append(entry)
@@ -1203,18 +1204,18 @@ def as_tokenizer_json(tokenizer):
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                 "use_regex": False}
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    name = FORMATS["raw"].start
-    start = {"SpecialToken": {"id": name, "type_id": 0}}
+    bos = FORMATS["raw"].start
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 0}}
+    ids = {"id": bos, "tokens": [bos], "ids": [tokenizer.special[bos]]}
     return {
         "version": "1.0",
         "added_tokens": [{"id": id, "content": name, "special": True, **flags}
                          for name, id in tokenizer.special.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
         "post_processor": {"type": "TemplateProcessing", "single": [start, text],
-                           "pair": [start, text, {"Sequence": {"id": "B", "type_id": 0}}],
-                           "special_tokens": {name: {"id": name, "tokens": [name], "ids": [
-                               tokenizer.special[name]]}}},
+                           "pair": [start, text, second], "special_tokens": {bos: ids}},
         "decoder": to_bytes,
         "model": {"type": "BPE", "ignore_merges": True,
                   "vocab": {spell(token): id for token, id in vocabulary.items()},
@@ -1421,8 +1422,8 @@ def jinja_of(start, template):
 
 def spelled_out(template):
     """The text of what read_chat_template read, with the tokens set that it names: where it is
-    written, eos_token can be another one. (A newline after a tag is none; a name that nobody
-    gave a value gives none to another.)"""
+    written, eos_token can be another one. A token that no file tells stays without a value, as
+    not_told is. (A newline after a tag is none.)"""
     text = template["chat_template"]
     values = {name: repr(value) for name, value in template.items() if name != "chat_template"}
     values.update((name, "not_told") for name in untold(template))

@@ -458,6 +458,14 @@ def test_of_two_files_that_name_a_token_the_one_counts_that_counts_in_transforme
     assert Tokenizer.from_pretrained(folder).end_mark == end
 
 
+@pytest.mark.parametrize("named", [{"sep_token": "[gate]"}, {"additional_special_tokens": ["[gate]"]}])
+def test_what_any_file_names_is_a_control_token_whichever_file_counts(tmp_path, named):
+    folder = write_folder(tmp_path, turns(), special=CHATML, words=[("[gate]", False)], config={"added_tokens_decoder": {}})
+    assert 761 in Tokenizer.from_pretrained(folder).encode("[gate]")
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    assert 761 not in Tokenizer.from_pretrained(folder).encode("[gate]")                # a user's is plain text
+
+
 OTHERS = [
     ("{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}" + turns(), "writes '<.im_start.>system"), (turns(role="'human'"), "writes .*human"),
     (turns(content="m['content'] + m['content']"), "writes .*REQUESTREQUEST"), ("{# <|im_start|> #}", "writes ''"), ("{{ messages[1].content }}" + turns(), "messages.1"),
