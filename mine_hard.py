@@ -1,4 +1,5 @@
-"""Stage 2: find the hard samples, those that a model answers sometimes right and sometimes wrong.
+"""Stage 2: find the hard prompts (the paper's hard samples), those that a model answers sometimes
+right and sometimes wrong.
 
     python mine_hard.py                                           after `python train_sft.py`
     python mine_hard.py --model DIR... --data FILE... --out DIR   yours; several models: an ensemble
@@ -16,10 +17,7 @@ code's see --judge and --pair.
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
     answer_prompts                             machinery: k answers to all prompts in a file, which
-                                               eval.py uses too. The file is the same however often
-                                               it is interrupted, and on any number of ranks (on a
-                                               GPU with --kv-tokens given: without it the cache's
-                                               size follows from the memory that is free)
+                                               eval.py uses, too
 """
 import argparse
 import json
@@ -39,8 +37,8 @@ from model import (NEARLY_ZERO, Job, Llama, config_hash, fingerprint, folder_nam
 
 
 # ------------------------------------------------------------------ the method
-# A sample is a dict of a line of samples.jsonl: text, finish ("stop", or "length" where the answer
-# is unfinished), tokens, verdict (see data.parse_verdict).
+# A sample is one answer of a model, a dict: text, finish ("stop", or "length" where the answer is
+# unfinished), tokens, verdict (see data.parse_verdict).
 def judge(verdict, gold):
     """Is an answer with this verdict correct: is it right on every task that the record labels? A
     missing verdict is wrong, and where nothing is labelled, nothing is right. verdict, gold: dicts
@@ -99,12 +97,13 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
     sources: the file of each record. answers: [(model, {number of the record: its samples})].
     judging, pairing: --judge ("all" or "field", judge_by_...) and --pair. A prompt is hard if it
-    has correct and incorrect answers; an input that is hard twice is taken once, from the model
-    named first, there from the lower number. A line has instruction, input, chosen, rejected (by
-    pick_pair, with a random.Random of seed, model and number), k_correct, k_incorrect, source, and
-    weight, by sample_weights over all lines; lines stand in the order in which they were found.
-    Counted, once for every model and prompt: "all right", "hard", "all wrong"; and "answers without
-    verdict", the samples whose three verdicts are all None."""
+    has correct and incorrect answers. Where several models or records make the same input hard, the
+    first that is found counts: models as they are named, then records in their order. A line has
+    instruction, input, chosen, rejected (by pick_pair, with a random.Random of seed, model and
+    number), k_correct, k_incorrect, source, and weight, by sample_weights over all lines; lines
+    stand in the order in which they were found. Counted, once for every model and prompt: "all
+    right", "hard", "all wrong"; and "answers without verdict", the samples whose three verdicts are
+    all None."""
     judge_samples = {"all": judge_by_all_fields, "field": judge_by_field}[judging]
     hard = {}
     count = Counter()
@@ -132,8 +131,8 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
 
 def outcome(k_correct, k_incorrect):
-    """What a prompt is, by its answers that count; with none of these (judge_by_field drops some)
-    all are wrong."""
+    """"all right", "hard" or "all wrong", by the answers that count. Without a correct one it is
+    "all wrong", also where judge_by_field dropped them all."""
     if not k_correct:
         return "all wrong"
     return "hard" if k_incorrect else "all right"
@@ -164,7 +163,8 @@ def parse_arguments(argv):
                    help="weights: 1 +- gamma (paper: 0.2)")
     p.add_argument("--resume", action="store_true", help="continue, or only select again, in --out")
     generation_arguments(p)
-    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
+    # without --data the demo runs: these values replace the defaults above. (read_arguments also
+    # adds --seed, --limit, --dtype and others)
     return read_arguments(p, argv, max_new_tokens=224, limit=100, dtype="float32")
 
 
@@ -269,7 +269,9 @@ def report(count, n, k):
 
 # ================================================================= machinery: answering all prompts
 # Prompts are answered in fixed blocks, in the order of the records. A block is written whole; an
-# unfinished one is done again, with the same random numbers. Ranks take whole blocks in turn.
+# unfinished one is done again, with the same random numbers. Ranks take whole blocks in turn. So
+# the file is the same however often a run is interrupted, and on any number of ranks (on a GPU with
+# --kv-tokens given: without it the cache's size follows from the memory that is free).
 def generation_arguments(p):
     """The arguments of everything that generates."""
     p.add_argument("--max-length", type=at_least(1), default=4096,

@@ -7,13 +7,13 @@
 
     R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
 
-DPO raises the margin of a pair: how much further above the rejected answer's log-probability the
-chosen one's lies than it did in the reference, the model we start from. (Both may fall.) The larger
-the margin is already, the less the pair is pushed; beta says how fast that falls off. A pair is one
-tree: instruction, prompt, and two branches, so the prompt is computed once. The reference's
-log-probabilities are computed before the first step, and no second model is ever held. At the first
-step the model is still the reference, every margin is 0, and -log sigmoid(0) = ln 2: the loss is
-mean(alpha) ln 2, plus the SFT term.
+DPO raises the margin of a pair: by how much the gap log p(chosen) - log p(rejected) has grown since
+the reference, the model we start from. (Both may fall.) The larger the margin is already, the less
+the pair is pushed; beta says how fast that falls off. A pair is one tree: instruction, prompt, and
+two branches, so the prompt is computed once. The reference's log-probabilities are computed before
+the first step, and no second model is ever held. At the first step the model is still the
+reference, every margin is 0, and -log sigmoid(0) = ln 2: the loss is mean(alpha) ln 2, plus the SFT
+term.
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss
@@ -74,9 +74,9 @@ def pairs_loss(policy, reference, length, weight, beta, sft):
 
 def reference_logprobs(model, examples, args, world):
     """log ref(answer) of every pair, (pairs, 2) in float64 on the CPU: chosen, rejected. examples:
-    one a pair, with two answers; packs hold args.max_tokens, ordinary ones where args.no_share. A
-    run that is resumed computes them again: it starts from the same model before it loads its
-    checkpoint."""
+    one a pair, with two answers; packs hold args.max_tokens, and each answer has a copy of the
+    prompt where args.no_share. A run that is resumed computes them again: it starts from the same
+    model before it loads its checkpoint."""
     logprobs = []
     for first in range(0, len(examples), 1024):             # packs of so many exist at a time
         some = examples[first:first + 1024]
@@ -104,7 +104,8 @@ def parse_arguments(argv):
     p.add_argument("--sft", type=at_least(0, float), default=2.0,
                    help="factor of the SFT term (paper: 2.0)")
     training_arguments(p)
-    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
+    # without --data the demo runs: these values replace the defaults above. (read_arguments also
+    # adds --seed, --limit, --dtype and others)
     return read_arguments(p, argv, data=["out/hard/hard.jsonl"],
                           lr=3e-5, batch_size=32, beta=0.02,
                           dtype="float32")
@@ -122,7 +123,8 @@ def read_pairs(tokenizer, args):
     pairs = []
     alphas = []
     for example, record in zip(examples, records):
-        weight = record.get("weight", record.get("sample_weight", 1.0))     # the released name
+        # sample_weight: its name in the released files
+        weight = record.get("weight", record.get("sample_weight", 1.0))
         if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
             raise InputError(f"{files}: a weight is {weight!r}; it must be a number from 0 on")
         chosen, rejected = example.answers
@@ -145,16 +147,17 @@ def main(argv=None):
     schedule = batches(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
-    identify_run(args, world, examples, schedule, alphas.tolist())      # into args, for the log
+    identify_run(args, world, examples, schedule, alphas.tolist())      # adds hashes to args
     checkpoint = start_run(args, world)             # ends the script where all is done
     args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
-    optimizer = make_optimizer(model, args.lr)      # before a forward pass gathers sharded weights
+    # before reference_logprobs, whose forward pass gathers the head of a sharded model
+    optimizer = make_optimizer(model, args.lr)
     reference = reference_logprobs(model, examples, args, world)
-    lengths, starts = measure_answers(tokenizer, examples)
+    lengths, starts = measure_answers(tokenizer, examples)      # starts: for the log alone
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
-    world.wait()            # Log writes into --out: first all must have seen that it is free
+    world.wait()            # no rank writes into --out before all have seen that it is free
     interrupts.wait_for_step = True    # from here on a signal ends the run after a whole step
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
@@ -176,9 +179,10 @@ def main(argv=None):
             answer_lengths = lengths[in_data].to(policy)    # (B, 2)
             alpha = alphas[in_data].to(policy)
             part = pairs_loss(policy, ref, answer_lengths[:, 0], alpha, args.beta, args.sft)
-            block_sums = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
-            block_sums = block_sums.view(-1, 2)[in_batch]   # (B, 2), as policy
-            part.update(watched(part["loss"], policy, block_sums, answer_lengths))
+            # for metrics.jsonl alone: no gradient changes
+            verdict_part = verdict_sums(logprobs.detach(), p.answer, starts[numbers])
+            verdict_part = verdict_part.view(-1, 2)[in_batch]               # (B, 2), as policy
+            part.update(watched(part["loss"], policy, verdict_part, answer_lengths))
             (part["loss"].sum() * world.ranks / pairs).backward()   # FSDP averages over the ranks
             for name, values in part.items():
                 totals[name] = totals.get(name, 0) + values.detach().sum()
@@ -203,16 +207,16 @@ def measure_answers(tokenizer, examples):
     return torch.tensor(lengths), torch.tensor(starts)
 
 
-def watched(loss, policy, block_sums, lengths):
+def watched(loss, policy, verdict_part, lengths):
     """What metrics.jsonl reports beside the loss, each (B,), of chosen and rejected answers.
 
-    push: -d loss / d log pi, how hard a step pushes an answer up. block_sums (B, 2): the part of
+    push: -d loss / d log pi, how hard a step pushes an answer up. verdict_part (B, 2): the part of
     log pi that the Answers block has; the rest is the reasoning's. lengths (B, 2): tokens."""
     gradient, = torch.autograd.grad(loss.sum(), policy, retain_graph=True)
     figures = {}
     for column, which in enumerate(("chosen", "rejected")):
         figures[f"{which}_push"] = -gradient[:, column]
-        figures[f"{which}_verdict"] = block_sums[:, column]
+        figures[f"{which}_verdict"] = verdict_part[:, column]
         figures[f"{which}_length"] = lengths[:, column]
     return figures
 

@@ -85,7 +85,8 @@ def parse_arguments(argv):
     p.add_argument("--eval-data", nargs="+", metavar="FILE",
                    help="records for eval_loss, once an epoch")
     training_arguments(p)
-    # read_arguments adds --seed, --limit, --dtype and others; these values are the demo's
+    # without --data the demo runs: these values replace the defaults above. (read_arguments also
+    # adds --seed, --limit, --dtype and others)
     return read_arguments(p, argv, lr=2e-3, epochs=2, batch_size=32, dtype="float32")
 
 
@@ -108,14 +109,14 @@ def main(argv=None):
     schedule = list(islice(schedule, args.max_steps))
     steps = len(schedule)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
-    identify_run(args, world, examples, schedule, held_out=held_out)    # into args, for the log
+    identify_run(args, world, examples, schedule, held_out=held_out)      # adds hashes to args
     checkpoint = start_run(args, world)             # ends the script where all is done
     args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
     optimizer = make_optimizer(model, args.lr)
     done = resume(checkpoint, model, optimizer) if checkpoint else 0
 
-    world.wait()            # Log writes into --out: first all must have seen that it is free
+    world.wait()            # no rank writes into --out before all have seen that it is free
     interrupts.wait_for_step = True    # from here on a signal ends the run after a whole step
     log = Log(args, done, steps, world)
     for step in range(done + 1, steps + 1):
@@ -126,9 +127,9 @@ def main(argv=None):
         loss = 0.0
         for p in packs:
             p = p.to(world.device)
-            logprobs = model(p.tokens, p.end, p.rows, p.targets)
+            logprobs = model(p.tokens, p.end, p.rows, p.targets)            # (N,)
             part = sft_loss(logprobs, count)
-            (part * world.ranks).backward()                 # FSDP averages gradients over the ranks
+            (part * world.ranks).backward()     # FSDP averages over the ranks, and a sum is wanted
             loss += part.detach()                           # read once, after the last pack
         lr = lr_at(step - 1, steps, args.lr)
         norm = update(model, optimizer, lr)
