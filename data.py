@@ -154,7 +154,9 @@ def read_records(path, fields=("instruction", "input", "output")):
             records.append(record)
     for name, count in empty.items():
         tell(f"{path}: skipped {count} records whose {name} is empty")
-    warn_of_markers(path, [record["input"] for record in records])
+    warn_of_inputs(path, records)
+    if "output" in fields:
+        warn_of_labels(path, [record["output"] for record in records])
     if not records:
         raise InputError(f"{path}: no usable record")
     return records
@@ -698,15 +700,29 @@ def find_exchange(text):
     return AS_WRITTEN.match(text) or AS_SPELLED.match(text)
 
 
-def warn_of_markers(path, texts):
-    """Say how many of these inputs of a file look like exchanges and are none."""
+NO_RESPONSE = ("nan", "null", "n/a", "none")        # what others write for None, in any case
+
+
+def warn_of_inputs(path, records):
+    """Say how many records of a file have an input that looks like an exchange and is none; or a
+    response that seems to mean None; or more of a conversation than is read."""
     alike = 0
-    for text in texts:
+    absent = 0
+    for record in records:
+        text = record["input"]
+        exchange = find_exchange(text)
+        if exchange:
+            response = exchange.group(2).strip()
+            absent += response.lower() in NO_RESPONSE and response != "None"
+            continue
         human = HUMAN_MEANT.search(text)
-        if human and ASSISTANT_MEANT.search(text, human.end()) and not find_exchange(text):
-            alike += 1
+        alike += bool(human and ASSISTANT_MEANT.search(text, human.end()))
     warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
                 f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
+    warn(absent, f"inputs of {path} have a response like 'nan' or 'null', which is taken for its "
+                 "text: where there is none, write None")
+    more = sum(bool(record.get("system") or record.get("history")) for record in records)
+    warn(more, f"records of {path} have a system prompt or a history, which is not read")
 
 
 def shorten(text, most):
@@ -741,6 +757,26 @@ def line_pattern(name, rest=SAID):
     anything but letters, digits and _; between the name and its colon signs of emphasis, quotes and
     spaces."""
     return re.compile(rf"{LINE_BEGIN}{name}{NAME_END}{rest}", re.IGNORECASE | re.MULTILINE)
+
+
+# what stands on a verdict line that is no label
+NO_LABEL = re.compile(r"[\W_]*(?:none|null|nan|n/?a)?[\W_]*", re.IGNORECASE)
+
+
+def warn_of_labels(path, outputs):
+    """Say how many of these outputs of a file have a verdict line with a word that is not its
+    task's, and which: it is no label, and nobody would notice."""
+    unread = []
+    for text in outputs:
+        heading = answers_heading(text)
+        block = text[heading.end():] if heading else ""
+        for task, words in VERDICTS.items():
+            said = line_pattern(task, r"[^\S\n]*(.*)").findall(block)[:1]     # up to its end
+            if said and not NO_LABEL.fullmatch(said[0]) and not verdict_word(said[0], words):
+                unread.append(f"{task}: {said[0].strip(' *_`')[:40]}")
+                break
+    warn(len(unread), f"records of {path} have a line in their Answers block that is neither a "
+                      f"verdict nor None, as {unread[0] if unread else ''!r}: it is no label")
 
 
 def answers_heading(text):
@@ -1706,6 +1742,16 @@ def at_least(low, kind=int, most=math.inf):
     return number
 
 
+class Extend(argparse.Action):
+    """An argparse action for lists: --data A --data B is --data A B. (By itself the second list
+    would take the place of the first, and say nothing.)"""
+
+    def __call__(self, parser, namespace, values, option=None):
+        before = getattr(namespace, self.dest)
+        given = before is not None and before is not parser.get_default(self.dest)
+        setattr(namespace, self.dest, [*before, *values] if given else values)
+
+
 HELD = {}           # folders that this process writes to, open as long as it lives
 
 
@@ -1742,6 +1788,8 @@ def writing(path):
 def write_whole(path, write):
     """Call `write(temporary path)`, then rename: `path` is either absent, old, or complete."""
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{str(path)!r}: is the name of no file")
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

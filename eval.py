@@ -37,11 +37,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, InputError, answers_heading,
-                  at_least, common_prefix, exchange_of, format_answers, format_input, gold_verdict,
-                  hold, hush, interruptible, is_there, line_pattern, pack, parse_json,
-                  parse_records, parse_verdict, read_bytes, read_records, say, spelled, tell,
-                  warn_of_markers, without_repeats, write_json)
+from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, Extend, InputError,
+                  answers_heading, at_least, common_prefix, exchange_of, format_answers,
+                  format_input, gold_verdict, hold, hush, interruptible, is_there, line_pattern,
+                  pack, parse_json, parse_records, parse_verdict, read_bytes, read_records, say,
+                  spelled, tell, warn, warn_of_inputs, warn_of_labels, without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -454,9 +454,9 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=folder_name, help="model folder")
-    p.add_argument("--data", nargs="+", metavar="FILE",
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE",
                    help="benchmarks: records whose output is a label")
-    p.add_argument("--predictions", nargs="+", metavar="FILE",
+    p.add_argument("--predictions", nargs="+", action=Extend, metavar="FILE",
                    help="score these answers; no model is needed")
     p.add_argument("--dataset",
                    help="its name (default: the file's, or a prediction file's folder's)")
@@ -502,7 +502,7 @@ def main(argv=None):
     former = former_results(results_file) if args.out else []
     results = []
     for path in args.predictions or []:
-        dataset = args.dataset or Path(path).resolve().parent.name
+        dataset = args.dataset or Path(os.path.realpath(path)).parent.name
         cases = read_predictions(path, dataset, args.by, args.limit)
         results += score_slices(cases, dataset, args.legacy, args.fpr)
     if args.model:
@@ -561,6 +561,7 @@ def contradictions(args):
         (len(set(files)) < len(files), "--predictions: a file is named twice"),
         (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
          "--dataset is a name, no path"),
+        (args.by == "", "--by: is empty; it names a column"),
         (args.legacy and args.fpr is not None, "--legacy uses no probabilities; leave out --fpr"),
         (args.fast and args.k > 1, "--fast gives one answer; leave out --k"),
         (args.moderate and args.prompt is not None, "--moderate reads exchanges, --prompt is one"),
@@ -579,7 +580,7 @@ def tell_unused(args, results):
     if args.by and not any("slice" in result for result in results):
         tell(f"--by {args.by}: no record has this column")
     if args.fpr is not None and not any("threshold" in result for result in results):
-        tell("--fpr: no probabilities are there; --scores writes them")
+        tell("--fpr: no file has probabilities for all its answers; --scores writes them")
 
 
 # ------------------------------------------------------------------ a stream of exchanges
@@ -900,7 +901,8 @@ def read_predictions(path, dataset, column=None, limit=None):
     """Cases from the first `limit` lines {"prompt", "label", "predict"} of a file;
     column: see --by."""
     cases = []
-    exchanges = []
+    records = []                                        # as read_records would give them
+    unasked = 0
     for place, line in islice(parse_records(path), limit):
         fields = line if isinstance(line, dict) else {}
         prompt = "" if fields.get("prompt") is None else fields["prompt"]
@@ -909,8 +911,11 @@ def read_predictions(path, dataset, column=None, limit=None):
         if not all(isinstance(told, str) for told in (prompt, label, text)):
             raise InputError(f"{path}: {place} needs the text fields label and predict, and prompt "
                              "is text where it is there")
-        exchanges.append(exchange_of(prompt))
-        gold = labels_of({"input": exchanges[-1], "output": label}, dataset)
+        record = {"input": exchange_of(prompt), "output": label}
+        records.append(record)
+        gold = labels_of(record, dataset)
+        is_word = label.strip().lower() in VERDICTS["request"]
+        unasked += not prompt and is_word and not only_task(dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                 **slice_of(line, column)}
         forced = line.get("forced")
@@ -921,7 +926,13 @@ def read_predictions(path, dataset, column=None, limit=None):
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
-    warn_of_markers(path, exchanges)
+    warn_of_inputs(path, records)
+    warn_of_labels(path, [record["output"] for record in records])
+    warn(unasked, f"labels of {path} are one word and have no prompt: they are taken for the "
+                  "request's (--dataset names a benchmark)")
+    without_p = sum("p" not in case for case in cases)
+    if without_p < len(cases):
+        warn(without_p, f"answers of {path} have no p, so there is no AUPRC")
     check_scored(path, [case["gold"] for case in cases])
     return cases
 
@@ -947,10 +958,16 @@ def labels_of(record, dataset):
     """gold_verdict(record); but in a benchmark of the paper that has one task, a single word is
     about that task, whatever the record's input looks like."""
     word = record["output"].strip().lower()
-    tasks = [task for task in PAPER_F1 if paper_entry(task, dataset)]
-    if len(tasks) == 1 and word in VERDICTS[tasks[0]]:
-        return {**dict.fromkeys(VERDICTS), tasks[0]: word}
+    task = only_task(dataset)
+    if task and word in VERDICTS[task]:
+        return {**dict.fromkeys(VERDICTS), task: word}
     return gold_verdict(record)
+
+
+def only_task(dataset):
+    """The one task of a benchmark of the paper; None where it has several, or is another."""
+    tasks = [task for task in PAPER_F1 if paper_entry(task, dataset)]
+    return tasks[0] if len(tasks) == 1 else None
 
 
 # ------------------------------------------------------------------ figures that are there

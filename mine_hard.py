@@ -29,9 +29,9 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from data import (VERDICTS, InputError, Tokenizer, at_least, fit_prompt, gold_verdict, hold,
-                  interruptible, is_there, on_terminal, parse_records, parse_verdict, read_object,
-                  read_records, reading, say, tell, warn, write_json, write_whole)
+from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, fit_prompt, gold_verdict,
+                  hold, interruptible, is_there, on_terminal, parse_records, parse_verdict,
+                  read_object, read_records, reading, say, tell, warn, write_json, write_whole)
 from model import (NEARLY_ZERO, Job, Llama, config_hash, fingerprint, folder_name, generate_iter,
                    join_ranks, name_of, pick_dtype, plan_capacity, read_arguments, weights_hash)
 
@@ -142,9 +142,9 @@ def outcome(k_correct, k_incorrect):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=folder_name, nargs="+", default=["out/sft"], metavar="DIR",
-                   help="one model, or an ensemble")
-    p.add_argument("--data", nargs="+", metavar="FILE", help="the training records")
+    p.add_argument("--model", type=folder_name, nargs="+", action=Extend, default=["out/sft"],
+                   metavar="DIR", help="one model, or an ensemble")
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE", help="the training records")
     p.add_argument("--out", type=folder_name, default="out/hard",
                    help="folder for samples.jsonl and hard.jsonl")
     p.add_argument("--k", type=at_least(1, most=10_000), default=4,

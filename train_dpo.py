@@ -21,15 +21,14 @@ term.
     machinery                                              what metrics.jsonl has beside the loss
 """
 import argparse
-import sys
 from bisect import bisect_left
 from itertools import islice
 
 import torch
 from torch.nn import functional
 
-from data import (InputError, Tokenizer, answers_heading, at_least, deal, encode_records, pack,
-                  read_records, warn)
+from data import (Extend, InputError, Tokenizer, answers_heading, at_least, deal, encode_records,
+                  pack, read_records, warn)
 from model import answer_logprobs, folder_name, join_ranks, read_arguments
 from train_sft import (Interrupts, Log, batches, finish_step, fit_memory, identify_run,
                        load_for_training, lr_at, make_optimizer, resume, save_final, start_run,
@@ -92,16 +91,16 @@ def parse_arguments(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=folder_name, default="out/sft",
                    help="folder of the R-SFT model; also the reference")
-    p.add_argument("--data", nargs="+", metavar="FILE", help="hard samples")
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE", help="hard samples")
     p.add_argument("--out", type=folder_name, default="out/dpo",
                    help="folder for the trained model")
     p.add_argument("--lr", type=at_least(0, float), default=5e-6, help="peak rate (paper: 5e-6)")
     p.add_argument("--epochs", type=at_least(1), default=2, help="passes over the pairs (paper: 2)")
     p.add_argument("--batch-size", type=at_least(1), default=256,
                    help="pairs in a step (paper: 256)")
-    p.add_argument("--beta", type=at_least(0, float), default=0.01,
+    p.add_argument("--beta", type=at_least(0, float, 1e6), default=0.01,
                    help="DPO temperature (paper: 0.01)")
-    p.add_argument("--sft", type=at_least(0, float), default=2.0,
+    p.add_argument("--sft", type=at_least(0, float, 1e6), default=2.0,
                    help="factor of the SFT term (paper: 2.0)")
     training_arguments(p)
     # without --data the demo runs: these values replace the defaults above. (read_arguments also
@@ -115,25 +114,23 @@ def read_pairs(tokenizer, args):
     """(examples with two answers each, chosen and rejected; alpha of each, (pairs,) in float64).
     Pairs whose answers are equal, as they are encoded, are left out and counted."""
     fields = ("instruction", "input", "chosen", "rejected")
-    records = [record for path in args.data
-               for record in read_records(path, fields)[:args.limit]]
+    records = []
+    for path in args.data:
+        some = read_records(path, fields)[:args.limit]
+        read_weights(path, some)
+        records += some
     examples, records = encode_records(tokenizer, records, args.max_length,
                                        ("chosen", "rejected"))
-    files = " ".join(args.data)
     pairs = []
     alphas = []
     for example, record in zip(examples, records):
-        # sample_weight: its name in the released files
-        weight = record.get("weight", record.get("sample_weight", 1.0))
-        if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
-            raise InputError(f"{files}: a weight is {weight!r}; it must be a number from 0 on")
         chosen, rejected = example.answers
         if chosen != rejected:
             pairs.append(example)
-            alphas.append(weight)
+            alphas.append(record["weight"])
     warn(len(examples) - len(pairs), "pairs left out: their two answers are equal")
     if not pairs:
-        raise InputError(f"{files}: no pair has two different answers")
+        raise InputError(f"{' '.join(args.data)}: no pair has two different answers")
     return pairs, torch.tensor(alphas, dtype=torch.float64)
 
 
@@ -199,6 +196,27 @@ def main(argv=None):
 
 
 # ================================================================== machinery
+# ------------------------------------------------------------------ the weights of pairs
+def read_weights(path, records):
+    """Give each record of a file its alpha as `weight`: what it has there, or under the released
+    name sample_weight; else 1, which is said if others of the file have one."""
+    missing = 0
+    for record in records:
+        weight = record.get("weight")
+        if weight is None:
+            weight = record.get("sample_weight")
+        if weight is None:
+            missing += 1
+            weight = 1.0
+        if type(weight) not in (int, float) or not 0 <= weight <= 1e6:
+            begins = record["input"].strip()[:60]
+            raise InputError(f"{path}: the weight of a pair is {weight!r}; it must be a number "
+                             f"from 0 to 1,000,000 (its input begins {begins!r})")
+        record["weight"] = weight
+    if missing < len(records):
+        warn(missing, f"pairs of {path} have no weight: they count 1")
+
+
 # ------------------------------------------------------------------ figures beside the loss
 def measure_answers(tokenizer, examples):
     """(tokens of each answer, its block_start): both (pairs, 2), chosen and rejected."""

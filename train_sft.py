@@ -38,7 +38,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (InputError, Tokenizer, at_least, deal, encode_records, hold, is_there,
+from data import (Extend, InputError, Tokenizer, at_least, deal, encode_records, hold, is_there,
                   on_terminal, pack, parse_json, read_object, read_records, reading, say, tell,
                   write_json, write_whole, writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
@@ -74,7 +74,7 @@ def parse_arguments(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=folder_name, default="toy/model",
                    help="folder with a pretrained LLaMA")
-    p.add_argument("--data", nargs="+", metavar="FILE",
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE",
                    help="records with instruction, input, output")
     p.add_argument("--out", type=folder_name, default="out/sft",
                    help="folder for the trained model")
@@ -82,7 +82,7 @@ def parse_arguments(argv):
     p.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data (paper: 3)")
     p.add_argument("--batch-size", type=at_least(1), default=384,
                    help="sequences in a step (paper: 384)")
-    p.add_argument("--eval-data", nargs="+", metavar="FILE",
+    p.add_argument("--eval-data", nargs="+", action=Extend, metavar="FILE",
                    help="records for eval_loss, once an epoch")
     training_arguments(p)
     # without --data the demo runs: these values replace the defaults above. (read_arguments also

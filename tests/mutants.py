@@ -128,7 +128,7 @@ MUTANTS = [
     ("data.py", "compare_told(path, added, found, control)", "pass", "test_inputs.py -k another_file_tells"),
     ("mine_hard.py", "stop=guard.tokenizer.stop, temperature", "temperature", "test_mine.py -k other_weights"),
     ("tools/real_table.py", 'told.get("hash") != hash_of(files)', '"hash" not in told', "test_real.py -k whole_recipe"),
-    ("eval.py", "exchanges.append(exchange_of(prompt))", "exchanges.append(prompt)", "test_eval.py -k one_word"),
+    ("eval.py", 'record = {"input": exchange_of(prompt), "output": label}', 'record = {"input": prompt, "output": label}', "test_eval.py -k one_word"),
     ("eval.py", "positive if p > 0.5 else other", "positive if p < 0.5 else other",
      "test_eval.py -k likelier_words"),
     ("eval.py", "all(verdict[task] for task in needed)", "any(verdict[task] for task in needed)",

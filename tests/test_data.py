@@ -1,6 +1,7 @@
 """Prompt, verdicts, tokenizer, readers, packer."""
 import base64
 import hashlib
+import argparse
 import json
 import os
 import random
@@ -117,8 +118,54 @@ def test_an_input_that_may_have_been_meant_for_an_exchange_is_said(tmp_path, cap
     assert "3 inputs of " + str(path) + " are taken for prompts alone" in capsys.readouterr().err
     slow = ["\n" * 10 ** 6, "---\n" * 10 ** 5, "human user\n" * 10 ** 5, "human user\n" * 10 ** 4 + "\n" * 10 ** 5]
     began = time.time()
-    data.warn_of_markers("f", slow)
+    data.warn_of_inputs("f", [{"input": text} for text in slow])
     assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("output, line", [
+    ("Answers: \nRequest: unsafe\nCompletion: compliance\nResponse: unsafe", "request: unsafe"),
+    ("# Task 1\nso\n\nAnswers:\nRequest: harmful\n- **Response:** safe", "response: safe"),
+    ("Answers:\nRequest: not harmful", "request: not harmful"),
+    ("Answers:\nRequest: harmful\nCompletion: N/A\nResponse: None.", None),
+    ("Answers:\nRequest: harmful\nCompletion:\nResponse: ", None),
+    ("Answers:\nRequest:\nharmful", None), ("harmful", None)])
+def test_a_word_that_is_no_verdict_is_said(tmp_path, capsys, output, line):
+    """Silently, mining would judge such a record by its other labels alone, and reward "unharmful"."""
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"instruction": "i", "input": format_input("a", "b"), "output": output}]))
+    read_records(path)
+    said = capsys.readouterr().err
+    assert (f"1 records of {path} have a line in their Answers block that is neither a verdict nor None, as {line!r}" in said) == bool(line)
+
+
+@pytest.mark.parametrize("record, what", [
+    ({"input": format_input("a", "nan")}, "have a response like 'nan'"), ({"input": format_input("a", "NULL ")}, "have a response like 'nan'"),
+    ({"input": format_input("a")}, ""), ({"input": format_input("a", "")}, ""), ({"input": format_input("a", "none of it")}, ""),
+    ({"input": "a", "system": "be good"}, "have a system prompt or a history"), ({"input": "a", "history": [["q", "a"]]}, "have a system"),
+    ({"input": "a", "system": "", "history": []}, "")])
+def test_what_is_not_read_as_it_was_meant_is_said(tmp_path, capsys, record, what):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"instruction": "i", "output": "harmful", **record}]))
+    read_records(path)
+    said = capsys.readouterr().err
+    assert what in said and bool(said) == bool(what)
+
+
+def test_a_list_given_in_two_parts_is_one_list():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", nargs="+", action=data.Extend)
+    parser.add_argument("--model", nargs="+", action=data.Extend, default=["d"])
+    args = parser.parse_args("--data a b --model x --data c".split())
+    assert args.data == ["a", "b", "c"] and args.model == ["x"]
+    parser.set_defaults(data=["corpus"])
+    assert parser.parse_args([]).data == ["corpus"] and parser.parse_args("--data a --data b".split()).data == ["a", "b"]
+    assert parser.parse_args([]).model == ["d"]                                # the default itself is untouched
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_file_without_a_name_is_not_written(name):
+    with pytest.raises(InputError, match="is the name of no file"):
+        data.write_json(name, 1)
 
 
 def test_a_file_may_be_read_by_whom_a_new_file_may(tmp_path):

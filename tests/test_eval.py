@@ -179,6 +179,21 @@ def test_averages_stand_beside_the_papers():
     assert evaluation.paper_average([*whole, result("completion", "mine")]) == []
 
 
+def test_what_predictions_lack_is_said(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    line = {"label": U, "predict": f"Answers: \nRequest: {H}"}
+    path.write_text("\n".join(map(json.dumps, [line, {**line, "p": {"request": 0.9}}])))
+    result, = score_cases(read_predictions(path, "x"), "x", fpr=0.1)
+    said = capsys.readouterr().err
+    assert "auprc" not in result and f"1 answers of {path} have no p, so there is no AUPRC" in said
+    assert f"2 labels of {path} are one word and have no prompt: they are taken for the request's" in said
+    read_predictions(path, "HarmBenchPrompt")                                   # its labels are about one task
+    assert "are one word" not in capsys.readouterr().err
+    path.write_text(json.dumps({**line, "label": "Answers: \nRequest: unsafe\nResponse: harmful"}))
+    read_predictions(path, "x")
+    assert "as 'request: unsafe': it is no label" in capsys.readouterr().err
+
+
 def test_score_from_files_and_their_mistakes(tmp_path):
     folder = tmp_path / "HarmBenchPrompt"
     folder.mkdir()
@@ -581,7 +596,7 @@ def test_arguments_that_find_nothing_say_so(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "label": "harmful", "predict": "Answers:\nRequest: harmful"}))
     evaluation.main(["--predictions", str(tmp_path / "p.jsonl"), "--by", "nosuch", "--fpr", "0.1"])
     said = capsys.readouterr().err
-    assert "--by nosuch: no record has this column" in said and "--fpr: no probabilities are there" in said
+    assert "--by nosuch: no record has this column" in said and "--fpr: no file has probabilities for all its answers" in said
 
 
 def test_figures_are_written_before_they_are_shown(tmp_path, monkeypatch, lost):

@@ -102,7 +102,8 @@ ARGS = ["--model", "toy/model", "--data", "toy/dev.json", "--limit", "7", "--k",
 
 
 def mine(out, *more):
-    mine_hard.main([*ARGS, "--out", str(out), *map(str, more)])
+    pairs = zip(ARGS[::2], ARGS[1::2])                                         # a list given twice is one list
+    mine_hard.main([*(word for flag, value in pairs if flag not in more for word in (flag, value)), "--out", str(out), *map(str, more)])
     return (out / "samples.jsonl").read_bytes(), (out / "hard.jsonl").read_bytes()
 
 
@@ -265,7 +266,7 @@ def test_of_several_models_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mine_hard, "answer_block", watch)
     shutil.copytree("toy/model", tmp_path / "other")
-    mine_hard.main([*map(str, ARGS), "--block", "7", "--model", "toy/model", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
+    mine_hard.main([*ARGS[2:], "--block", "7", "--model", "toy/model", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
     assert len(models) == 2
 
 
@@ -292,13 +293,13 @@ def test_pairs_whose_samples_were_moved_away_are_not_written_over_by_others(tmp_
 
 def test_models_that_are_alike_draw_other_samples(tmp_path):
     copy = shutil.copytree("toy/model", tmp_path / "m")
-    mine_hard.main([*ARGS, "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy)])
+    mine_hard.main([*ARGS[2:], "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy)])
     first, second = ((tmp_path / f"a/samples-{number}.jsonl").read_text().splitlines() for number in (0, 1))
     settings = tmp_path / "a/samples-1.jsonl.parts/settings.json"
     made = json.loads(settings.read_text())
     assert made["seed"] == 43
     settings.write_text(json.dumps({**made, "seed": 42}))                          # as they were made before
-    mine_hard.main([*ARGS, "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy), "--resume"])
+    mine_hard.main([*ARGS[2:], "--out", str(tmp_path / "a"), "--model", "toy/model", str(copy), "--resume"])
     assert json.loads(settings.read_text())["seed"] == 42
     texts = [[sample["text"] for line in lines for sample in json.loads(line)["samples"]] for lines in (first, second)]
     assert len(texts[0]) == len(texts[1]) > 1 and all(a != b for a, b in zip(*texts))

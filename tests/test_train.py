@@ -27,7 +27,8 @@ ALONE = World(torch.device("cpu"))
 
 
 def run(out, *more):
-    train_sft.main([*ARGS, "--out", str(out), *map(str, more)])
+    pairs = zip(ARGS[::2], ARGS[1::2])                                         # a list given twice is one list
+    train_sft.main([*(word for flag, value in pairs if flag not in more for word in (flag, value)), "--out", str(out), *map(str, more)])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return rows[0], rows[1:], load_file(out / "model.safetensors")
 
