@@ -322,6 +322,37 @@ def test_all_readers_of_predictions_give_one_gold(tmp_path, dataset):
     assert [some for _, some in traces.read_traces(path, {})] == gold
 
 
+def test_cut_records_are_of_answers_with_an_end_and_replace_records_alone(tmp_path, capsys):
+    line = {"prompt": framed(("", ""), format_input("May I?")), "label": "harmful", "predict": TRACE}
+    data = tmp_path / "x.jsonl"
+    cut = tmp_path / "cut.json"
+    data.write_text("".join(json.dumps({**line, "forced": forced}) + "\n" for forced in (True, {}, False, None)))
+    early_verdict.main(["--data", str(data), "--cut", str(cut)])
+    assert len(json.loads(cut.read_text())) == 2
+    assert capsys.readouterr().err == "2 answers without an end are left out\n"
+    data.write_text(json.dumps({**line, "forced": {}}))
+    with pytest.raises(InputError, match="x.jsonl: has no answer with an end"):
+        early_verdict.main(["--data", str(data), "--cut", str(cut)])
+    assert len(json.loads(cut.read_text())) == 2
+    cut.write_text("notes")
+    with pytest.raises(InputError, match="cut.json: is there, and holds no records; choose another --cut"):
+        early_verdict.main(["--data", str(data), "--cut", str(cut)])
+    assert cut.read_text() == "notes"
+
+
+def test_a_report_comes_when_all_is_written(tmp_path, monkeypatch):
+    data = tmp_path / "records.json"
+    data.write_text(json.dumps(json.loads(open("toy/train_wildguard.json").read())[:12]))
+
+    def end(summary, forms):
+        assert {path.name for path in tmp_path.glob("early.*")} == {"early.jsonl", "early.json", "early.svg"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(early_verdict, "report", end)
+    with pytest.raises(KeyboardInterrupt):
+        early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32"])
+
+
 def test_cut_records_never_replace_those_that_are_read(tmp_path):
     data = tmp_path / "x.json"
     data.write_text(json.dumps([{"instruction": "a", "input": "b", "output": TRACE}]))

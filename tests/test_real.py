@@ -467,6 +467,39 @@ def test_where_no_prompt_was_hard_the_other_arms_and_seeds_are_run(tmp_path, mon
         real.main(["arm", "hs_dpo", *options])
 
 
+def test_data_replaces_nothing_but_what_it_wrote(tmp_path):
+    folder = write_predictions(tmp_path / "A", 0)
+    tests = write_tests(tmp_path)
+    out = tmp_path / "data"
+    command = ["data", "--predictions", str(folder), "--tests", *map(str, tests), "--out", str(out), "--dev", "0.2"]
+    for path, text, says in (
+            (out / "data.json", '{"my": "notes"}', "data.json: is there, and was not made here; choose another --out"),
+            (out / "tests/alpha.json", "mine", "tests/alpha.json: is there, and is not .*/alpha.json; choose another")):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+        with pytest.raises(InputError, match=says):
+            real.main(command)
+        assert path.read_text() == text
+        path.unlink()
+    for _ in range(2):                                      # its own may be made again
+        real.main(command)
+    own = str(out / "tests/alpha.json")                     # its own copy; and two lists are one
+    real.main([*command[:3], "--tests", own, "--tests", str(tests[1]), *command[6:]])
+    assert read_json(out / "data.json")["tests"] == ["alpha.json", "beta.json"]
+    arm = ["arm", "r_sft", "--model", "toy/model", "--data", str(out), "--out", str(tmp_path / "out")]
+    told = read_json(out / "data.json")
+    for spoilt, says in (({}, "is not as `tools/real.py data` wrote it"), ({**told, "records": 5}, "is not as"),
+                         ({**told, "tests": None}, "data.json: does not name the tests; give --tests")):
+        write_json(out / "data.json", spoilt)
+        with pytest.raises(InputError, match=says):
+            real.main(arm)
+    write_json(out / "data.json", told)
+    for spoilt in ([{"x": 1}], {"x": 1}):
+        write_json(out / "prompts.json", spoilt)
+        with pytest.raises(InputError, match="is not as `tools/real.py data` wrote it"):
+            real.main([*arm, "--tests", str(tests[0])])
+
+
 def test_copies_of_tests_and_their_names(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[]")

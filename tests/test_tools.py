@@ -1,28 +1,38 @@
 """Baselines, reasoning synthesis, the corpus certificate: parsers by hand, servers that misbehave."""
+import argparse
+import ast
 import email.utils
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import audit
 import baselines
 import certificate
 import eval as evaluation
+import early_verdict
 import mutants
 import plot
 import synthesize
 import traces
+import view
 from baselines import (Unanswered, answer_rows, ask, guard_ids, guard_text, is_refusal, parse_guard,
                        retry_after)
 from certificate import logistic, match_pairs, read, shortcut, solve, telling_words
+from conftest import ROOT
 from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
                   parse_verdict, read_records)
 from synthesize import check, output_of, question, read_exchanges, sections, steps_in
@@ -589,12 +599,11 @@ def test_synthesis_against_a_server_that_misbehaves(tmp_path, server, capsys):
     assert "Some                            8       32            4.00               7.00" in out
 
 
-def test_table_by_hand(capsys):
+def test_table_by_hand():
     text = trace(steps=(2, 1, 0))                                              # three steps of 7 characters
     assert [len(steps_in(part)) for part in sections(text).values()] == [0, 2, 1, 0]
     bare = "Reasoning Step 1: four\nReasoning Step 2: seven77\n\nAnswers: \nRequest: harmful"
-    synthesize.print_table({"a": [text], "b": [bare, ""]})
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [line.split() for line in synthesize.table_of({"a": [text], "b": [bare, ""]}).splitlines()[2:]]
     assert rows == [["a", "1", "3", "3.00", "7.00"], ["b", "2", "2", "1.00", "5.50"],
                     ["sum", "3", "5", "1.67", "6.40"], ["paper", "127,544", "460,659", "3.61", "133.97"]]
 
@@ -702,6 +711,78 @@ def test_the_certificate_notices_a_broken_corpus(corpus):
         assert not got[name]
 
 
+def test_two_sources_of_one_name_are_refused_before_anything_is_read(tmp_path):
+    paths = [str(tmp_path / folder / "train.json") for folder in "ab"]              # not there
+    asked = ["--url", "http://h/v1", "--model", "m", "--out", str(tmp_path)]
+    for options in (["--table", *paths], [*asked, "--data", *paths]):
+        with pytest.raises(InputError, match="two files are called 'train'; rename one"):
+            synthesize.main(options)
+
+
+def test_a_bad_second_file_is_found_before_the_first_is_asked_about(tmp_path, server):
+    good = write_jsonl(tmp_path / "good.json", [{"prompt": "p", "labels": {"request": H}}])
+    bad = write_jsonl(tmp_path / "bad.json", [{"prompt": "p"}])
+    server.script = lambda text, before: reply("nothing")
+    with pytest.raises(InputError, match="bad.json: line 1 has no label"):
+        synthesize.main(["--url", server.url, "--model", "m", "--out", str(tmp_path / "out"), "--attempts", "1",
+                         "--data", str(good), str(bad)])
+    assert not server.seen
+
+
+# ------------------------------------------------------------------ what all tools do
+
+
+BY_HAND = ("synthesize", "view")                            # an empty --out is none; is the name of a page
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+def calls_of(path):
+    """The calls of a file: (what is called, as it is written; the node)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_a_list_that_is_given_twice_is_one_list(path):
+    for called, node in calls_of(path):
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        is_option = called.endswith("add_argument") and node.args[0].value.startswith("-")
+        if is_option and options.get("nargs") in ("'+'", "'*'"):
+            assert options.get("action") == "Extend", ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_a_closed_pipe_is_no_traceback(path):
+    prints = [ast.unparse(node) for called, node in calls_of(path) if called == "print"]
+    assert all("json.dumps(" in some for some in prints), prints    # a line for the process that began it
+
+
+@pytest.mark.parametrize("script, options", [("audit", []), ("synthesize", ["--table"])])
+def test_what_a_tool_prints_can_be_cut_off_and_spelled(tmp_path, script, options):
+    path = write_jsonl(tmp_path / "caf\u00e9.json", [record("May I?", None, format_answers(H))])
+    command = [sys.executable, f"tools/{script}.py", *options, str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "caf\\xe9" in done.stdout, done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)                                        # as head -1 does, at last
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == "standard output was closed: the rest is not shown\n"
+
+
+def test_a_folder_has_a_name():
+    assert audit.folder_path("a/") == Path("a")
+    with pytest.raises(argparse.ArgumentTypeError, match="is empty"):
+        audit.folder_path("")
+    for path in TOOLS:                                      # Path("") is the current folder
+        for called, node in calls_of(path):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            is_folder = "folder" in options.get("help", "") and node.args[:1] and "out" in ast.unparse(node.args[0])
+            if called.endswith("add_argument") and is_folder:
+                assert options.get("type") in ("folder_path", "folder_name") or path.stem in BY_HAND, ast.unparse(node)
+
+
 def test_the_corpus_keeps_its_claims(capsys):
     certificate.main(["--toy", "toy"])
     first = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
@@ -728,6 +809,36 @@ def test_traces_keep_what_is_right(tmp_path, capsys):
     assert read_records(tmp_path / "labels.json") == [record("May I?", None, format_answers(H))]
 
 
+def test_traces_replace_nothing_but_records_and_not_with_none(tmp_path):
+    right = {"prompt": INSTRUCTION + "\n" + format_input("May I?"), "label": H, "predict": format_answers(H)}
+    path = write_jsonl(tmp_path / "p.jsonl", [right])
+    out = tmp_path / "out.json"
+    for text in ("notes", "{}", '[{"instruction": "i", "input": "x"}]'):
+        out.write_text(text)
+        with pytest.raises(InputError, match="out.json: is there, and holds no records; choose another --out"):
+            traces.main([str(path), "--out", str(out)])
+        assert out.read_text() == text
+    out.write_text('[{"instruction": "i", "input": "x", "output": "y"}]')
+    traces.main([str(path), "--out", str(out)])             # records, which may be made again
+    before = out.read_bytes()
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{**right, "label": U}])
+    with pytest.raises(InputError, match="out.json: nothing to write, as no trace was kept: {'wrong': 1}"):
+        traces.main([str(wrong), "--out", str(out)])
+    assert out.read_bytes() == before
+    for forced, kept in (({}, 0), (True, 0), (False, 1), (None, 1)):                # as eval.py reads it
+        some = write_jsonl(tmp_path / "forced.jsonl", [{**right, "forced": forced}])
+        assert len(traces.right_traces(some, Counter())) == kept
+
+
+def test_links_in_a_circle_are_one_line(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for run in (lambda: list(traces.read_traces(loop, {})), lambda: early_verdict.read_answers(loop),
+                lambda: view.main([str(loop)]), lambda: view.rows_of_predictions(loop)):
+        with pytest.raises(InputError, match="loop"):
+            run()
+
+
 def test_records_never_replace_what_they_are_made_of(tmp_path):
     data = write_jsonl(tmp_path / "some.json", [{"prompt": "p", "label": H, "predict": format_answers(H)}])
     (tmp_path / "link.json").symlink_to(data)
@@ -738,7 +849,7 @@ def test_records_never_replace_what_they_are_made_of(tmp_path):
             script([*options, "--out", str(out)])
         assert data.read_bytes() == before
     with pytest.raises(InputError, match="gone.json: cannot read"):
-        traces.main([str(tmp_path / "gone.json"), "--out", str(data)])
+        traces.main([str(tmp_path / "gone.json"), "--out", str(tmp_path / "new.json")])
 
 
 # ------------------------------------------------------------------ pictures of odd runs

@@ -9,7 +9,8 @@ import zlib
 import pytest
 
 import view
-from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input, parse_verdict)
+from data import (INSTRUCTION, VERDICTS, InputError, format_answers, format_input, parse_verdict,
+                  write_json)
 from eval import read_predictions, score_cases
 from mine_hard import select, write_lines
 from view import (count_mistakes, match_pairs, rows_of_mining, rows_of_predictions, safe_json,
@@ -163,17 +164,45 @@ def test_what_does_not_belong_together_is_refused(mined, tmp_path):
     data.write_text(json.dumps(records[:2]))
     with pytest.raises(InputError, match="not of --data"):
         rows_of_mining(folder, [data])
-    with pytest.raises(InputError, match="not in the samples"):
-        match_pairs([{"chosen": "a", "rejected": "b", "input": "x"}], [{"prompt": 0, "samples": [sample("a")]}], {})
+    pair = {"chosen": "a", "rejected": "b", "input": "x"}
+    with pytest.raises(InputError, match="some/hard.jsonl: holds a pair that is not in the samples"):
+        match_pairs("some/hard.jsonl", [pair], [{"prompt": 0, "samples": [sample("a")]}], {})
     with pytest.raises(InputError, match="neither answers"):
         view.main([str(tmp_path / "nothing")])
+
+
+def test_a_copy_of_the_samples_is_not_read_and_numbers_are_in_order(mined, tmp_path):
+    folder, data = mined
+    shutil.copy(folder / "samples.jsonl", folder / "samples.orig.jsonl")
+    write_json(folder / "samples.orig.jsonl.parts/settings.json", {"limit": 1})
+    assert len(rows_of_mining(folder, [data])) == 4
+    for number in (10, 2, 0):
+        (tmp_path / f"samples-{number}.jsonl").touch()
+    assert [path.name for path in view.sample_files(tmp_path)] == [f"samples-{n}.jsonl" for n in (0, 2, 10)]
+
+
+def test_a_page_replaces_nothing_but_a_page(results):
+    out = results / "view.html"
+    for _ in range(2):
+        view.main([str(results)])
+    out.write_text("<p>mine")
+    with pytest.raises(InputError, match="view.html: is there, and is no page; choose another --out"):
+        view.main([str(results)])
+    assert out.read_text() == "<p>mine"
+
+
+@pytest.mark.parametrize("forced, said", [({}, None), (True, None), (False, H), (None, H)])
+def test_an_answer_without_an_end_has_no_verdict(tmp_path, forced, said):
+    write_lines(tmp_path / "p.jsonl", [{**prediction(H, trace(H)), "forced": forced}])
+    (row,) = rows_of_predictions(tmp_path / "p.jsonl")
+    assert row["said"]["request"] == said
 
 
 def test_of_prompts_with_the_same_answers_a_pair_belongs_to_its_own():
     pair = {"chosen": "a", "rejected": "b", "input": "y"}
     lines = [{"prompt": n, "samples": [sample("a"), sample("b")]} for n in (0, 1)]
-    assert match_pairs([pair], lines, {0: {"input": "x"}, 1: {"input": "y"}}) == {1: pair}
-    assert match_pairs([pair], lines, {}) == {0: pair}                             # nobody knows
+    assert match_pairs("h", [pair], lines, {0: {"input": "x"}, 1: {"input": "y"}}) == {1: pair}
+    assert match_pairs("h", [pair], lines, {}) == {0: pair}                             # nobody knows
 
 
 def test_answers_of_another_script_beside_the_predictions_have_no_samples(tmp_path):

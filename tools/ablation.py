@@ -76,8 +76,9 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
-from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict, parse_records,  # noqa: E402
-                  read_records, split_input, write_json)
+from audit import folder_path  # noqa: E402
+from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
+                  parse_records, read_records, say, split_input, tell, write_json)
 from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
@@ -365,7 +366,7 @@ def run_task(args, corpus_seed, seed, skip, name):
     if path.exists():
         return
     if name not in ["r_sft", *ALONE] and not (args.out / folder / "mined_k8/hard.jsonl").exists():
-        print(f"{folder}: {name} is left out: the cell's R-SFT model is not here")
+        say(f"{folder}: {name} is left out: the cell's R-SFT model is not here")
         return
     torch.set_num_threads(1)
     cell = Cell(args, corpus_seed, seed, skip)
@@ -391,7 +392,7 @@ def run_task(args, corpus_seed, seed, skip, name):
                       "base": base, "pairs": weights, "cpu_seconds": seconds,
                       "groups": groups.tolist(), "git": train_sft.git_commit(), **tables})
     spent = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-    print(f"{folder}: {name}, CPU seconds: {spent}", flush=True)
+    say(f"{folder}: {name}, CPU seconds: {spent}")
 
 
 def names_of(args):
@@ -460,7 +461,7 @@ def run_all(args):
                 task = running.pop(future)
                 if future.exception():
                     line = f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}"
-                    print(f"failed: {line}", file=sys.stderr, flush=True)
+                    tell(f"failed: {line}")
                     failed.append(line)
                 else:
                     ready += after.get(task, [])
@@ -470,15 +471,15 @@ def run_all(args):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("out/ablation"),
+    p.add_argument("--out", type=folder_path, default=Path("out/ablation"),
                    help="folder; what is there is not done again")
     p.add_argument("--model", default=str(ROOT / "toy/model"), help="the base model")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=PAPER, metavar="NAME",
+    p.add_argument("--variants", nargs="+", action=Extend, choices=VARIANTS, default=PAPER, metavar="NAME",
                    help=f"which to run, of {' '.join(VARIANTS)} (default: the first {len(PAPER)})")
-    p.add_argument("--corpus-seeds", type=int, nargs="+", default=[101],
+    p.add_argument("--corpus-seeds", type=int, nargs="+", action=Extend, default=[101],
                    help="none of them 0, the demo's")
-    p.add_argument("--seeds", type=int, nargs="+", default=[1], help="training and mining seeds")
-    p.add_argument("--skips", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.65],
+    p.add_argument("--seeds", type=int, nargs="+", action=Extend, default=[1], help="training and mining seeds")
+    p.add_argument("--skips", type=float, nargs="+", action=Extend, default=[0.0, 0.25, 0.5, 0.65],
                    help="shares of skipping traces")
     p.add_argument("--train", type=at_least(1), default=2400, help="training records")
     p.add_argument("--test", type=at_least(1), default=240, help="test records")

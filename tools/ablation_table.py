@@ -22,7 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import certificate  # noqa: E402
-from data import InputError, read_json, split_input, write_json  # noqa: E402
+from audit import folder_path  # noqa: E402
+from data import InputError, read_json, say, split_input, write_json  # noqa: E402
 
 PAPER = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8",
          "ensemble", "swapped"]
@@ -303,7 +304,7 @@ def figure_row(side, column, figures):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", type=Path, metavar="OUT", help="folder that tools/ablation.py wrote")
+    p.add_argument("out", type=folder_path, metavar="OUT", help="folder that tools/ablation.py wrote")
     args = p.parse_args(argv)
     found = read_answers(args.out)
     tables = tables_of(found)
@@ -311,9 +312,9 @@ def main(argv=None):
     groups = {f["corpus"]: np.array(f["groups"]) for f in found}
     lines, rows = report(tables, groups)
     notes += [*pair_notes(found), time_note(found)]
-    print("\n".join([*lines, "", *notes]))
     commits = sorted({f["git"] for f in found if f["git"]})
     write_json(args.out / "ablation.json", {"rows": rows, "notes": notes, "git": commits})
+    say("\n".join([*lines, "", *notes]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, is_there,  # noqa: E402
-                  output_of_columns, read_records, split_input)
+                  output_of_columns, read_json, read_records, split_input)
+from eval import print_line  # noqa: E402
+from model import folder_name  # noqa: E402
 
 STEP = re.compile(r"^[#* \t]*Reasoning Step\b.*$", re.I | re.M)          # the heading of a step
 
@@ -44,6 +46,27 @@ def keep_others(path, settings):
         raise InputError(f"{path}: is there, and was not made here; choose another --out")
 
 
+def keep_all_but_records(path, option="--out"):
+    """InputError where a file that is to be written is there, and is no array of records."""
+    if is_there(path) and not holds_records(path):
+        raise InputError(f"{Path(path)}: is there, and holds no records; choose another {option}")
+
+
+def holds_records(path):
+    """Is this file an array of records with instruction, input and output?"""
+    try:
+        value = read_json(path)
+    except InputError:
+        return False
+    names = {"instruction", "input", "output"}
+    return isinstance(value, list) and all(isinstance(some, dict) and names <= some.keys() for some in value)
+
+
+def folder_path(text):
+    """An argparse type: the path of a folder, whose name is not empty. (Path("") is the current one.)"""
+    return Path(folder_name(text))
+
+
 def audit(paths):
     """Print what is odd about data files: the same inputs, other labels, overlap, gaps, leaks. A row is a place,
     from 0 on, among the records that are read: those with an empty field are skipped, which stderr says."""
@@ -68,10 +91,10 @@ def audit(paths):
         for task in VERDICTS:
             words = Counter(verdict[task] for verdict in gold if verdict[task])
             labels.append(f"{task} {dict(words)}")
-        print(f"\n{path}: {len(records)} records, {steps} reasoning steps, labels {', '.join(labels)}")
+        print_line(f"\n{path}: {len(records)} records, {steps} reasoning steps, labels {', '.join(labels)}")
         for what, rows in findings.items():
             some = ", ".join(map(str, rows[:8]))
-            print(f"  {len(rows):6} {what}" + (f": rows {some}" if rows else ""))
+            print_line(f"  {len(rows):6} {what}" + (f": rows {some}" if rows else ""))
         seen.update(map(prompt_of, records))
 
 

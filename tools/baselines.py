@@ -33,13 +33,13 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audit import keep_others  # noqa: E402
-from data import (INSTRUCTION, VERDICTS, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
+from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
                   is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
                        generation_settings, write_lines)
-from model import World, pick_device  # noqa: E402
+from model import World, folder_name, pick_device  # noqa: E402
 
 # ------------------------------------------------------------------ LLaMA Guard 3
 
@@ -133,7 +133,7 @@ def run_guard(args, path, dataset, guard):
         verdict[task] = word
         named.update([word or "no verdict", *categories])
     counts = ", ".join(f"{name} {n}" for name, n in named.most_common())
-    print(f"{dataset}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
+    say(f"{dataset}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
     return [prediction(benchmark, i, format_answers(**verdict), ("request", "response"))
             for i, verdict in verdicts.items()]
 
@@ -354,7 +354,7 @@ def run_address(args, path, dataset):
     refused = sum(line["refused"] for line in lines.values())
     long = sum(line.get("finish") == "too long" for line in lines.values())
     mute = sum(not (line["refused"] or any(parse_verdict(line["text"]).values())) for line in lines.values())
-    print(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
+    say(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
           f"GPT-4o: 36.81%), each counted as {args.refusals}; {mute} more rows without a verdict"
           + (f", {long} of them as the texts were too long" if long else ""))
     return [prediction(benchmark, row, counted(line, args.refusals)) for row, line in lines.items()]
@@ -381,9 +381,9 @@ def parse_arguments(argv):
     p.add_argument("--template", metavar="FILE", help="LLaMA Guard's question in other words")
     p.add_argument("--url", type=server_url, help="address with /v1, as http://localhost:8000/v1")
     p.add_argument("--model", help="name of the model at that address")
-    p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="benchmark files")
+    p.add_argument("--data", nargs="+", action=Extend, required=True, metavar="FILE", help="benchmark files")
     p.add_argument("--dataset", help="name of the data set (default: the file's)")
-    p.add_argument("--out", required=True, help="folder for answers and predictions")
+    p.add_argument("--out", type=folder_name, required=True, help="folder for answers and predictions")
     p.add_argument("--refusals", choices=["harmful", "wrong"], default="harmful", help="a refusal counts as")
     p.add_argument("--workers", type=at_least(1), default=4, help="questions under way at once")
     p.add_argument("--timeout", type=at_least(0.1, float, 3600), default=120, help="seconds to wait for an answer")
@@ -410,7 +410,7 @@ def main(argv=None):
     if args.guard:
         guard = LazyModel(args, args.guard, pick_device(args.device))
         if args.template == TEMPLATE:
-            print("LLaMA Guard is asked in our words; --template: in those of its training", file=sys.stderr)
+            tell("LLaMA Guard is asked in our words; --template: in those of its training")
     else:
         for path in args.data:                              # all of them, before the first is asked about
             folder = Path(args.out) / (args.dataset or Path(path).stem)
@@ -422,7 +422,7 @@ def main(argv=None):
         if lines:
             target = Path(args.out) / name / "generated_predictions.jsonl"
             write_lines(target, lines)
-            print(f"wrote {target}: {len(lines)} predictions")
+            say(f"wrote {target}: {len(lines)} predictions")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import measure  # noqa: E402
 import peers  # noqa: E402
-from data import InputError, at_least, write_json  # noqa: E402
+from data import Extend, InputError, at_least, tell, write_json  # noqa: E402
+from eval import print_line  # noqa: E402
 from measure import twin  # noqa: E402
 import model as library  # noqa: E402
 from model import attention_by_mask  # noqa: E402
@@ -130,7 +131,7 @@ def run_child(argv, name, seconds, python=sys.executable):
     except subprocess.TimeoutExpired:
         return {"error": "cut off: --minutes are over"}
     if done.returncode:
-        print(done.stderr, file=sys.stderr, flush=True)
+        tell(done.stderr)
         what = error_line(done.stderr) or f"exit status {done.returncode}"
         return {"error": what, "stderr": done.stderr}
     result = json.loads(done.stdout.splitlines()[-1])
@@ -236,7 +237,7 @@ def parse_arguments(argv):
     p.add_argument("--shape", choices=measure.SHAPES, help="random weights of this shape, and random records")
     p.add_argument("--sft", default=str(ROOT / "toy/train_wildguard.json"), help="records with an output")
     p.add_argument("--dpo", help="records with chosen and rejected (default: made up from --sft)")
-    p.add_argument("--items", nargs="+", metavar="NAME", help="items or groups to run (default: all)")
+    p.add_argument("--items", nargs="+", action=Extend, metavar="NAME", help="items or groups to run (default: all)")
     p.add_argument("--peers", action="store_true", help="run transformers, TRL and torch's own kernels too")
     p.add_argument("--vllm-python", default=sys.executable, metavar="FILE",
                    help="the interpreter that has vLLM, which wants a torch of its own (default: this one)")
@@ -303,7 +304,7 @@ def main(argv=None):
             python = args.vllm_python if name.endswith("vllm") else sys.executable
             result = run_child(argv, name, left, python)
             said = result.get("error") or f"{human(result['rate'])} {result['unit']}/s"
-            print(f"round {number} of {args.repeat}: {name}: {said}", file=sys.stderr, flush=True)
+            tell(f"round {number} of {args.repeat}: {name}: {said}")
             results[name] = result
             figures = figures_of(args, names, [*rounds, results])
             if args.json:                                   # at once: a later item may end it all
@@ -324,12 +325,12 @@ def figures_of(args, names, rounds):
 
 def print_table(figures, goals):
     """Print the circumstances and a line for each item."""
-    print(", ".join(f"{key} {figures[key]}" for key in ("device", "dtype", "threads", "versions", "git")))
-    print()
+    print_line(", ".join(f"{key} {figures[key]}" for key in ("device", "dtype", "threads", "versions", "git")))
+    print_line("")
     head = f"{'':30} {'rate':>18} {'slowest - fastest':>18} {'of GEMM':>7} {'GiB':>6} {'ours/this':>9}"
-    print(head + ("  goal" if goals else ""))
+    print_line(head + ("  goal" if goals else ""))
     for row in figures["items"]:
-        print(show(row))
+        print_line(show(row))
 
 
 if __name__ == "__main__":

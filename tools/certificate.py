@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import VERDICTS, gold_verdict, read_records, split_input  # noqa: E402
-from eval import f1  # noqa: E402
+from eval import f1, print_line  # noqa: E402
 
 TRAIN = ("train_wildguard", "train_aegis", "train_beavertails", "train_toxicchat")
 TEST = ("test", "test_unseen", "test_deeper")
@@ -261,16 +261,16 @@ class Claims:
         self.lines.append((bool(passed), sentence))
 
     def print(self):
-        print()
+        print_line("")
         for passed, sentence in self.lines:
-            print(f"{'PASS' if passed else 'FAIL'}  {sentence}")
+            print_line(f"{'PASS' if passed else 'FAIL'}  {sentence}")
         return all(passed for passed, _ in self.lines)
 
 
 def certify_solver(files, claims):
     """Part 1: the table of right verdicts of the solver, by file and task."""
-    print("1  solver: right verdicts of labelled ones\n   file                "
-          + "".join(f"{name:>16}" for name in VERDICTS))
+    print_line("1  solver: right verdicts of labelled ones\n   file                "
+               + "".join(f"{name:>16}" for name in VERDICTS))
     wrong = unread = 0
     for file, rows in files.items():
         said = [solve(row["reading"]) if row["reading"] else dict.fromkeys(VERDICTS) for row in rows]
@@ -280,29 +280,29 @@ def certify_solver(files, claims):
             wrong += right.count(False)
             cells.append(f"{sum(right)} of {len(right)}" if right else "-")
         unread += sum(row["reading"] is None for row in rows)
-        print(f"   {file:20}" + "".join(f"{cell:>16}" for cell in cells))
+        print_line(f"   {file:20}" + "".join(f"{cell:>16}" for cell in cells))
     for row in [row for rows in files.values() for row in rows if row["reading"] is None][:3]:
-        print(f"   not understood: {row['error']}")
+        print_line(f"   not understood: {row['error']}")
     claims.add(not wrong and not unread, f"solver: {wrong} wrong verdicts, {unread} texts not understood")
 
 
 def certify_shortcuts(files, claims, slack):
     """Part 2: logistic regression on words, and as information on word pairs; a control that it can learn."""
     train = [row for name in TRAIN for row in files[name]]
-    print(f"\n2  logistic regression, learned on {len(train)} training records, tried on test\n"
-          "   features          task             n   accuracy   majority      F1")
+    print_line(f"\n2  logistic regression, learned on {len(train)} training records, tried on test\n"
+               "   features          task             n   accuracy   majority      F1")
     line = "   {:17} {:10} {:7}   {:8.2f}   {:8.2f}  {:6.2f}"
     for n, title in ((1, "words"), (2, "and word pairs")):
         for name in VERDICTS:
             result = shortcut(train, files["test"], name, n)
-            print(line.format(title, name, *result))
+            print_line(line.format(title, name, *result))
             if n == 1:
                 claims.add(result[1] <= result[2] + slack, f"words on {name}: accuracy {result[1]:.1f}, "
                            f"majority class {result[2]:.1f}, at most {slack:g} more")
     planted = [[{"text": row["text"], "gold": {"request": VERDICTS["request"][row["reading"].changed]}}
                 for row in rows if row["reading"]] for rows in (train, files["test"])]
     result = shortcut(*planted, "request", 1)
-    print(line.format("words", "control", *result) + "   (did the owner change their mind?)")
+    print_line(line.format("words", "control", *result) + "   (did the owner change their mind?)")
     claims.add(result[1] >= 99, f"words on the control: accuracy {result[1]:.1f}, at least 99")
 
 
@@ -313,8 +313,8 @@ def most_by_chance(chance):
 
 def certify_words(files, pairs, claims):
     """Part 3: words whose positive rate is outside 40-60%, against what chance gives."""
-    print("\n3  words in 50 records or more whose positive rate is outside 40-60%\n"
-          "   file          task        words   outside   by chance: mean, most in 999 of 1,000 draws")
+    print_line("\n3  words in 50 records or more whose positive rate is outside 40-60%\n"
+               "   file          task        words   outside   by chance: mean, most in 999 of 1,000 draws")
     train, joined = [], []
     for name in TRAIN:
         joined += [(i + len(train), j + len(train)) for i, j in pairs[name]]
@@ -325,8 +325,8 @@ def certify_words(files, pairs, claims):
             most = most_by_chance(chance)
             outside.sort(key=lambda found: found[2])
             shown = [f"{word} {100 * rate:.0f}% of {n}" for word, n, rate in outside]
-            print(f"   {file:13} {name:10} {words:6} {len(outside):9}   {chance.mean():5.1f} {most:3}   "
-                  + ", ".join(shown[:5]))
+            print_line(f"   {file:13} {name:10} {words:6} {len(outside):9}   {chance.mean():5.1f} {most:3}   "
+                       + ", ".join(shown[:5]))
             if file == "training" and name != "completion":
                 claims.add(not outside, f"training, {name}: {len(outside)} of {words} words are harmful in "
                            "less than 40% or more than 60%")
@@ -336,7 +336,7 @@ def certify_words(files, pairs, claims):
 
 def certify_composition(files, pairs, claims):
     """Part 4: sizes, pairs, what is held out, nesting, and the checks that traces skip."""
-    print("\n4  composition\n   file                 records   in pairs   nesting   skipped checks")
+    print_line("\n4  composition\n   file                 records   in pairs   nesting   skipped checks")
     found = {name: [row["reading"] for row in rows if row["reading"]] for name, rows in files.items()}
     depths = {name: {len(r.wrappers) for r in readings} for name, readings in found.items()}
     skipped = {name: [not re.search(PATTERNS["checks"], row["trace"]) for row in rows]
@@ -344,7 +344,7 @@ def certify_composition(files, pairs, claims):
     for name, rows in files.items():
         share = f"{100 * np.mean(skipped[name]):13.1f}%" if name in skipped else f"{'-':>14}"
         nesting = f"{min(depths[name])} to {max(depths[name])}"
-        print(f"   {name:20} {len(rows):7} {2 * len(pairs[name]):10}   {nesting}   {share}")
+        print_line(f"   {name:20} {len(rows):7} {2 * len(pairs[name]):10}   {nesting}   {share}")
     for name in TEST:
         claims.add(len(files[name]) >= 1200 and 2 * len(pairs[name]) >= 1200,
                    f"{name}: {2 * len(pairs[name])} of {len(files[name])} records in pairs (at least 1,200)")
@@ -372,8 +372,8 @@ def certify_held_out(found, claims):
     train = {r.combination for name in TRAIN for r in found[name]}
     held = {r.combination for r in found["test_unseen"]}
     parts = lambda triples: {(i, j, t[i], t[j]) for t in triples for i, j in combinations(range(3), 2)}
-    print(f"   combinations (kind, outermost wrapper, mind changed): {len(train)} in training, "
-          f"{len(held)} in test_unseen")
+    print_line(f"   combinations (kind, outermost wrapper, mind changed): {len(train)} in training, "
+               f"{len(held)} in test_unseen")
     claims.add(held and not held & train, f"held out: {len(held & train)} of {len(held)} combinations of "
                "test_unseen occur in training")
     missing = parts(held) - parts(train)
@@ -398,8 +398,9 @@ def print_wordings(files, least=20):
     for (step, facts), wordings in told.items():
         if count[step, facts] >= least:
             fewest[step] = min(len(wordings), fewest.get(step, len(wordings)))
-    print(f"   wordings of a reasoning step, facts being equal: several in {sum(n > 1 for n in fewest.values())}, one in "
-          + ", ".join(f"{file} {task} step {step}" for (file, task, step), n in fewest.items() if n == 1))
+    print_line(f"   wordings of a reasoning step, facts being equal: several in "
+               f"{sum(n > 1 for n in fewest.values())}, one in "
+               + ", ".join(f"{file} {task} step {step}" for (file, task, step), n in fewest.items() if n == 1))
 
 
 # ------------------------------------------------------------------ the dial

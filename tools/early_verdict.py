@@ -41,6 +41,7 @@ one sequence at a time (1e-9 in float64, tests/test_early.py).
     curve                          mean and bootstrap interval
 """
 import argparse
+import os
 import random
 import re
 import sys
@@ -54,9 +55,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import STEP, keep_inputs  # noqa: E402
+from audit import STEP, folder_path, keep_all_but_records, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
-                  exchange_of, gold_verdict, parse_records, parse_verdict, warn, write_json)
+                  exchange_of, gold_verdict, parse_records, parse_verdict, say, warn, write_json)
 from eval import TITLES, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import (Llama, answer_logprobs, folder_name, join_ranks, pick_dtype,  # noqa: E402
@@ -377,7 +378,7 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=folder_name, default="out/sft", help="model folder")
     p.add_argument("--data", required=True, metavar="FILE", help="records with traces, or answers")
-    p.add_argument("--out", type=Path, help="folder to write (default: that of --data)")
+    p.add_argument("--out", type=folder_path, help="folder to write (default: that of --data)")
     p.add_argument("--max-length", type=at_least(1), default=4096,
                    help="user texts are cut to fit in it, as by eval.py")
     p.add_argument("--max-tokens", type=at_least(1), default=8192,
@@ -387,23 +388,20 @@ def main(argv=None):
     args = read_arguments(p, argv)
     records = read_answers(args.data)[:args.limit]
     if args.cut:
-        keep_inputs(args.cut, [args.data], "--cut")
-        ended = [record for record in records if not record.get("forced")]
-        return write_json(args.cut, cut_traces(ended))
+        return write_cut(args.cut, records, args.data)
     out = args.out or Path(args.data).parent
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     prompts, _ = encode_prompts(tokenizer, records, args.max_length, 0)
     model = Llama.from_pretrained(args.model, world.device, pick_dtype(world.device, args.dtype))
     answers = [record["output"] for record in records]
-    ended = ["" if record.get("forced") else record["output"] for record in records]
+    ended = ["" if has_no_end(record) else record["output"] for record in records]
     readings, forms = early_verdicts(model, tokenizer, prompts, ended, world, args.max_tokens)
     if not any(readings):
         raise InputError(f"{args.data}: no answer has steps, a verdict, and a closing sentence "
                          f"that both verdicts end")
     if world.rank == 0:
         summary = summarize(readings, [record["gold"] for record in records])
-        report(summary, forms)
         warn(readings.count({}), f"of {len(records)} answers could not be read")
         write_lines(out / "early.jsonl",
                     [{"text": zlib.crc32(answer.encode(errors="replace")), "tasks": reading}
@@ -411,6 +409,24 @@ def main(argv=None):
         write_json(out / "early.json", {"model": str(args.model), "data": str(args.data),
                                         "forms": forms, "tasks": summary})
         draw(summary, f"{args.model} on {args.data}", out / "early.svg")
+        report(summary, forms)                              # last: a reader may be slow
+
+
+def write_cut(path, records, data):
+    """Write these records, read from `data`, cut after random steps; InputError where none has an
+    end."""
+    keep_inputs(path, [data], "--cut")
+    keep_all_but_records(path, "--cut")
+    ended = [record for record in records if not has_no_end(record)]
+    if not ended:
+        raise InputError(f"{data}: has no answer with an end, so there is nothing to cut")
+    warn(len(records) - len(ended), "answers without an end are left out")
+    write_json(path, cut_traces(ended))
+
+
+def has_no_end(answer):
+    """Is this an answer without an end? eval.py says so beside it; no verdict of it counts."""
+    return answer.get("forced") not in (None, False)
 
 
 def read_answers(path):
@@ -420,7 +436,7 @@ def read_answers(path):
         if not isinstance(record, dict):
             record = {}
         if "predict" in record:
-            record = record_of_prediction(record, Path(path).resolve().parent.name)
+            record = record_of_prediction(record, Path(os.path.realpath(path)).parent.name)
         names = ("instruction", "input", "output")
         if not all(isinstance(record.get(name), str) for name in names):
             raise InputError(f"{path}: {place} is neither a record nor an answer of eval.py")
@@ -454,12 +470,12 @@ def record_of_prediction(line, dataset):
 def report(summary, forms):
     """Print the sentences and the curves."""
     for task, some in summary.items():
-        print(f"\n{TITLES[task]}: {some['n']} answers")
+        say(f"\n{TITLES[task]}: {some['n']} answers")
         for first, second in list(forms[task].values())[:3]:
-            print(f"  {first!r} against {second!r}")
+            say(f"  {first!r} against {second!r}")
         for name in ("said", "gold", "held"):
             points = "  ".join(f"{point['mean']:.3f}" for point in some[name])
-            print(f"  {name:6} after 0, 1, ... steps:  {points}")
+            say(f"  {name:6} after 0, 1, ... steps:  {points}")
 
 
 # ------------------------------------------------------------------ the picture

@@ -36,8 +36,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import bench as bench_tool  # noqa: E402
 import measure  # noqa: E402
 import model as library  # noqa: E402
-from data import at_least, common_prefix, pack, write_json  # noqa: E402
-from model import Engine, Job, Sampling, generate, join_results, plan_capacity  # noqa: E402
+from data import Extend, at_least, common_prefix, pack, say, tell, write_json  # noqa: E402
+from model import (Engine, Job, Sampling, folder_name, generate, join_results,  # noqa: E402
+                   plan_capacity)
 from train_sft import sft_loss, shard  # noqa: E402
 
 
@@ -135,7 +136,7 @@ def kernels(args):
     for process, log in running:
         process.wait()
         text = log.read_text()
-        print(text, flush=True)
+        say(text)
         passed += sum(map(int, re.findall(r"(\d+) passed", text)))
     assert passed == len(names), f"{passed} of {len(names)} kernel tests passed"
     return f"{passed} kernel tests passed", {"passed": passed}
@@ -298,7 +299,7 @@ def time_kernels(b, name, call):
     table = seen.key_averages()
     kind = torch.autograd.DeviceType.CUDA if b.cuda else torch.autograd.DeviceType.CPU
     rows = [row for row in table if row.device_type == kind]        # on CUDA kernels, not who asked
-    print(f"\n{name}: {seconds:.4f} s\n{table.table(sort_by=by, row_limit=25)}", flush=True)
+    say(f"\n{name}: {seconds:.4f} s\n{table.table(sort_by=by, row_limit=25)}")
     attribute = "self_device_time_total" if b.cuda else "self_cpu_time_total"
     times = sorted(((getattr(row, attribute) / 1e6, row.count, row.key) for row in rows),
                    reverse=True)
@@ -499,9 +500,10 @@ def found_before(args, name, kernels):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", required=True, help="folder for logs and figures")
+    p.add_argument("--out", type=folder_name, required=True, help="folder for logs and figures")
     p.add_argument("--seconds", type=at_least(1, float), default=540, help="for all stages")
-    p.add_argument("--stages", nargs="+", choices=STAGES, help="only these, whatever is done")
+    p.add_argument("--stages", nargs="+", action=Extend, choices=STAGES,
+                   help="only these, whatever is done")
     p.add_argument("--kernels", choices=["triton", "torch"], default=library.KERNELS,
                    help="torch: the plain twins")
     p.add_argument("--device", help="cpu: rehearse, where a GPU is, too")
@@ -530,10 +532,10 @@ def main(argv=None):
         elif result is None:
             result = run_stage(args, name, kernels, min(limit, left))
         results[name] = result
-        print(show(name, result), file=sys.stderr, flush=True)
+        tell(show(name, result))
         if name == "kernels" and is_wrong(args, result):
             kernels = "torch"
-    print(*(show(name, result) for name, result in results.items()), sep="\n")
+    say("\n".join(show(name, result) for name, result in results.items()))
     return results
 
 

@@ -11,6 +11,7 @@ A run is called what its folder is called. Colours are read on light and on dark
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from html import escape
@@ -19,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import InputError, parse_records, read_json, write_whole  # noqa: E402
+from audit import folder_path  # noqa: E402
+from data import Extend, InputError, parse_records, read_json, say, write_whole  # noqa: E402
 from eval import TITLES  # noqa: E402
 
 GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a",
@@ -63,7 +65,7 @@ def write_svg(path, width, height, parts):
     svg = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
                      f'height="{height}" font-family="Helvetica, Arial, DejaVu Sans, sans-serif">', *parts, "</svg>\n"])
     write_whole(path, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def ticks(low, high, logarithmic=False):
@@ -157,7 +159,7 @@ def read_runs(paths):
         of_pairs = isinstance(rows[0], dict) and "margin" in rows[0]
         for place, row in lines:
             check_step(f"{path}: {place}", row, ("loss", "margin", "accuracy") if of_pairs else ("loss",))
-        runs.append((Path(path).resolve().parent.name, rows))
+        runs.append((Path(os.path.realpath(path)).parent.name, rows))
     return runs
 
 
@@ -262,16 +264,17 @@ def bars(results, path):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--metrics", nargs="*", metavar="FILE", help="metrics.jsonl of runs, of one or both kinds",
+    p.add_argument("--metrics", nargs="*", action=Extend, metavar="FILE",
+                   help="metrics.jsonl of runs, of one or both kinds",
                    default=["out/sft/metrics.jsonl", "out/dpo/metrics.jsonl"])
-    p.add_argument("--results", nargs="*", metavar="FILE", help="results.json of evaluations",
+    p.add_argument("--results", nargs="*", action=Extend, metavar="FILE", help="results.json of evaluations",
                    default=["out/eval_sft/results.json", "out/eval_dpo/results.json"])
-    p.add_argument("--out", type=Path, default=ROOT / "docs", help="folder to write")
+    p.add_argument("--out", type=folder_path, default=ROOT / "docs", help="folder to write")
     args = p.parse_args(argv)
     if args.metrics:
         curves(read_runs(args.metrics), args.out / "curves.svg")
     if args.results:
-        names = [Path(path).resolve().parent.name.removeprefix("eval_") for path in args.results]
+        names = [Path(os.path.realpath(path)).parent.name.removeprefix("eval_") for path in args.results]
         bars(list(zip(names, map(read_results, args.results))), args.out / "f1.svg")
 
 

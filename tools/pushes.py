@@ -27,8 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import mine_hard  # noqa: E402
 import preferences  # noqa: E402
 from ablation_table import markdown  # noqa: E402
-from data import (InputError, Tokenizer, common_prefix, parse_records, read_json,  # noqa: E402
+from audit import folder_path  # noqa: E402
+from data import (Extend, InputError, Tokenizer, common_prefix, parse_records, read_json,  # noqa: E402
                   read_records)
+from eval import print_line  # noqa: E402
 from model import Llama  # noqa: E402
 from preferences import token_logprobs  # noqa: E402
 from train_sft import batches  # noqa: E402
@@ -173,14 +175,14 @@ def gradient_lines(w, l, groups):
 
 def show(lines):
     """Print a block, and an empty line after it."""
-    print("\n".join([*lines, ""]))
+    print_line("\n".join([*lines, ""]))
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("cell", type=Path, metavar="CELL", help="folder of one cell, with its models")
-    p.add_argument("--arms", nargs="+", default=["chosen", "hs_dpo", "swapped"],
+    p.add_argument("cell", type=folder_path, metavar="CELL", help="folder of one cell, with its models")
+    p.add_argument("--arms", nargs="+", action=Extend, default=["chosen", "hs_dpo", "swapped"],
                    help="model folders in it; ways are compared with the first's")
     p.add_argument("--seed", type=int, default=1, help="the cell's mining seed")
     args = p.parse_args(argv)
@@ -195,7 +197,7 @@ def main(argv=None):
         parts = []
         for group in groups:
             parts += parts_of(tokenizer, *group.example.answers)
-        print(f"{len(pairs)} pairs, {title}\n")
+        print_line(f"{len(pairs)} pairs, {title}\n")
         show(likelihood_table(base, arms, groups, parts))
         if title == "trained":
             numbers = next(batches(len(groups), STEP, 1, args.seed))        # the arms' first step

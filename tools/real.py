@@ -56,6 +56,7 @@ they are of the mean over seeds. They do not cover what another seed would chang
 """
 import argparse
 import math
+import os
 import random
 import shlex
 import shutil
@@ -72,10 +73,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import real_table  # noqa: E402
-from audit import near_prompts, prompt_of  # noqa: E402
-from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers,  # noqa: E402
-                  gold_verdict, is_there, parse_records, parse_verdict, read_json, read_object,
-                  read_records, split_input, tell, warn, write_json, writing)
+from audit import folder_path, near_prompts, prompt_of  # noqa: E402
+from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, format_answers,  # noqa: E402
+                  gold_verdict, is_there, parse_records, parse_verdict, read_bytes, read_json,
+                  read_object, read_records, say, split_input, tell, warn, write_bytes, write_json,
+                  writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig, weights_hash  # noqa: E402
@@ -104,7 +106,7 @@ def make_data(args):
         raise InputError("no task has both classes, in training and in dev.json: more answers, or "
                          "another --dev")
     files = {**forms_of(train, args.seed), "dev": to_judge(dev)}
-    check_folder(args.out, files)
+    check_folder(args.out, files, args.tests)
     report_files(files)
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
@@ -118,11 +120,18 @@ def make_data(args):
         "git": git_commit(), "hash": hash_of(files), "answers": counts,
         "overlaps": overlaps, "classes": classes,
         "records": {name: len(records) for name, records in files.items()}})
-    print(f"\nwrote {args.out}")
+    say(f"\nwrote {args.out}")
 
 
-def check_folder(out, files):
+def check_folder(out, files, tests):
     """InputError where the folder holds other data: of another seed, or not made here."""
+    told = out / "data.json"
+    if is_there(told) and not {"hash", "records"} <= read_object(told).keys():
+        raise InputError(f"{told}: is there, and was not made here; choose another --out")
+    for path in tests:
+        copy = out / "tests" / Path(path).name
+        if is_there(copy) and read_bytes(copy) != read_bytes(path):
+            raise InputError(f"{copy}: is there, and is not {path}; choose another --out")
     for name, records in files.items():
         path = out / f"{name}.json"
         if is_there(path) and read_json(path) != records:
@@ -139,12 +148,10 @@ def check_names(paths):
 
 
 def copy_of(path, folder):
-    """The name of a file's copy in a folder."""
+    """The name of a file's copy in a folder; one that is there is the same (check_folder)."""
     copy = folder / Path(path).name
-    with writing(copy):
-        folder.mkdir(exist_ok=True)
-        if not copy.exists() or not copy.samefile(path):
-            shutil.copyfile(path, copy)
+    if not is_there(copy):
+        write_bytes(copy, read_bytes(path))                 # whole, as a half one would be another
     return copy.name
 
 
@@ -160,9 +167,9 @@ def read_pool(folders):
     read = set()
     for folder in folders:
         for path in prediction_files(folder):
-            if path.resolve() in read:
+            if os.path.realpath(path) in read:
                 raise InputError(f"{path}: is in two folders of --predictions; a model is one")
-            read.add(path.resolve())
+            read.add(os.path.realpath(path))
             for record, gold in read_traces(path, counts[folder]):
                 exchange = record["input"]
                 sources.setdefault(exchange, path.parent.name)
@@ -290,17 +297,17 @@ def forms_of(train, seed):
 def report_answers(counts):
     """Print what became of each model's answers."""
     for folder, some in counts.items():
-        print(f"\n{folder}: {some.total()} answers")
+        say(f"\n{folder}: {some.total()} answers")
         for what, count in some.most_common():
-            print(f"  {count:6} {what}")
+            say(f"  {count:6} {what}")
 
 
 def report_left_out(overlaps, gone, total):
     """Print how many exchanges were left out for each test."""
-    print("\nexchanges whose prompt is in a test         word for word    nearly")
+    say("\nexchanges whose prompt is in a test         word for word    nearly")
     for test, some in overlaps.items():
-        print(f"  {test:42} {some['exact']:12} {some['near']:9}")
-    print(f"  {gone} of {total} left out")
+        say(f"  {test:42} {some['exact']:12} {some['near']:9}")
+    say(f"  {gone} of {total} left out")
 
 
 def report_classes(stages):
@@ -309,19 +316,19 @@ def report_classes(stages):
     for stage_name, records in stages.items():
         classes[stage_name] = {f"{task} {word}": n
                                for (task, word), n in Counter(map(class_of, records)).items()}
-    print("\nexchanges, by label      " + "".join(f"{name:>15}" for name in stages))
+    say("\nexchanges, by label      " + "".join(f"{name:>15}" for name in stages))
     for task, words in VERDICTS.items():
         for word in words:
             key = f"{task} {word}"
             cells = [f"{some.get(key, 0):15}" for some in classes.values()]
-            print(f"  {key:23}" + "".join(cells))
-    print(f"  {'in all':23}" + "".join(f"{len(records):15}" for records in stages.values()))
+            say(f"  {key:23}" + "".join(cells))
+    say(f"  {'in all':23}" + "".join(f"{len(records):15}" for records in stages.values()))
     return classes
 
 
 def report_files(files):
     """Print records, characters and verdicts of each file."""
-    print("\nfile              records  characters  verdicts, labelled or the teacher's")
+    say("\nfile              records  characters  verdicts, labelled or the teacher's")
     for name, records in files.items():
         characters = np.mean([len(record["output"]) for record in records])
         golds = [gold_verdict(record) for record in records]
@@ -329,7 +336,7 @@ def report_files(files):
         for task, words in VERDICTS.items():
             sizes = Counter(gold[task] for gold in golds)
             cells.append(f"{task} {sizes[words[0]]} {words[0]}, {sizes[words[1]]} {words[1]}")
-        print(f"{name:16} {len(records):8} {characters:11.0f}  {'; '.join(cells)}")
+        say(f"{name:16} {len(records):8} {characters:11.0f}  {'; '.join(cells)}")
 
 
 # ------------------------------------------------------------------ the arms
@@ -390,7 +397,11 @@ def test_files(args):
     if args.tests:
         check_names(args.tests)
         return args.tests
-    return [args.data / "tests" / name for name in read_object(args.data / "data.json")["tests"]]
+    told = args.data / "data.json"
+    names = read_object(told).get("tests")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{told}: does not name the tests; give --tests")
+    return [args.data / "tests" / name for name in names]
 
 
 def build(args, name):
@@ -462,7 +473,7 @@ def stage(args, name, script, options):
     for flag in ("device", "dtype"):
         if getattr(args, flag):
             options += [f"--{flag}", getattr(args, flag)]
-    print(f"\n$ python {script} {shlex.join(options)}", flush=True)
+    say(f"\n$ python {script} {shlex.join(options)}")
     start = time.time()
     try:
         run(script, options)
@@ -568,12 +579,13 @@ def parse_arguments(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write what all arms train on")
-    data.add_argument("--predictions", nargs="+", required=True, metavar="DIR",
+    data.add_argument("--predictions", nargs="+", action=Extend, required=True, metavar="DIR",
                       help="answers of one model each; a chain of the first one is preferred")
-    data.add_argument("--tests", nargs="+", required=True, metavar="FILE", help="benchmarks")
-    data.add_argument("--leave-out", nargs="+", default=[], metavar="FILE",
+    data.add_argument("--tests", nargs="+", action=Extend, required=True, metavar="FILE",
+                      help="benchmarks")
+    data.add_argument("--leave-out", nargs="+", action=Extend, default=[], metavar="FILE",
                       help="more files whose prompts are not trained on")
-    data.add_argument("--out", type=Path, required=True, help="folder to write")
+    data.add_argument("--out", type=folder_path, required=True, help="folder to write")
     data.add_argument("--seed", type=at_least(0), default=1, help="of the order and the split")
     data.add_argument("--dev", type=at_least(0, float, 0.5), default=0.1,
                       help="share of each class for dev.json")
@@ -582,19 +594,21 @@ def parse_arguments(argv):
     arm.add_argument("--seed", type=at_least(0), nargs=1, default=[1],
                      help="of training and mining")
     everything = commands.add_parser("all", help="arms one after another, then the table")
-    everything.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which")
-    everything.add_argument("--seed", type=at_least(0), nargs="+", default=[1], help="one or more")
+    everything.add_argument("--arms", nargs="+", action=Extend, choices=ARMS, default=list(ARMS),
+                            help="which")
+    everything.add_argument("--seed", type=at_least(0), nargs="+", action=Extend, default=[1],
+                            help="one or more")
     for some in (arm, everything):
         arm_arguments(some)
     figures = commands.add_parser("table", help="the figures of all that is there")
     for some in (arm, everything, figures):
-        some.add_argument("--data", type=Path, required=True, metavar="DIR",
+        some.add_argument("--data", type=folder_path, required=True, metavar="DIR",
                           help="what `data` wrote")
-        some.add_argument("--out", type=Path, required=True, help="folder of all arms")
-        some.add_argument("--tests", nargs="+", metavar="FILE",
+        some.add_argument("--out", type=folder_path, required=True, help="folder of all arms")
+        some.add_argument("--tests", nargs="+", action=Extend, metavar="FILE",
                           help="these instead of those that `data` was told of")
     for some in (everything, figures):
-        some.add_argument("--beside", nargs="+", default=[], metavar="FILE",
+        some.add_argument("--beside", nargs="+", action=Extend, default=[], metavar="FILE",
                           help="said.jsonl of other arms, to compare with")
     args = p.parse_args(argv)
     if args.command in ("arm", "all"):
@@ -638,7 +652,7 @@ def main(argv=None):
     missing = []                                            # of `all`: arms that cannot be made
     for args.seed in seeds:
         for name in args.arms:
-            print(f"\n==== {name}, seed {args.seed}", flush=True)
+            say(f"\n==== {name}, seed {args.seed}")
             try:
                 run_arm(args, name)
             except NothingHard as nothing:
@@ -661,6 +675,7 @@ def table(args):
 
 def report_overlap(args):
     """Say which prompts of --tests are trained on: `data` knew of other tests."""
+    data_hash(args.data)                                    # prompts.json is as `data` wrote it
     prompts = [prompt_of(record) for record in read_json(args.data / "prompts.json")]
     for path in args.tests or []:
         exact, near = overlap(prompts, path)

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
 from data import (VERDICTS, InputError, gold_verdict, parse_records, read_json,  # noqa: E402
-                  read_object, read_records, split_input, tell, write_bytes, write_json)
+                  read_object, read_records, say, split_input, tell, write_bytes, write_json)
 from eval import TITLES, labels_of, read_predictions, score_cases  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
@@ -199,7 +199,8 @@ def data_hash(folder):
     """The hash of what `data` wrote; InputError where it is not there as it was written."""
     told = read_object(folder / "data.json")
     names = told.get("records")
-    files = {name: read_json(folder / f"{name}.json") for name in names or {}}
+    names = names if isinstance(names, dict) else {}
+    files = {name: read_json(folder / f"{name}.json") for name in names}
     if told.get("hash") != hash_of(files):
         raise InputError(f"{folder}: is not as `tools/real.py data` wrote it; make it again, in "
                          "another folder")
@@ -379,13 +380,13 @@ def make_table(out, data, tests, names, settings, beside):
             rows += [{**where, **figures_of(out, name, seeds, task)}
                      for name, seeds in guards.items()]
             differences += [{**where, **found} for found in differences_of(out, guards, task)]
-    print_tables(rows, differences)
     parents = {path.stem: read_json(path) for path in sorted(out.glob("parent_seed*.json"))}
     write_json(out / "table.json", {
         "rows": rows, "differences": differences, "parents": parents,
         "data": read_object(data / "data.json")["hash"], "git": git_commit()})
     write_bytes(out / "said.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     draw_picture(rows, out / "table.svg")
+    print_tables(rows, differences)                         # last: a reader may be slow
 
 
 def figures_of(out, name, seeds, task):
@@ -485,7 +486,7 @@ def print_tables(rows, differences):
     places = by_place(rows)
     for (test, task), some in places.items():
         size = some[0]["n"]
-        print(f"\n{test}, {TITLES[task]}, n = {size}\n")
+        say(f"\n{test}, {TITLES[task]}, n = {size}\n")
         print_row(["guard", *FIGURES.values(), "minutes", "seeds"], is_head=True)
         for row in some:
             cells = {key: shown(row[key]) for key in [*FIGURES, "minutes"]}
@@ -494,7 +495,7 @@ def print_tables(rows, differences):
                     cells[figure] += " ({:.1f} - {:.1f})".format(*row[f"{figure}_ci95"])
             print_row([row["guard"], *cells.values(), str(len(row["seeds"]) or "")])
     for figure in DRAWS:
-        print()
+        say("")
         print_row([f"difference in {FIGURES[figure]} (95% interval, paired)",
                    *(f"{test}, {TITLES[task]}" for test, task in places)], is_head=True)
         some = [found for found in differences if found["figure"] == figure]
@@ -515,9 +516,9 @@ def print_difference(places, some):
 
 
 def print_row(cells, is_head=False):
-    print("| " + " | ".join(cells) + " |")
+    say("| " + " | ".join(cells) + " |")
     if is_head:
-        print("|---" * len(cells) + "|")
+        say("|---" * len(cells) + "|")
 
 
 def shown(value):

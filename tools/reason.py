@@ -57,8 +57,9 @@ import make_toy  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation import end_with  # noqa: E402
-from data import (VERDICTS, InputError, Tokenizer, at_least, gold_verdict, hold,  # noqa: E402
-                  parse_verdict, write_bytes, write_json)
+from audit import folder_path  # noqa: E402
+from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
+                  hold, parse_verdict, say, tell, write_bytes, write_json)
 from eval import answer_fast, f1_of  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
@@ -269,7 +270,7 @@ def read_results(path):
             row = json.loads(text_line)
             results.setdefault(key_of(row), row)
         except ValueError:
-            print(f"{path}: a line is not whole and is left out")
+            say(f"{path}: a line is not whole and is left out")
     return results
 
 
@@ -336,7 +337,7 @@ def run_grid(args):
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, Exception) and not isinstance(error, BrokenProcessPool):
-                    print(f"failed: {futures[future]}: {error!r}", file=sys.stderr, flush=True)
+                    tell(f"failed: {futures[future]}: {error!r}")
                     failed += 1                             # the others go on
                     continue
                 lines = future.result()
@@ -346,7 +347,7 @@ def run_grid(args):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    print(f"{left} of {len(todo)} cells are left" if left else "all cells are done")
+    say(f"{left} of {len(todo)} cells are left" if left else "all cells are done")
     return failed
 
 
@@ -355,9 +356,9 @@ def append(path, lines, left):
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in lines))
     for row in lines:
-        print(f"d = {row['facts']}  n = {row['size']:5}  seed {row['seed']}  {row['arm']:14} "
+        say(f"d = {row['facts']}  n = {row['size']:5}  seed {row['seed']}  {row['arm']:14} "
               f"accuracy {score(row)[0]:5.1f}  {row['training_seconds']:6.1f} s + "
-              f"{row['test_seconds']:.1f} s  {left} cells left", flush=True)
+              f"{row['test_seconds']:.1f} s  {left} cells left")
 
 
 # ------------------------------------------------------------------ figures
@@ -549,15 +550,15 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("do", nargs="?", choices=["run", "table"], default="run",
                    help="table: only report what is there")
-    p.add_argument("--out", type=Path, default=Path("out/reason"), help="folder of results.jsonl")
-    p.add_argument("--facts", type=int, nargs="+", choices=range(1, 7), default=[1, 2, 3, 4, 5, 6],
-                   help="the dial's places")
-    p.add_argument("--sizes", type=at_least(4), nargs="+", default=[300, 1200, 4800],
+    p.add_argument("--out", type=folder_path, default=Path("out/reason"), help="folder of results.jsonl")
+    p.add_argument("--facts", type=int, nargs="+", action=Extend, choices=range(1, 7),
+                   default=[1, 2, 3, 4, 5, 6], help="the dial's places")
+    p.add_argument("--sizes", type=at_least(4), nargs="+", action=Extend, default=[300, 1200, 4800],
                    help="records to train on, even numbers: they are pairs")
-    p.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203],
+    p.add_argument("--seeds", type=int, nargs="+", action=Extend, default=[201, 202, 203],
                    help="of corpus and training; those below 200 were used for development")
-    p.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS),
-                   help="what to train; both_fast's is both, r_sft_fast's r_sft")
+    p.add_argument("--trainings", nargs="+", action=Extend, choices=TRAININGS,
+                   default=list(TRAININGS), help="what to train; both_fast's is both, r_sft_fast's r_sft")
     p.add_argument("--test", type=at_least(4), default=TEST,
                    help="test records, an even number")
     p.add_argument("--steps", type=at_least(1), default=STEPS,
@@ -577,8 +578,8 @@ def main(argv=None):
         raise InputError(f"{args.out / 'results.jsonl'}: no cell is done yet")
     first = next(iter(results.values()))
     check_lines(args.out / "results.jsonl", results, first["settings"], first["base"])
-    print("\n".join(report(results)))
     picture(results, args.out / "reason.svg")
+    say("\n".join(report(results)))
     if failed:
         raise InputError(f"{failed} cells failed (above); the same command tries them again")
 

@@ -35,8 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
-from data import (INSTRUCTION, Example, Tokenizer, at_least, deal, encode_records,  # noqa: E402
+from data import (INSTRUCTION, Example, Extend, Tokenizer, at_least, deal, encode_records,  # noqa: E402
                   format_answers, format_input, pack, parse_records, parse_verdict, read_records, write_json)
+from eval import print_line  # noqa: E402
 from mine_hard import select, write_lines  # noqa: E402
 from model import World  # noqa: E402
 
@@ -189,7 +190,8 @@ def show(results, rate):
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(ROOT / "toy/model"), help="folder whose tokenizer to use")
-    p.add_argument("--records", nargs="+", type=at_least(2), default=[1000, 10_000, 127_000], metavar="N")
+    p.add_argument("--records", nargs="+", action=Extend, type=at_least(2), default=[1000, 10_000, 127_000],
+                   metavar="N")
     p.add_argument("--batch-size", type=at_least(1), default=384, help="sequences in a step (paper: 384)")
     p.add_argument("--max-tokens", type=at_least(1), default=8192, help="of a pack")
     p.add_argument("--rate", type=at_least(1, float), help="tokens a second of the model's part of a step")
@@ -214,7 +216,7 @@ def main(argv=None):
         if done.returncode:
             raise SystemExit(done.returncode)               # it said why on stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    print(show(results, args.rate))
+    print_line(show(results, args.rate))
     return results
 
 

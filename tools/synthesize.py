@@ -23,8 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import audit  # noqa: E402
 from baselines import answer_rows, ask, server_url  # noqa: E402
-from data import (INSTRUCTION, VERDICTS, InputError, at_least, format_answers, format_input,  # noqa: E402
-                  gold_verdict, parse_records, parse_verdict, read_records, split_input, write_json)
+from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, format_answers,  # noqa: E402
+                  format_input, gold_verdict, parse_records, parse_verdict, read_records, say,
+                  split_input, write_json)
+from eval import print_line  # noqa: E402
 from mine_hard import check_settings  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
@@ -220,22 +222,23 @@ def is_outcome(line):
 # ------------------------------------------------------------------ the paper's Table 1
 
 
-def print_table(sources):
+def table_of(sources):
     """Samples, reasoning steps, steps a sample and characters a step: {source: outputs}, then the sum."""
-    print(f"\n{'source':24}  samples    steps  steps a sample  characters a step")
+    lines = [f"\n{'source':24}  samples    steps  steps a sample  characters a step"]
     total = Counter()
     for name, outputs in sources.items():
         lengths = [len(words) for text in outputs for part in sections(text).values()
                    for _, words in steps_in(part)]
         row = Counter(samples=len(outputs), steps=len(lengths), characters=sum(lengths))
-        table_row(name, row["samples"], row["steps"], row["characters"] / max(row["steps"], 1))
+        lines.append(table_row(name, row["samples"], row["steps"], row["characters"] / max(row["steps"], 1)))
         total += row
-    table_row("sum", total["samples"], total["steps"], total["characters"] / max(total["steps"], 1))
-    table_row("paper", *map(sum, zip(*PAPER.values())), PAPER_LENGTH)
+    lines.append(table_row("sum", total["samples"], total["steps"], total["characters"] / max(total["steps"], 1)))
+    lines.append(table_row("paper", *map(sum, zip(*PAPER.values())), PAPER_LENGTH))
+    return "\n".join(lines)
 
 
 def table_row(name, samples, steps, length):
-    print(f"{name[:24]:24} {samples:8,} {steps:8,} {steps / max(samples, 1):15.2f} {length:18.2f}")
+    return f"{name[:24]:24} {samples:8,} {steps:8,} {steps / max(samples, 1):15.2f} {length:18.2f}"
 
 
 # ------------------------------------------------------------------ the script
@@ -243,10 +246,11 @@ def table_row(name, samples, steps, length):
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--table", nargs="+", metavar="FILE", help="only print Table 1 of these training files")
+    p.add_argument("--table", nargs="+", action=Extend, metavar="FILE",
+                   help="only print Table 1 of these training files")
     p.add_argument("--url", type=server_url, help="address with /v1, as http://localhost:8000/v1")
     p.add_argument("--model", help="name of the model at that address (paper: gpt-4o-2024-08-06)")
-    p.add_argument("--data", nargs="+", metavar="FILE", help="labelled exchanges, a source each")
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE", help="labelled exchanges, a source each")
     p.add_argument("--out", help="folder for answers and training files")
     p.add_argument("--unlabelled", choices=["own", "none"], default="own", help="verdict where none is known")
     p.add_argument("--attempts", type=at_least(1), default=3, help="answers asked for before a row is dropped")
@@ -266,33 +270,41 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    check_names(args.table or args.data)
     if args.table:
-        return print_table({Path(path).stem: [record["output"] for record in read_records(path)]
-                            for path in args.table})
+        return print_line(table_of({Path(path).stem: [record["output"] for record in read_records(path)]
+                                    for path in args.table}))
     for path in args.data:                                  # all of them, before the first is asked about
         folder = Path(args.out) / Path(path).stem
         target = folder.with_name(f"{folder.name}.json")
         audit.keep_inputs(target, args.data)
         audit.keep_others(target, folder / "settings.json")
+    exchanges = {path: read_exchanges(path, args.limit) for path in args.data}
     sources = {}                                            # name -> the outputs that were kept
     faults = Counter()                                      # of all attempts
     dropped = Counter()                                     # rows without an output, by their last fault
     for path in args.data:
-        outcomes = synthesize_file(args, path)
+        outcomes = synthesize_file(args, path, exchanges[path])
         sources[Path(path).stem] = [outcome["output"] for outcome in outcomes if outcome["output"]]
         for outcome in outcomes:
             faults.update(outcome["faults"])
             if outcome["output"] is None:
                 dropped.update(outcome["faults"][-1:])
-    print(f"\n{faults.total()} answers failed a check, {dropped.total()} rows were dropped")
+    say(f"\n{faults.total()} answers failed a check, {dropped.total()} rows were dropped")
     for fault, n in faults.most_common():
-        print(f"{n:7} {fault} (last fault of {dropped[fault]} dropped rows)")
-    print_table(sources)
+        say(f"{n:7} {fault} (last fault of {dropped[fault]} dropped rows)")
+    say(table_of(sources))
 
 
-def synthesize_file(args, path):
+def check_names(paths):
+    """InputError where two files have one name: a source, and what is written, is called by it."""
+    (name, times), = Counter(Path(path).stem for path in paths).most_common(1)
+    if times > 1:
+        raise InputError(f"two files are called {name!r}; rename one")
+
+
+def synthesize_file(args, path, exchanges):
     """Write the records of one file of exchanges; -> what became of each exchange, in their order."""
-    exchanges = read_exchanges(path, args.limit)
     name = Path(path).stem
     folder = Path(args.out) / name
     settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
@@ -305,7 +317,7 @@ def synthesize_file(args, path):
             records.append({"instruction": INSTRUCTION, "input": format_input(prompt, response),
                             "output": outcome["output"]})
     write_json(folder.with_name(f"{name}.json"), records)
-    print(f"wrote {folder}.json: {len(records)} of {len(exchanges)} records")
+    say(f"wrote {folder}.json: {len(records)} of {len(exchanges)} records")
     return outcomes
 
 

@@ -9,6 +9,7 @@ kept if every verdict that its label names is right, each exchange once (the las
 order. --labels leaves the reasoning out: the same records for the baseline that learns nothing but verdicts.
 """
 import argparse
+import os
 import random
 import re
 import sys
@@ -17,10 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import keep_inputs  # noqa: E402
+from audit import keep_all_but_records, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
-                  exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, write_json)
-from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
+                  exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, say, write_json)
+from early_verdict import has_no_end, one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
 
@@ -28,11 +29,11 @@ from mine_hard import judge  # noqa: E402
 def read_traces(path, counts):
     """Yield (record, gold) of each line of a prediction file: the answer as `output`, and the labels.
     Lines without a request, and answers without an end, are counted."""
-    dataset = Path(path).resolve().parent.name
+    dataset = Path(os.path.realpath(path)).parent.name
     for place, line in parse_records(Path(path)):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("prompt", "label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields prompt, label and predict")
-        if line.get("forced"):                              # eval.py: an answer without an end
+        if has_no_end(line):
             counts["without an end"] += 1
             continue
         if not HUMAN_LINE.search(line["prompt"]):
@@ -144,12 +145,15 @@ def main(argv=None):
     p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
     keep_inputs(args.out, args.predictions)
+    keep_all_but_records(args.out)
     counts = Counter()
     records = {r["input"]: r for path in args.predictions for r in right_traces(path, counts)}
     records = [r for r in records.values() if len(r["input"]) + len(r["output"]) <= args.most_characters]
+    if not records:
+        raise InputError(f"{args.out}: nothing to write, as no trace was kept: {dict(counts)}")
     random.Random(args.seed).shuffle(records)
     write_json(args.out, (labels_only(records) if args.labels else records)[:args.limit])
-    print(f"{args.out}: {len(records[:args.limit])} records; {dict(counts)}")
+    say(f"{args.out}: {len(records[:args.limit])} records; {dict(counts)}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import base64
 import hashlib
 import json
 import math
+import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -34,12 +36,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import keep_inputs  # noqa: E402
-from data import (VERDICTS, InputError, exchange_of, gold_verdict, is_there,  # noqa: E402
-                  parse_records, parse_verdict, read_object, read_records, split_input, warn,
-                  write_whole)
-from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
+from data import (VERDICTS, Extend, InputError, exchange_of, gold_verdict, is_there,  # noqa: E402
+                  parse_records, parse_verdict, read_bytes, read_object, read_records, say,
+                  split_input, warn, write_whole)
+from early_verdict import (HEADING, REASONING_ENDS, STEP, has_no_end,  # noqa: E402
+                           read_sections)
 from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
-from mine_hard import as_read_today, judge  # noqa: E402
+from mine_hard import as_read_today, judge, parts_of  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("view.html")
 MISTAKES = {
@@ -171,7 +174,7 @@ def is_reading(value):
 # k_incorrect and weight.
 def rows_of_predictions(path):
     """The rows of eval.py's generated_predictions.jsonl, with what lies beside it."""
-    folder = Path(path).resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     all_samples = read_lines(folder / "answers.jsonl", is_answered, "eval.py")
     early = read_lines(folder / "early.jsonl", is_early, "early_verdict.py")
     rows = []
@@ -185,7 +188,7 @@ def rows_of_predictions(path):
         beside = all_samples[number] if number < len(all_samples) else {}
         samples = as_read_today(beside.get("samples", []))  # of baselines.py none
         if text not in [sample["text"] for sample in samples]:
-            finish = "length" if line.get("forced") else "stop"
+            finish = "length" if has_no_end(line) else "stop"
             samples = [{"text": text, "finish": finish, "verdict": parse_verdict(text)}]
         said = majority([s["verdict"] for s in samples if s["finish"] == "stop"])
         reading = early[number] if number < len(early) else {"text": None}
@@ -207,10 +210,10 @@ def rows_of_mining(folder, data=None):
     folder = Path(folder)
     hard = read_lines(folder / "hard.jsonl", is_pair, "mine_hard.py")
     lines = [{**line, "samples": as_read_today(line["samples"])}
-             for path in sorted(folder.glob("samples*.jsonl"))
+             for path in sample_files(folder)
              for line in read_lines(path, is_mined, "mine_hard.py")]
     records = read_mined(folder, data) if data else {}
-    pairs = match_pairs(hard, lines, records)
+    pairs = match_pairs(folder / "hard.jsonl", hard, lines, records)
     rows = []
     for place, line in enumerate(lines):
         pair = pairs.get(place)
@@ -239,10 +242,17 @@ def rows_of_mining(folder, data=None):
     return rows
 
 
-def match_pairs(hard, lines, records):
+def sample_files(folder):
+    """mine_hard.py's files of samples in this folder, by their number; a copy has another name."""
+    files = [path for path in folder.glob("samples*.jsonl")
+             if re.fullmatch(r"samples(-\d+)?\.jsonl", path.name)]
+    return sorted(files, key=lambda path: int("0" + re.sub(r"\D", "", path.name)))
+
+
+def match_pairs(path, hard, lines, records):
     """{place of a line of samples: its pair}. Pairs stand in the order of the samples: each belongs
     to the next line that holds both of its texts and, where records {prompt: record} are known, is
-    of its input."""
+    of its input. path: the file of the pairs."""
     pairs = {}
     place = 0
     for pair in hard:
@@ -255,7 +265,7 @@ def match_pairs(hard, lines, records):
                 pairs[place - 1] = pair
                 break
         else:
-            raise InputError("hard.jsonl holds a pair that is not in the samples, or not of --data: "
+            raise InputError(f"{path}: holds a pair that is not in the samples, or not of --data: "
                              "select it again with mine_hard.py --resume, and name all files that "
                              "were mined, in the same order")
     return pairs
@@ -273,7 +283,8 @@ def read_mined(folder, data):
 
 def mined_limit(folder):
     """mine_hard.py's --limit, as it was written down; None: all records."""
-    settings = sorted(folder.glob("samples*.jsonl.parts/settings.json"))
+    settings = [parts_of(path) / "settings.json" for path in sample_files(folder)]
+    settings = [path for path in settings if is_there(path)]
     if not settings:
         return None
     limit = read_object(settings[0]).get("limit", "none")
@@ -355,17 +366,20 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("paths", nargs="+", metavar="PATH",
                    help="folders of eval.py or mine_hard.py, or prediction files")
-    p.add_argument("--data", nargs="+", metavar="FILE", help="the records that were mined")
+    p.add_argument("--data", nargs="+", action=Extend, metavar="FILE",
+                   help="the records that were mined")
     p.add_argument("--out", type=Path, help="the page (default: view.html in the first folder)")
     args = p.parse_args(argv)
     paths = [Path(path) for path in args.paths]
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     out = args.out or first / "view.html"
     keep_inputs(out, [*files_read(paths), *(args.data or [])])
+    if is_there(out) and not read_bytes(out).startswith(b"<!DOCTYPE html>"):
+        raise InputError(f"{out}: is there, and is no page; choose another --out")
     rows = []
     notes = []
     for path in paths:
-        if any(path.glob("samples*.jsonl")):
+        if sample_files(path):
             rows += rows_of_mining(path, args.data)
             if not args.data:
                 notes.append("Labels are the chosen answers' verdicts; --data shows the records'.")
@@ -377,7 +391,7 @@ def main(argv=None):
                      "probability; faint where the model would hardly conclude.")
     write_page(out, rows, ", ".join(args.paths), " ".join(dict.fromkeys(notes)))
     size = out.stat().st_size / 2 ** 20
-    print(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
+    say(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
 
 
 def files_read(paths):
