@@ -202,16 +202,13 @@ def read_weights(path, records):
     name sample_weight; else 1, which is said if others of the file have one."""
     missing = 0
     for record in records:
-        weight = record.get("weight")
-        if weight is None:
-            weight = record.get("sample_weight")
-        if weight is None:
-            missing += 1
-            weight = 1.0
+        names = [name for name in ("weight", "sample_weight") if name in record]
+        missing += not names
+        weight = record[names[0]] if names else 1.0
         if type(weight) not in (int, float) or not 0 <= weight <= 1e6:
             begins = record["input"].strip()[:60]
-            raise InputError(f"{path}: the weight of a pair is {weight!r}; it must be a number "
-                             f"from 0 to 1,000,000 (its input begins {begins!r})")
+            raise InputError(f"{path}: a weight is {repr(weight)[:40]}; it must be a number from 0 "
+                             f"to 1,000,000 (the pair's input begins {begins!r})")
         record["weight"] = weight
     if missing < len(records):
         warn(missing, f"pairs of {path} have no weight: they count 1")

@@ -183,7 +183,7 @@ def test_a_bad_argument_is_named(place, capsys, stage, name, value):
     ("mine", ["--kv-tokens", 2 ** 62, "--max-new-tokens", 10 ** 12], "needs .* GiB, .* are there: lower --kv-tokens or --max-new-tokens"),
     ("mine", ["--max-length", 5], "--max-length 5 is too short"), ("eval", ["--max-length", 5], "--max-length 5 is too short"),
     ("dpo", ["--max-length", 5], "--max-length 5 is too short: no record fits"), ("dpo", ["--device", "warp"], "--device warp"),
-    ("eval", ["--device", "cuda:99"], "--device cuda:99"), ("mine", ["--model", "PLACE/model", "PLACE/none"], "none/?: no such folder; `hf download"),
+    ("eval", ["--device", "cuda:99"], "--device cuda:99"), ("mine", ["--model", "PLACE/none"], "none/?: no such folder; `hf download"),
     ("sft", ["--eval-data", "PLACE/none.json"], "none.json: cannot read"), ("eval", ["--predictions", "PLACE/none"], "none: cannot read")])
 def test_what_does_not_go_together_is_said(place, capsys, stage, arguments, says):
     message = fails(capsys, run, place, stage, *arguments)

@@ -193,20 +193,20 @@ def test_pairs_of_equal_answers_are_left_out_and_counted(tmp_path, capsys):
         run(tmp_path / "b", path)
 
 
-@pytest.mark.parametrize("weight", ["0.9", True, -1, 1e39, float("nan")])
+@pytest.mark.parametrize("weight", ["0.9", True, -1, 1e39, float("nan"), None])
 def test_a_wrong_weight_names_its_file_and_a_missing_one_is_said(tmp_path, capsys, weight):
     first = write_pairs(tmp_path / "first.jsonl", 2)
     second = write_pairs(tmp_path / "second.jsonl", 3)
     pairs = [json.loads(line) for line in second.read_text().splitlines()]
     del pairs[0]["weight"]
-    pairs[1] = {**pairs[1], "weight": None, "sample_weight": 4.0}               # the released name
+    pairs[1]["sample_weight"] = pairs[1].pop("weight")                         # the released name
     write = lambda: second.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     write()
     (row,), _ = run(tmp_path / "a", first, "--data", second, "--lr", 0, "--max-steps", 1)
     assert f"1 pairs of {second} have no weight: they count 1" in capsys.readouterr().err and row["pairs"] == 5
     pairs[2]["weight"] = weight
     write()
-    with pytest.raises(InputError, match="second.jsonl: the weight of a pair is .* must be a number from 0 to 1,000,000 .*chest 2"):
+    with pytest.raises(InputError, match="second.jsonl: a weight is .* must be a number from 0 to 1,000,000 .*chest 2"):
         run(tmp_path / "b", first, "--data", second)
 
 
