@@ -759,26 +759,6 @@ def line_pattern(name, rest=SAID):
     return re.compile(rf"{LINE_BEGIN}{name}{NAME_END}{rest}", re.IGNORECASE | re.MULTILINE)
 
 
-# what stands on a verdict line that is no label
-NO_LABEL = re.compile(r"[\W_]*(?:none|null|nan|n/?a)?[\W_]*", re.IGNORECASE)
-
-
-def warn_of_labels(path, outputs):
-    """Say how many of these outputs of a file have a verdict line with a word that is not its
-    task's, and which: it is no label, and nobody would notice."""
-    unread = []
-    for text in outputs:
-        heading = answers_heading(text)
-        block = text[heading.end():] if heading else ""
-        for task, words in VERDICTS.items():
-            said = line_pattern(task, r"[^\S\n]*(.*)").findall(block)[:1]     # up to its end
-            if said and not NO_LABEL.fullmatch(said[0]) and not verdict_word(said[0], words):
-                unread.append(f"{task}: {said[0].strip(' *_`')[:40]}")
-                break
-    warn(len(unread), f"records of {path} have a line in their Answers block that is neither a "
-                      f"verdict nor None, as {unread[0] if unread else ''!r}: it is no label")
-
-
 def answers_heading(text):
     """The match of the heading of the last Answers block (ANSWERS), or None."""
     headings = list(ANSWERS.finditer(text))
@@ -827,6 +807,27 @@ def verdict_word(said, words):
     doubted = re.match(rf"[^\w/\\<]*(?:{DOUBTS})", rest)
     contradicted = re.search(rf"(?<![^\W_]){other}(?![^\W_])", rest)
     return None if negated or joined or doubted or contradicted else word
+
+
+# what stands on a verdict line that is no label
+NO_LABEL = re.compile(r"[\W_]*(?:none|null|nan|n/?a)?[\W_]*", re.IGNORECASE)
+
+
+def warn_of_labels(path, outputs):
+    """Say how many of these outputs of a file have a verdict line with a word that is not its
+    task's, and which: it is no label, and nobody would notice."""
+    unread = []
+    for text in outputs:
+        heading = answers_heading(text)
+        block = text[heading.end():] if heading else ""
+        for task, words in VERDICTS.items():
+            said = line_pattern(task, r"[^\S\n]*(.*)").findall(block)[:1]     # up to its end
+            if said and not NO_LABEL.fullmatch(said[0]) and not verdict_word(said[0], words):
+                unread.append(f"{task}: {said[0].strip(' *_`')[:40]}")
+                break
+    if unread:
+        tell(f"{len(unread)} records of {path} have a line in their Answers block that is neither "
+             f"a verdict nor None, as {unread[0]!r}: it is no label")
 
 
 # ------------------------------------------------------------------ prompts of saved predictions
@@ -1830,6 +1831,12 @@ def is_there(path):
     """Is there such a file? InputError where one may not look."""
     with reading(path):
         return Path(path).exists()
+
+
+def folder_of(path):
+    """The folder in which a file lies, links followed. (resolve() raises where these go round in a
+    circle.)"""
+    return Path(os.path.realpath(path)).parent
 
 
 def read_bytes(path):

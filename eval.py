@@ -38,10 +38,11 @@ from pathlib import Path
 import numpy as np
 
 from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, Extend, InputError,
-                  answers_heading, at_least, common_prefix, exchange_of, format_answers,
-                  format_input, gold_verdict, hold, hush, interruptible, is_there, line_pattern,
-                  pack, parse_json, parse_records, parse_verdict, read_bytes, read_records, say,
-                  spelled, tell, warn, warn_of_inputs, warn_of_labels, without_repeats, write_json)
+                  answers_heading, at_least, common_prefix, exchange_of, folder_of,
+                  format_answers, format_input, gold_verdict, hold, hush, interruptible, is_there,
+                  line_pattern, pack, parse_json, parse_records, parse_verdict, read_bytes,
+                  read_records, say, spelled, tell, warn, warn_of_inputs, warn_of_labels,
+                  without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -502,7 +503,7 @@ def main(argv=None):
     former = former_results(results_file) if args.out else []
     results = []
     for path in args.predictions or []:
-        dataset = args.dataset or Path(os.path.realpath(path)).parent.name
+        dataset = args.dataset or folder_of(path).name
         cases = read_predictions(path, dataset, args.by, args.limit)
         results += score_slices(cases, dataset, args.legacy, args.fpr)
     if args.model:
@@ -918,11 +919,10 @@ def read_predictions(path, dataset, column=None, limit=None):
         unasked += not prompt and is_word and not only_task(dataset)
         case = {"file": str(path), "gold": gold, "verdict": parse_verdict(text), "text": text,
                 **slice_of(line, column)}
-        forced = line.get("forced")
-        if forced not in (None, False):                 # an answer without an end: add_forced
+        if has_no_end(line):
             case["verdict"] = dict.fromkeys(VERDICTS)
-            if forced is not True:                      # True: nobody says which verdicts these are
-                case["forced"] = forced_verdict(forced, f"{path}: {place}")
+            if line["forced"] is not True:              # True: nobody says which verdicts these are
+                case["forced"] = forced_verdict(line["forced"], f"{path}: {place}")
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
@@ -935,6 +935,11 @@ def read_predictions(path, dataset, column=None, limit=None):
         warn(without_p, f"answers of {path} have no p, so there is no AUPRC")
     check_scored(path, [case["gold"] for case in cases])
     return cases
+
+
+def has_no_end(line):
+    """Is this the line of an answer without an end (add_forced)? No verdict of it counts."""
+    return line.get("forced") not in (None, False)
 
 
 def forced_verdict(forced, place):

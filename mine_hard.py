@@ -227,6 +227,9 @@ def seed_of(number, seed, path):
     return seed if begun else seed + number
 
 
+SAMPLES = re.compile(r"samples(-\d+)?\.jsonl")      # how these files are called, and no other
+
+
 def check_out(args, out, names):
     """InputError where --model names a folder twice, or --out cannot be used: it holds samples or a
     hard.jsonl and --resume is not given, or samples of a run with another number of models, or a
@@ -235,7 +238,7 @@ def check_out(args, out, names):
         raise InputError("--model: a folder is named twice")
     with reading(out):
         found = {path.name.removesuffix(".parts") for path in out.glob("samples*")}
-    claimed = [name for name in found if re.fullmatch(r"samples(-\d+)?\.jsonl", name)]
+    claimed = [name for name in found if SAMPLES.fullmatch(name)]
     samples = [name for name in claimed if has_answers(out / name)]
     hard = out / "hard.jsonl"
     if is_there(hard) and not claimed:

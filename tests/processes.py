@@ -81,6 +81,11 @@ def run(name, arguments, output, ranks=1, stop_at=None, code=0):
     return said[0]
 
 
+def without(arguments, replaced):
+    """Of [flag, value, flag, value, ...] those whose flag is not among these: a list given twice is one list."""
+    return [word for pair in zip(arguments[::2], arguments[1::2]) if pair[0] not in replaced for word in pair]
+
+
 def tiny_folder(folder, tied=True, seed=1):
     """A model folder of random weights with the toy vocabulary."""
     config = LlamaConfig(vocab_size=761, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -18,6 +18,7 @@ from conftest import ROOT
 from data import InputError
 from mine_hard import judge, judge_by_all_fields, judge_by_field, pick_pair, sample_weights, select
 from model import World
+from processes import without
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 verdict = lambda request=None, completion=None, response=None: dict(request=request, completion=completion, response=response)
@@ -102,8 +103,7 @@ ARGS = ["--model", "toy/model", "--data", "toy/dev.json", "--limit", "7", "--k",
 
 
 def mine(out, *more):
-    pairs = zip(ARGS[::2], ARGS[1::2])                                         # a list given twice is one list
-    mine_hard.main([*(word for flag, value in pairs if flag not in more for word in (flag, value)), "--out", str(out), *map(str, more)])
+    mine_hard.main([*without(ARGS, more), "--out", str(out), *map(str, more)])
     return (out / "samples.jsonl").read_bytes(), (out / "hard.jsonl").read_bytes()
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train_sft
 from data import Example, InputError, Tokenizer, deal, pack
 from model import Llama, LlamaConfig, World, free_on_host
-from processes import tiny_folder, write_records
+from processes import tiny_folder, without, write_records
 from train_sft import batches, lr_at, make_optimizer, sft_loss, update
 
 ARGS = ["--data", "toy/dev.json", "--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--limit", "32",
@@ -27,8 +27,7 @@ ALONE = World(torch.device("cpu"))
 
 
 def run(out, *more):
-    pairs = zip(ARGS[::2], ARGS[1::2])                                         # a list given twice is one list
-    train_sft.main([*(word for flag, value in pairs if flag not in more for word in (flag, value)), "--out", str(out), *map(str, more)])
+    train_sft.main([*without(ARGS, more), "--out", str(out), *map(str, more)])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return rows[0], rows[1:], load_file(out / "model.safetensors")
 

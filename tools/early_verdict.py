@@ -41,7 +41,6 @@ one sequence at a time (1e-9 in float64, tests/test_early.py).
     curve                          mean and bootstrap interval
 """
 import argparse
-import os
 import random
 import re
 import sys
@@ -57,8 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import STEP, folder_path, keep_all_but_records, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
-                  exchange_of, gold_verdict, parse_records, parse_verdict, say, warn, write_json)
-from eval import TITLES, labels_of  # noqa: E402
+                  exchange_of, folder_of, gold_verdict, parse_records, parse_verdict, say, warn, write_json)
+from eval import TITLES, has_no_end, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import (Llama, answer_logprobs, folder_name, join_ranks, pick_dtype,  # noqa: E402
                    read_arguments)
@@ -424,11 +423,6 @@ def write_cut(path, records, data):
     write_json(path, cut_traces(ended))
 
 
-def has_no_end(answer):
-    """Is this an answer without an end? eval.py says so beside it; no verdict of it counts."""
-    return answer.get("forced") not in (None, False)
-
-
 def read_answers(path):
     """Records, with `gold`, of a file of records or of eval.py's answers."""
     records = []
@@ -436,7 +430,7 @@ def read_answers(path):
         if not isinstance(record, dict):
             record = {}
         if "predict" in record:
-            record = record_of_prediction(record, Path(os.path.realpath(path)).parent.name)
+            record = record_of_prediction(record, folder_of(path).name)
         names = ("instruction", "input", "output")
         if not all(isinstance(record.get(name), str) for name in names):
             raise InputError(f"{path}: {place} is neither a record nor an answer of eval.py")

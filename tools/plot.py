@@ -11,7 +11,6 @@ A run is called what its folder is called. Colours are read on light and on dark
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from html import escape
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from audit import folder_path  # noqa: E402
-from data import Extend, InputError, parse_records, read_json, say, write_whole  # noqa: E402
+from data import Extend, InputError, folder_of, parse_records, read_json, say, write_whole  # noqa: E402
 from eval import TITLES  # noqa: E402
 
 GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a",
@@ -159,7 +158,7 @@ def read_runs(paths):
         of_pairs = isinstance(rows[0], dict) and "margin" in rows[0]
         for place, row in lines:
             check_step(f"{path}: {place}", row, ("loss", "margin", "accuracy") if of_pairs else ("loss",))
-        runs.append((Path(os.path.realpath(path)).parent.name, rows))
+        runs.append((folder_of(path).name, rows))
     return runs
 
 
@@ -274,7 +273,7 @@ def main(argv=None):
     if args.metrics:
         curves(read_runs(args.metrics), args.out / "curves.svg")
     if args.results:
-        names = [Path(os.path.realpath(path)).parent.name.removeprefix("eval_") for path in args.results]
+        names = [folder_of(path).name.removeprefix("eval_") for path in args.results]
         bars(list(zip(names, map(read_results, args.results))), args.out / "f1.svg")
 
 

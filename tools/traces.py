@@ -9,7 +9,6 @@ kept if every verdict that its label names is right, each exchange once (the las
 order. --labels leaves the reasoning out: the same records for the baseline that learns nothing but verdicts.
 """
 import argparse
-import os
 import random
 import re
 import sys
@@ -20,16 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import keep_all_but_records, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
-                  exchange_of, format_answers, gold_verdict, parse_records, parse_verdict, say, write_json)
-from early_verdict import has_no_end, one_verdict, read_sections, section_bounds  # noqa: E402
-from eval import labels_of  # noqa: E402
+                  exchange_of, folder_of, format_answers, gold_verdict, parse_records, parse_verdict, say, write_json)
+from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
+from eval import has_no_end, labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
 
 
 def read_traces(path, counts):
     """Yield (record, gold) of each line of a prediction file: the answer as `output`, and the labels.
     Lines without a request, and answers without an end, are counted."""
-    dataset = Path(os.path.realpath(path)).parent.name
+    dataset = folder_of(path).name
     for place, line in parse_records(Path(path)):
         if not isinstance(line, dict) or not all(isinstance(line.get(k), str) for k in ("prompt", "label", "predict")):
             raise InputError(f"{path}: {place} needs the text fields prompt, label and predict")

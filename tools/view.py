@@ -25,7 +25,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import zlib
@@ -36,13 +35,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import keep_inputs  # noqa: E402
-from data import (VERDICTS, Extend, InputError, exchange_of, gold_verdict, is_there,  # noqa: E402
+from data import (VERDICTS, Extend, InputError, exchange_of, folder_of, gold_verdict, is_there,  # noqa: E402
                   parse_records, parse_verdict, read_bytes, read_object, read_records, say,
                   split_input, warn, write_whole)
-from early_verdict import (HEADING, REASONING_ENDS, STEP, has_no_end,  # noqa: E402
-                           read_sections)
-from eval import TITLES, labels_of, majority, reasoning_verdict  # noqa: E402
-from mine_hard import as_read_today, judge, parts_of  # noqa: E402
+from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
+from eval import TITLES, has_no_end, labels_of, majority, reasoning_verdict  # noqa: E402
+from mine_hard import SAMPLES, as_read_today, judge, parts_of  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("view.html")
 MISTAKES = {
@@ -174,7 +172,7 @@ def is_reading(value):
 # k_incorrect and weight.
 def rows_of_predictions(path):
     """The rows of eval.py's generated_predictions.jsonl, with what lies beside it."""
-    folder = Path(os.path.realpath(path)).parent
+    folder = folder_of(path)
     all_samples = read_lines(folder / "answers.jsonl", is_answered, "eval.py")
     early = read_lines(folder / "early.jsonl", is_early, "early_verdict.py")
     rows = []
@@ -245,7 +243,7 @@ def rows_of_mining(folder, data=None):
 def sample_files(folder):
     """mine_hard.py's files of samples in this folder, by their number; a copy has another name."""
     files = [path for path in folder.glob("samples*.jsonl")
-             if re.fullmatch(r"samples(-\d+)?\.jsonl", path.name)]
+             if SAMPLES.fullmatch(path.name)]
     return sorted(files, key=lambda path: int("0" + re.sub(r"\D", "", path.name)))
 
 
