@@ -146,7 +146,9 @@ def read_records(path, fields=("instruction", "input", "output")):
             record.update(output_of_columns(f"{path}: {place}", record))
         for name in fields:
             if not isinstance(record.get(name), str):
-                raise InputError(f"{path}: {place} has no text in field {name!r}")
+                known = ", ".join(map(repr, record)) or "none"
+                raise InputError(f"{path}: {place} has no text in field {name!r}; "
+                                 f"its fields: {known}")
         blank = [name for name in fields if is_blank(record[name])]
         if blank:
             empty[blank[0]] += 1
@@ -205,9 +207,10 @@ def parse_records(path):
 
 def parse_lines(path, lines):
     """Yield ("line 3", value) of lines of JSON, without the empty ones."""
+    wanted = "; a file that does not begin with [ holds JSON on each line"
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"line {number}", parse_json(f"{path}: line {number}", line.rstrip("\n"))
+            yield f"line {number}", parse_json(f"{path}: line {number}", line.rstrip("\n"), wanted)
 
 
 # ------------------------------------------------------------------ the tokenizer
@@ -1851,13 +1854,13 @@ def read_text(path, encoding="utf-8-sig"):
         return Path(path).read_text(encoding=encoding)
 
 
-def parse_json(place, text):
-    """The value of a JSON text; InputError names its place (a file,
-    or a line of it) and the mistake."""
+def parse_json(place, text, wanted=""):
+    """The value of a JSON text; InputError names its place (a file, or a line of it), the mistake,
+    and what was wanted."""
     try:
         return json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not valid JSON: {error}") from None
+        raise InputError(f"{place} is not valid JSON: {error}{wanted}") from None
 
 
 def without_repeats(pairs):

@@ -353,6 +353,8 @@ GOOD = '{"instruction": "i", "input": "x", "output": "y"}'
 
 @pytest.mark.parametrize("text, says", [
     ("", "no usable record"), ("[]", "no usable record"), (GOOD + "\nnope", "line 2 is not valid JSON"),
+    ("prompt,response\nhi,yo", "line 1 is not valid JSON.*holds JSON on each line"),
+    ('[{"conversations": [], "id": 3}]', "no text in field 'instruction'; its fields: 'conversations', 'id'"),
     ("[" + GOOD + ", 3]", "record 2 is not a JSON object"), ("[" + GOOD, "is not valid JSON"),
     (GOOD + '\n{"instruction": "i", "input": "x"}', "line 2 has no text in field 'output'"),
     ('{"instruction": "i", "input": 3, "output": "y"}', "line 1 has no text in field 'input'")])
