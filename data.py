@@ -62,8 +62,9 @@ VERDICTS = {
 
 
 def format_input(prompt, response=None):
-    """The exchange as the paper writes it: HUMAN, the prompt, ASSISTANT, the response, and two
-    newlines. A response of None is the word None; an empty one stays empty."""
+    """The exchange as the paper writes it: HUMAN, the prompt (here the user's request, not all that
+    a guard reads), ASSISTANT, the response, and two newlines. A response of None is the word None;
+    an empty one stays empty."""
     shown = "None" if response is None else response
     return f"{HUMAN}{prompt}{ASSISTANT}{shown}\n\n"
 
@@ -111,8 +112,8 @@ def parse_verdict(text):
 
 
 def gold_verdict(record):
-    """The labels of a record, as parse_verdict gives them: those in its `output`, which is a
-    reasoning trace, an Answers block, or one word, in any case and with spaces around it.
+    """The labels of a record, as parse_verdict gives them: those in its `output`, which is a trace
+    with its Answers block, that block alone, or one word, in any case and with spaces around it.
     (un)harmful alone is about the request where the record's input has no response (see
     split_input), else about the response; the tasks that a word is not about are None."""
     word = record["output"].strip().lower()
@@ -564,8 +565,9 @@ def send(x, device):
 
 @dataclass
 class Forest:
-    """What goes into a pack before it is written down: prompts below one root, and their answers;
-    at first those of one example, then those of all that share a pack."""
+    """What goes into a pack before it is written down: branches below one root (where root is [],
+    each is a tree of its own); at first those of one example, then those of all in a pack. A branch
+    is a prompt and its answers."""
     root: list                  # ids that all its prompts begin with; [] without sharing
     branches: list              # of (ids of a prompt with its root, [(number of an answer, ids)])
     size: int                   # rows that lay_out will write below the root
@@ -621,7 +623,7 @@ def lay_out(root, branches):
     """Write a forest down depth first, as a Pack:
         root { prompt { answer } { answer } } { prompt ...
 
-    root: ids, which may be []. branches: [(prompt, [(number, answer)])], prompts with the root,
+    root: ids, which may be []. branches: [(prompt, [(number, ids)])], prompts with the root,
     answers with the end mark. The root is written once, then of each prompt what follows the root,
     then its answers without their end marks. `end` of a row is the row after its whole subtree: T
     for the root; for a prompt's own rows that after its last answer; for an answer's that after it.
@@ -1940,7 +1942,8 @@ def main(argv=None):
     p.add_argument("--model", default="toy/model", help="folder whose tokenizer to use")
     p.add_argument("--format", choices=FORMATS,
                    help="prompt template (default: what the folder says)")
-    p.add_argument("--number", type=at_least(0), default=0, help="which record to show, from 0")
+    p.add_argument("--number", type=at_least(0), default=0,
+                   help="which usable record to show, from 0")
     p.add_argument("--count", type=at_least(1), default=2,
                    help="how many records to show in one pack")
     args = p.parse_args(argv)

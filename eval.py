@@ -298,8 +298,8 @@ def verdict_probability(model, tokenizer, prompts, texts, task, world):
         P = exp(a) / (exp(a) + exp(b)),  a, b = log p(word | prompt, text) of the two words
 
     prompts: lists of ids. A prompt with its text is an Example whose two answers are the words,
-    each encoded with a space before it: two branches, whose tokens answer_logprobs adds up. What
-    all of them begin with is their root (common_prefix), and runs once."""
+    each encoded with a space before it, whose tokens answer_logprobs adds up. What all of them
+    begin with is their root (common_prefix), and runs once a pack."""
     words = [tokenizer.encode(" " + word) for word in VERDICTS[task]]      # without an end mark
     starts = [prompt + tokenizer.encode(text)
               for prompt, text in zip(prompts, texts)]
@@ -401,7 +401,7 @@ def conclude(model, tokenizer, prompt, ids, has_response):
     """What moderate_iter says of an answer, without `cut` and on_unparsable."""
     alone = World(model.head.device)
     needed = list(VERDICTS) if has_response else ["request"]
-    harmful = [task for task in ("request", "response") if task in needed]
+    harm_tasks = [task for task in ("request", "response") if task in needed]
     text = tokenizer.decode(ids)
     forced = ids[-1] not in tokenizer.stop
     if forced:
@@ -409,14 +409,15 @@ def conclude(model, tokenizer, prompt, ids, has_response):
         verdict = parse_verdict(block)
     else:
         verdict = block_verdict(text)
-        starts = [up_to_verdict(text, task) for task in harmful]
+        starts = [up_to_verdict(text, task) for task in harm_tasks]
         # both tasks have the words of "request"
-        values = verdict_probability(model, tokenizer, [prompt] * len(harmful), starts, "request",
+        values = verdict_probability(model, tokenizer, [prompt] * len(starts), starts, "request",
                                      alone)
-        p = dict(zip(harmful, values))
+        p = dict(zip(harm_tasks, values))
     verdict.update((task, None) for task in VERDICTS if task not in needed)
     return {**verdict, "parsed": not forced and all(verdict[task] for task in needed),
-            "forced": forced, "p_harmful": {task: p[task] for task in harmful}, "reasoning": text}
+            "forced": forced, "p_harmful": {task: p[task] for task in harm_tasks},
+            "reasoning": text}
 
 
 def block_verdict(text):

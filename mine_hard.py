@@ -95,19 +95,19 @@ def sample_weights(differences, gamma):
 def select(records, sources, answers, judging, pairing, gamma, seed):
     """(lines of hard.jsonl, a Counter of outcomes) from all models' answers.
 
-    sources: the file of each record. answers: [(model, {number of the record: its samples})].
-    judging, pairing: --judge ("all" or "field", judge_by_...) and --pair. A prompt is hard if it
-    has correct and incorrect answers. Where several models or records make the same input hard, the
-    first that is found counts: models as they are named, then records in their order. A line has
-    instruction, input, chosen, rejected (by pick_pair, with a random.Random of seed, model and
-    number), k_correct, k_incorrect, source, and weight, by sample_weights over all lines; lines
-    stand in the order in which they were found. Counted, once for every model and prompt: "all
-    right", "hard", "all wrong"; and "answers without verdict", the samples whose three verdicts are
-    all None."""
+    sources: the file of each record. answers: [(folder, {number of the record: its samples})], a
+    model's folder as --model names it. judging, pairing: --judge ("all" or "field", judge_by_...)
+    and --pair. A prompt is hard if it has correct and incorrect answers. Where several models or
+    records make the same input hard, the first that is found counts: models as they are named, then
+    records in their order. A line has instruction, input, chosen, rejected (by pick_pair, with a
+    random.Random of seed, folder and number), k_correct, k_incorrect, source, and weight, by
+    sample_weights over all lines; lines stand in the order in which they were found. Counted, once
+    for every model and prompt: "all right", "hard", "all wrong"; and "answers without verdict", the
+    samples whose three verdicts are all None."""
     judge_samples = {"all": judge_by_all_fields, "field": judge_by_field}[judging]
     hard = {}
     count = Counter()
-    for model, by_number in answers:
+    for folder, by_number in answers:
         for number, samples in sorted(by_number.items()):
             record = records[number]
             right = judge_samples(samples, gold_verdict(record))
@@ -118,7 +118,7 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
             count["answers without verdict"] += sum(not any(s["verdict"].values()) for s in samples)
             if what != "hard" or record["input"] in hard:
                 continue
-            rng = random.Random(f"{seed} {model} {number}")
+            rng = random.Random(f"{seed} {folder} {number}")
             chosen, rejected = pick_pair(samples, right, pairing, rng)
             hard[record["input"]] = {
                 "instruction": record["instruction"], "input": record["input"], "chosen": chosen,

@@ -1,8 +1,12 @@
 """LLaMA in one file: the plain model, then the same mathematics faster, then a sampling engine.
 
-Part I has all of the mathematics and can be read alone. It calls fast twins, beside each of which
-stands the plain function to read: attention and token_logprobs always, rope and draw_token on CUDA
-(part II has all four), RMSNorm on CUDA (torch has it).
+Part I has all of the mathematics and can be read alone. Where it calls a fast twin, read instead
+    for attention                   attention_by_mask           (part II's twin always runs)
+    for token_logprobs              token_logprobs_at_once      (part II's twin always runs)
+    for rope                        apply_rope                  (part II's twin runs on CUDA)
+    in draw_token                   what follows the call       (part II's twin runs on CUDA)
+    in RMSNorm                      rms_norm                    (torch's own runs on CUDA)
+It defines
     LlamaConfig                     config.json of a Hugging Face folder
     rms_norm, apply_rope            the operations, one equation each
     tree_plan, attention_by_mask    the one mask rule of a stream (see data.py, the tree packer)
@@ -564,7 +568,8 @@ def draw_token(logits, seed, position, temperature, top_p):
     scaled = full_precision(logits) / temperature
     p = scaled.softmax(-1)                                  # (B, V)
     if V % BUCKET:
-        p = functional.pad(p, (0, -V % BUCKET))     # whole buckets: zeros that nothing draws
+        # whole buckets, and V is their width below; rounding alone can hit one of these zeros
+        p = functional.pad(p, (0, -V % BUCKET))
     in_bucket = p.unflatten(1, (-1, BUCKET)).sum(-1)        # (B, V / 256)
     below = functional.pad(in_bucket.cumsum(-1), (1, 0))    # (B, V / 256 + 1)
     token = torch.empty_like(seed)
@@ -1827,7 +1832,7 @@ class Engine:
         step = partial(self.step, batch)
         for n in range(self.capacity.poll):
             if n == 1:
-                # step 0 ran as written, which loaded all kernels; from here on it is replayed
+                # step 0 ran as written, which loaded all kernels; on CUDA the others are replayed
                 step = self.record(step)
             hidden = step()
             self.draw(batch.slot, hidden, batch.length, batch.drawn)

@@ -8,12 +8,12 @@
     R-SFT model folder + hard.jsonl  ->  OUT (a model folder), OUT/metrics.jsonl, OUT/step-000120
 
 DPO raises the margin of a pair: by how much the gap log p(chosen) - log p(rejected) has grown since
-the reference, the model we start from. (Both may fall.) The larger the margin is already, the less
-the pair is pushed; beta says how fast that falls off. A pair is one tree: instruction, prompt, and
-two branches, so the prompt is computed once. The reference's log-probabilities are computed before
-the first step, and no second model is ever held. At the first step the model is still the
-reference, every margin is 0, and -log sigmoid(0) = ln 2: the loss is mean(alpha) ln 2, plus the SFT
-term.
+the reference, the model we start from. (Both may fall.) A step pushes the margin with a force of
+alpha beta sigmoid(-beta margin), which is alpha beta / 2 at first and falls as the margin grows. A
+pair is one tree: instruction, prompt, and two answers, so the prompt is computed once. The
+reference's log-probabilities are computed before the first step, and no second model is ever held.
+At the first step the model is still the reference, every margin is 0, and -log sigmoid(0) = ln 2:
+the loss is mean(alpha) ln 2, plus the SFT term.
 
     dpo_loss, answer_sums, pairs_loss, reference_logprobs  the method
     main                                                   the run: train_sft.py's, but for the loss
@@ -148,7 +148,7 @@ def main(argv=None):
     checkpoint = start_run(args, world)             # ends the script where all is done
     args.max_tokens = fit_memory(args, world, examples)
     model = load_for_training(args, world)
-    # before reference_logprobs, whose forward pass gathers the head of a sharded model
+    # before reference_logprobs: that leaves embedding and head whole, where a model is sharded
     optimizer = make_optimizer(model, args.lr)
     reference = reference_logprobs(model, examples, args, world)
     lengths, starts = measure_answers(tokenizer, examples)      # starts: for the log alone
@@ -165,12 +165,13 @@ def main(argv=None):
         packs = deal(packs, world.rank, world.ranks)
         totals = {}
         for p in packs:
-            # answers are numbered through the batch: 2 i and 2 i + 1 are pair i's chosen, rejected
+            # answers are numbered through the batch: 2 i and 2 i + 1 are pair i's chosen, rejected.
+            # No example is torn apart (see pack): p holds both of a pair, or neither
             in_batch = torch.unique(p.answer // 2)          # (B,) which pairs of the batch p holds
             in_data = torch.tensor(numbers)[in_batch]       # (B,) their numbers in `examples`
             p = p.to(world.device)
             logprobs = model(p.tokens, p.end, p.rows, p.targets)                # (N,)
-            sums = answer_sums(logprobs, p.answer, 2 * pairs)                   # (2 pairs,)
+            sums = answer_sums(logprobs, p.answer, 2 * pairs)       # (2 pairs,), 0 if not in p
             policy = sums.view(-1, 2)[in_batch]             # (B, 2), chosen and rejected
             ref = reference[in_data].to(policy)             # (B, 2), on its device, in its dtype
             answer_lengths = lengths[in_data].to(policy)    # (B, 2)
@@ -187,7 +188,7 @@ def main(argv=None):
         norm = update(model, optimizer, lr)
 
         means = world.sum(torch.stack(list(totals.values()))) / pairs
-        counts = token_counts(batch, packs, world)          # all ranks take part
+        counts = token_counts(batch, packs, world)          # sums over the ranks: all must call it
         figures = dict(zip(totals, means.tolist()), lr=lr, grad_norm=norm, pairs=pairs, **counts)
         log.write(step, figures)
 
@@ -256,10 +257,11 @@ def block_start(tokenizer, ids):
         return len(ids)
     block = text[heading.start():]
 
-    # the last token from which on the whole block can still be read: it may begin inside a token
     def cuts_block(start):
+        """Is some of the block lost if the answer is read from this token on?"""
         return len(tokenizer.decode(ids[start:])) < len(block)
 
+    # the token before is the last that keeps the whole block, which may begin inside it
     first_that_cuts = bisect_left(range(len(ids)), True, key=cuts_block)
     return first_that_cuts - 1
 

@@ -54,8 +54,8 @@ def sft_loss(logprobs, count):
 
 
 def lr_at(step, steps, peak):
-    """Learning rate of step 0, 1, ... of `steps`: half a cosine from `peak` at step 0 to 0 at step
-    `steps`, which is never made; no warm-up."""
+    """Learning rate of a step, counted from 0 (main counts from 1): half a cosine from `peak` at
+    step 0 to 0 at step `steps`, one after the last, which therefore still learns; no warm-up."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -130,12 +130,12 @@ def main(argv=None):
             logprobs = model(p.tokens, p.end, p.rows, p.targets)            # (N,)
             part = sft_loss(logprobs, count)
             (part * world.ranks).backward()     # FSDP averages over the ranks, and a sum is wanted
-            loss += part.detach()                           # read once, after the last pack
+            loss += part.detach()           # on the device: to read it would wait for the GPU
         lr = lr_at(step - 1, steps, args.lr)
         norm = update(model, optimizer, lr)
 
-        loss = world.sum(loss)                              # a float, as all that follows
-        counts = token_counts(batch, packs, world)          # all ranks take part
+        loss = world.sum(loss)                              # over the ranks; a float from here on
+        counts = token_counts(batch, packs, world)          # sums over the ranks: all must call it
         figures = dict(loss=loss, lr=lr, grad_norm=norm, **counts)
         if held_out and (step % steps_per_epoch == 0 or step == steps):
             figures["eval_loss"] = held_out_loss(model, held_out, args, world)
