@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BOTH = TEXT + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("RESULTS", "REFERENCE"))
+BOTH = TEXT + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("RESULTS", "PREDICTIONS", "REFERENCE"))
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", BOTH, re.M | re.S)
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", BOTH, flags=re.M | re.S).replace("\n", " "))
 COMMANDS = [line for line in [line for block in BLOCKS for line in block.splitlines()] + SPANS
@@ -130,7 +130,7 @@ def test_paths_exist():
         assert list(ROOT.glob(pattern)), pattern
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/REFERENCE.md", "docs/RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/REFERENCE.md", "docs/RESULTS.md", "docs/PREDICTIONS.md"])
 def test_links_lead_to_headings(name):
     links = re.findall(r"\]\(([\w./]*)#([\w-]+)\)", (ROOT / name).read_text(encoding="utf-8").replace("\n", " "))
     assert links
