@@ -36,8 +36,8 @@ from rules import refusals
 
 if __name__ != "__mp_main__":       # as which the process of a graded function loads this file, and
     sys.path.insert(0, str(ROOT))   # there nothing that solves an exercise may be in memory
-    from data import (InputError, at_least, is_there, read_object, read_text, write_bytes,
-                      write_json, writing)
+    from data import (InputError, at_least, is_there, read_object, read_text, say, tell,
+                      write_bytes, write_json, writing)
 
 NEEDED = ["toy/model", "tests/test_exercises.py", "tests/test_exercises_kernels.py",
           "course/cases.py", "course/exercises.py"]
@@ -191,16 +191,16 @@ def grade(folder, exercises, seed, seconds, show=False):
 
     results = {}
     for number, some in by_set(exercises):
-        print(f"\nset {number}: {SETS[number].title}")
+        say(f"\nset {number}: {SETS[number].title}")
         for e in some:
             result = results[e.name] = grade_one_or_say_why(e, read, seed, seconds)
-            print(f"   {e.name:24}{result.points:3} /{e.points:3}  {result.seconds:5.1f} s   "
-                  f"{result.remark}", flush=True)
+            say(f"   {e.name:24}{result.points:3} /{e.points:3}  {result.seconds:5.1f} s   "
+                f"{result.remark}")
             if show:
-                print(result.log)
-        print(f"   {'':24}{points_of(results, some):3} /{sum(e.points for e in some):3}")
-    print(f"\ntotal {points_of(results, exercises)} of {sum(e.points for e in exercises)} points "
-          f"(seed {seed})")
+                say(result.log)
+        say(f"   {'':24}{points_of(results, some):3} /{sum(e.points for e in some):3}")
+    say(f"\ntotal {points_of(results, exercises)} of {sum(e.points for e in exercises)} points "
+        f"(seed {seed})")
     return results
 
 
@@ -256,7 +256,7 @@ def grade_class(args, names, students, exercises):
     rows, points = start_files(args, names, exercises)
     for name, student in zip(names, students):
         if len(students) > 1:
-            print(f"\n==== {name}")
+            say(f"\n==== {name}")
         results = grade(student, exercises, args.seed, args.seconds, len(args.only or []) == 1)
         if args.feedback:
             write_text(feedback_path(args, name), feedback(name, results, exercises, args.seed))
@@ -388,10 +388,10 @@ def self_check(exercises, seed, seconds):
                 points < e.points if what.startswith("mistake") else points == 0)
             surprises += not good
             said.append(f"{what} {points}" + ("" if good else " (!)"))
-        print(f"   set {e.set}  {e.name:24}{e.points:3} points: {', '.join(said)}   "
-              f"{time.time() - start:.1f} s", flush=True)
-    print(f"{len(exercises)} exercises, {sum(e.points for e in exercises)} points; {surprises} "
-          "surprises")
+        say(f"   set {e.set}  {e.name:24}{e.points:3} points: {', '.join(said)}   "
+            f"{time.time() - start:.1f} s")
+    say(f"{len(exercises)} exercises, {sum(e.points for e in exercises)} points; {surprises} "
+        "surprises")
     return surprises
 
 
@@ -406,11 +406,10 @@ def attempt_unruled(exercise, text, seed, seconds):
 def check_reach():
     """Say so where graded code could read the reference, or use the network."""
     if not sandbox.can_leave_network():
-        print("NOTE: here, graded code can use the network; grade strangers in a container without",
-              file=sys.stderr)
+        tell("NOTE: here, graded code can use the network; grade strangers in a container without")
     if not sandbox.is_out_of_reach(ROOT):
-        print("NOTE: here, graded code can read this repository and other files (no Landlock, or "
-              f"{ROOT} lies in a system folder); grade strangers in a container", file=sys.stderr)
+        tell("NOTE: here, graded code can read this repository and other files (no Landlock, or "
+             f"{ROOT} lies in a system folder); grade strangers in a container")
 
 
 def parser():
@@ -438,16 +437,13 @@ def who_handed_in(folders):
         if any(os.path.lexists(Path(folder) / file) for file in SCRIPTS):
             students.append(folder)
         else:
-            print(f"{spelled_out(folder)}: holds none of the six scripts, and is not graded",
-                  file=sys.stderr)
+            tell(f"{spelled_out(folder)}: holds none of the six scripts, and is not graded")
     return students
 
 
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
-    if sys.stdout:              # letters that the console has not: as Python spells them
-        sys.stdout.reconfigure(errors="backslashreplace")
     unknown = set(args.only or []) - {e.name for e in EXERCISES}
     if unknown:
         p.error(f"no exercise is called {', '.join(sorted(unknown))}")

@@ -527,6 +527,20 @@ def test_no_remark_and_no_name_ends_a_class_or_steers_a_terminal(tmp_path):
     assert "got \\ud83d\\x1b[2J\u2192" in (tmp_path / f"feedback/{name}.md").read_text(encoding="utf-8")
 
 
+def test_a_class_is_graded_to_its_end_though_nobody_reads_on(tmp_path):
+    for name in ("anna", "zoe"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_sft.py").write_text((ROOT / "train_sft.py").read_text())
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, str(ROOT / "course/grade.py"), *map(str, sorted(tmp_path.iterdir())), "--only", "lr_at",
+               "--json", str(tmp_path / "points.json")]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "points.json").read_text()) == {"anna": {"lr_at": 1}, "zoe": {"lr_at": 1}}
+
+
 def test_the_process_of_a_graded_function_loads_no_script_of_ours():
     """multiprocessing loads grade.py there once more, under the name __mp_main__."""
     loads = "import runpy, sys; sys.path.insert(0, 'course'); " \
