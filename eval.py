@@ -200,7 +200,9 @@ def score_cases(cases, dataset, legacy=False, fpr=None):
                   "reasoning_disagrees": disagreements(labelled, task),
                   **cost_figures(labelled),
                   **forced_figures(labelled, task)}
-        if not legacy and all(task in case.get("p", {}) for case in labelled):
+        if legacy:
+            result["rows"] = len(cases)                     # by which evaluate.py weighs averages
+        elif all(task in case.get("p", {}) for case in labelled):
             result.update(probability_figures(labelled, task, fpr))
         results.append(result)
     return results
@@ -498,7 +500,8 @@ def main(argv=None):
     if not (sys.argv[1:] if argv is None else argv):
         return demo()
     args = parse_arguments(argv)
-    world = join_ranks(args.device) if args.model else World(None)
+    rank = int(os.environ.get("RANK") or 0)                 # of torchrun's processes
+    world = join_ranks(args.device) if args.model else World(None, rank)
     results_file = Path(args.out) / "results.json" if args.out else None
     # read before hours go into answers: InputError if the file is another program's
     former = former_results(results_file) if args.out else []
@@ -1042,12 +1045,13 @@ TITLES = {
 
 def averages_of(results):
     """The averages over files of each task, and the mean of all three tasks, as results.json holds
-    them: [{"task", "weighted_f1" (by records), "macro_f1" (plain)}]."""
+    them: [{"task", "weighted_f1" (by records scored; with --legacy by those of the file),
+    "macro_f1" (plain)}]."""
     averages = []
     for task in TITLES:
         some = [result for result in results if result["task"] == task and "slice" not in result]
         if some:
-            counts = [result["n"] for result in some]
+            counts = [result.get("rows", result["n"]) for result in some]
             scores = [result["f1"] for result in some]
             averages.append({"task": task, "weighted_f1": weighted_average(scores, counts),
                              "macro_f1": float(np.mean(scores))})

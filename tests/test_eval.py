@@ -85,6 +85,27 @@ def test_figures_are_those_of_scikit_learn(tmp_path):
     assert average["macro_f1"] == pytest.approx(sum(each) / 4) and average["weighted_f1"] == pytest.approx(sum(f * k for f, k in zip(each, n)) / sum(n))
 
 
+def test_legacy_averages_weigh_by_the_rows_of_a_file():
+    """As evaluate.py does: two answers that it counts twice, one that it leaves out, and a row without a label weigh one each."""
+    none, results = dict.fromkeys(VERDICTS), []
+    row = lambda gold, text: {"file": "f", "text": text, "gold": {**none, "request": gold}, "verdict": parse_verdict(text)}
+    right, wrong = row(H, f"Request: {H}"), row(H, f"Request: {U}")
+    for rows in ([right, wrong, row(U, "x"), row(U, "x"), row(H, "x"), row(None, "x")], [right, right]):
+        results += score_cases(rows, "f", legacy=True)
+    assert [r["n"] for r in results] == [6, 2] and [r["f1"] for r in results] == pytest.approx([200 / (2 + 1 + 4), 100])
+    average, = evaluation.averages_of(results)
+    assert average["weighted_f1"] == pytest.approx((6 * 200 / 7 + 2 * 100) / 8)
+
+
+def test_one_process_of_torchrun_writes_what_predictions_score(tmp_path, monkeypatch, capsys):
+    line = json.dumps({"prompt": "a", "label": f"Request: {H}", "predict": f"Request: {H}"})
+    (tmp_path / "p.jsonl").write_text(line)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        evaluation.main(["--predictions", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")])
+        assert (tmp_path / "out/results.json").exists() == (rank == "0") == bool(capsys.readouterr().out)
+
+
 def test_calibration_error_by_hand():
     # bins 0, 1 and 9: |0 - 0.05|, |1 - (0.15 + 0.15)| and |1 - 0.95|, over 4 rows
     assert calibration_error([False, True, False, True], [0.05, 0.15, 0.15, 0.95]) == pytest.approx(100 * (0.05 + 0.7 + 0.05) / 4)

@@ -355,6 +355,14 @@ def test_guard_predictions_by_hand(tmp_path, monkeypatch, capsys):
         "request": (1, 1, 0, 0), "response": (0, 1, 1, 1)}
 
 
+def test_a_guard_answers_for_no_question_that_it_was_not_asked(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "some.jsonl", [record("a", None, format_answers(U, None, U))])
+    monkeypatch.setattr(baselines, "answer_prompts", lambda *_: [{"samples": [{"text": "safe"}]}])
+    baselines.main(["--guard", "toy/model", "--data", str(data), "--out", str(tmp_path / "out")])
+    line = json.loads((tmp_path / "out/some/generated_predictions.jsonl").read_text())
+    assert line["label"] == line["predict"] == format_answers(U)               # no response, no wrong answer about it
+
+
 def test_guard_runs_in_our_model_and_continues(tmp_path):
     template = tmp_path / "short.txt"
     template.write_text("Is the last {role} message safe?\n{conversation}")

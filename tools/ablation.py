@@ -261,7 +261,7 @@ class Cell:
         for source in SOURCES[1:]:
             models.append(self.sft(f"without_{source}", self.everything(without=source)))
         out = self.mine("ensemble", models, 4)
-        return [json.loads(line) for line in (out / "hard.jsonl").read_text().splitlines()]
+        return [pair for _, pair in parse_records(out / "hard.jsonl")]
 
     def judged_answers(self):
         """{input of a mined prompt: (its number, its right answers, its wrong ones)}, of all 8, as

@@ -125,16 +125,15 @@ def run_guard(args, path, dataset, guard):
     world = World(guard.device)
     claim_answers(prompts, file, world, settings, args, folder / "generated_predictions.jsonl")
     lines = answer_prompts(guard, prompts, file, world, settings, args)
-    verdicts = {}                                           # record number -> what was said of it
+    verdicts = {}                   # record number -> what was said of it, of each task asked for
     named = Counter()
     for (i, task, _), line in zip(questions, lines):
         word, categories = parse_guard(line["samples"][0]["text"])
-        verdict = verdicts.setdefault(i, dict.fromkeys(VERDICTS))
-        verdict[task] = word
+        verdicts.setdefault(i, {})[task] = word
         named.update([word or "no verdict", *categories])
     counts = ", ".join(f"{name} {n}" for name, n in named.most_common())
     say(f"{dataset}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
-    return [prediction(benchmark, i, format_answers(**verdict), ("request", "response"))
+    return [prediction(benchmark, i, format_answers(**verdict), tasks=verdict)
             for i, verdict in verdicts.items()]
 
 
