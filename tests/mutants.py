@@ -259,7 +259,7 @@ MUTANTS = [
     ("eval.py", 'result.get("rows", result["n"])', 'result["n"]', "test_eval.py -k legacy_averages"),
     ("eval.py", "else World(None, rank)", "else World(None)", "test_eval.py -k torchrun"),
     ("tools/baselines.py", "verdict), tasks=verdict)", "verdict))", "test_tools.py -k was_not_asked"),
-    ("data.py", 'line.rstrip("\n"), wanted)', 'line.rstrip("\n"))', "test_data.py -k bad_records"),
+    ("data.py", "{error}{wanted}", "{error}", "test_data.py -k bad_records"),
     ("eval.py", 'line.get("forced") not in (None, False)', 'bool(line.get("forced"))', "test_view.py -k without_an_end"),
     ("data.py", 'if "added_tokens_decoder" not in told:', "if True:", "test_inputs.py -k of_two_files"),
     ("data.py", 'if form is FORMATS["raw"] and tokenizer.start:', "if False:", "test_inputs.py -k library_writes"),

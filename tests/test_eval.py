@@ -86,15 +86,15 @@ def test_figures_are_those_of_scikit_learn(tmp_path):
 
 
 def test_legacy_averages_weigh_by_the_rows_of_a_file():
-    """As evaluate.py does: two answers that it counts twice, one that it leaves out, and a row without a label weigh one each."""
+    """As evaluate.py does: two answers that it counts twice, one that it leaves out, and two rows without a label weigh one each."""
     none, results = dict.fromkeys(VERDICTS), []
     row = lambda gold, text: {"file": "f", "text": text, "gold": {**none, "request": gold}, "verdict": parse_verdict(text)}
     right, wrong = row(H, f"Request: {H}"), row(H, f"Request: {U}")
-    for rows in ([right, wrong, row(U, "x"), row(U, "x"), row(H, "x"), row(None, "x")], [right, right]):
+    for rows in ([right, wrong, row(U, "x"), row(U, "x"), row(H, "x"), *[row(None, "x")] * 2], [right, right]):
         results += score_cases(rows, "f", legacy=True)
     assert [r["n"] for r in results] == [6, 2] and [r["f1"] for r in results] == pytest.approx([200 / (2 + 1 + 4), 100])
     average, = evaluation.averages_of(results)
-    assert average["weighted_f1"] == pytest.approx((6 * 200 / 7 + 2 * 100) / 8)
+    assert average["weighted_f1"] == pytest.approx((7 * 200 / 7 + 2 * 100) / 9)
 
 
 def test_one_process_of_torchrun_writes_what_predictions_score(tmp_path, monkeypatch, capsys):
