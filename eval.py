@@ -500,8 +500,7 @@ def main(argv=None):
     if not (sys.argv[1:] if argv is None else argv):
         return demo()
     args = parse_arguments(argv)
-    rank = int(os.environ.get("RANK") or 0)                 # of torchrun's processes
-    world = join_ranks(args.device) if args.model else World(None, rank)
+    world = join_ranks(args.device if args.model else "cpu")
     results_file = Path(args.out) / "results.json" if args.out else None
     # read before hours go into answers: InputError if the file is another program's
     former = former_results(results_file) if args.out else []

@@ -257,7 +257,7 @@ MUTANTS = [
     ("eval.py", "unasked += not prompt and is_word and not only_task(dataset)", "unasked += not prompt and is_word", "test_eval.py -k predictions_lack"),
     ("tools/view.py", "if SAMPLES.fullmatch(path.name)", "if True", "test_view.py -k not_read"),
     ("eval.py", 'result.get("rows", result["n"])', 'result["n"]', "test_eval.py -k legacy_averages"),
-    ("eval.py", "else World(None, rank)", "else World(None)", "test_eval.py -k torchrun"),
+    ("eval.py", 'join_ranks(args.device if args.model else "cpu")', 'join_ranks(args.device) if args.model else World("cpu")', "test_eval.py -k torchrun"),
     ("tools/baselines.py", "verdict), tasks=verdict)", "verdict))", "test_tools.py -k was_not_asked"),
     ("data.py", "{error}{wanted}", "{error}", "test_data.py -k bad_records"),
     ("eval.py", 'line.get("forced") not in (None, False)', 'bool(line.get("forced"))', "test_view.py -k without_an_end"),

@@ -100,10 +100,10 @@ def test_legacy_averages_weigh_by_the_rows_of_a_file():
 def test_one_process_of_torchrun_writes_what_predictions_score(tmp_path, monkeypatch, capsys):
     line = json.dumps({"prompt": "a", "label": f"Request: {H}", "predict": f"Request: {H}"})
     (tmp_path / "p.jsonl").write_text(line)
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
+    for rank in (1, 0):
+        monkeypatch.setattr(evaluation, "join_ranks", lambda name: World(torch.device(name), rank, 2))
         evaluation.main(["--predictions", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")])
-        assert (tmp_path / "out/results.json").exists() == (rank == "0") == bool(capsys.readouterr().out)
+        assert (tmp_path / "out/results.json").exists() == (rank == 0) == bool(capsys.readouterr().out)
 
 
 def test_calibration_error_by_hand():
