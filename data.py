@@ -718,14 +718,14 @@ def warn_of_inputs(path, records):
         exchange = find_exchange(text)
         if exchange:
             response = exchange.group(2).strip()
-            absent += response.lower() in NO_RESPONSE and response != "None"
+            absent += (not response or response.lower() in NO_RESPONSE) and response != "None"
             continue
         human = HUMAN_MEANT.search(text)
         alike += bool(human and ASSISTANT_MEANT.search(text, human.end()))
     warn(alike, f"inputs of {path} are taken for prompts alone, though they hold lines like "
                 f"{HUMAN.strip()!r} and {ASSISTANT.strip()!r}: text must begin on the next line")
-    warn(absent, f"inputs of {path} have a response like 'nan' or 'null', which is taken for its "
-                 "text: where there is none, write None")
+    warn(absent, f"inputs of {path} have an empty response, or one like 'nan' or 'null', which is "
+                 "taken for its text: where there is none, write None")
     more = sum(bool(record.get("system") or record.get("history")) for record in records)
     warn(more, f"records of {path} have a system prompt or a history, which is not read")
 

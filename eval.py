@@ -39,10 +39,10 @@ import numpy as np
 
 from data import (ANSWERS, COLON, INSTRUCTION, VERDICTS, Example, Extend, InputError,
                   answers_heading, at_least, common_prefix, exchange_of, folder_of,
-                  format_answers, format_input, gold_verdict, hold, hush, interruptible, is_there,
-                  line_pattern, pack, parse_json, parse_records, parse_verdict, read_bytes,
-                  read_records, say, spelled, tell, warn, warn_of_inputs, warn_of_labels,
-                  without_repeats, write_json)
+                  format_answers, format_input, gold_verdict, hold, hush, interruptible,
+                  is_blank, is_there, line_pattern, pack, parse_json, parse_records, parse_verdict,
+                  read_bytes, read_records, say, spelled, tell, warn, warn_of_inputs,
+                  warn_of_labels, without_repeats, write_json)
 from mine_hard import (LazyModel, answer_prompts, check_labels, check_room, claim_answers,
                        claim_settings, encode_prompts, generation_arguments, generation_settings,
                        has_answers, parts_of, write_lines)
@@ -368,7 +368,8 @@ def majority(verdicts):
 
 
 def moderate(model, tokenizer, exchanges, **options):
-    """Verdicts on exchanges [{"prompt", "response" or None}], in their order; see moderate_iter."""
+    """Verdicts on exchanges [{"prompt", "response": text, blank or None}], in their order; see
+    moderate_iter."""
     return [verdict for _, verdict in sorted(moderate_iter(model, tokenizer, exchanges, **options),
                                              key=lambda numbered: numbered[0])]
 
@@ -385,12 +386,14 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
 
     With on_unparsable a harm verdict that is missing or forced is that word instead, and so is
     every one where cut is true."""
-    records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], e.get("response"))}
-               for e in exchanges]
+    # where a response is blank, there is nothing to judge
+    responses = [None if is_blank(e.get("response")) else e["response"] for e in exchanges]
+    records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], response)}
+               for e, response in zip(exchanges, responses)]
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
     prompts, cuts = encode_prompts(tokenizer, records, max_length, options["max_new_tokens"])
     for number, (ids,) in generate_iter(model, prompts, **options):
-        has_response = exchanges[number].get("response") is not None
+        has_response = responses[number] is not None
         verdict = conclude(model, tokenizer, prompts[number], ids, has_response)
         if on_unparsable:
             for task in verdict["p_harmful"]:               # the harm verdicts that are asked for
@@ -509,6 +512,7 @@ def main(argv=None):
         dataset = args.dataset or folder_of(path).name
         cases = read_predictions(path, dataset, args.by, args.limit)
         results += score_slices(cases, dataset, args.legacy, args.fpr)
+    check_apart(results)
     if args.model:
         guard = LazyModel(args, args.model, world.device)
         if args.moderate and world.ranks > 1:
@@ -553,6 +557,7 @@ def contradictions(args):
     names = [args.dataset or Path(path).stem for path in args.data or []]
     files = [os.path.realpath(path) for path in args.predictions or []]
     moderates = args.moderate or args.prompt is not None
+    unfit = [name for name in names if name in ("..", "results.json")]
     scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
     for_data = args.fast or args.k > 1 or args.scores
     return [
@@ -561,6 +566,7 @@ def contradictions(args):
          "--data FILE..., --prompt TEXT or --moderate is missing"),
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
+        (unfit, f"no folder of --out can be called {''.join(unfit[:1])!r}; name it with --dataset"),
         (not args.data and for_data, "--fast, --k, --scores are for --data"),
         (len(set(files)) < len(files), "--predictions: a file is named twice"),
         (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
@@ -577,6 +583,17 @@ def contradictions(args):
         (moderates and scoring,
          "--out, --dataset, --by, --legacy and --fpr are for --data and --predictions"),
     ]
+
+
+def check_apart(results):
+    """InputError where two files give figures of one data set and task: whose is the average?"""
+    first = {}
+    for result in results:
+        name = (result["dataset"], result["task"])
+        file = first.setdefault(name, result["file"])
+        if file != result["file"]:
+            raise InputError(f"{file} and {result['file']} are both called {name[0]!r}: "
+                             "score them apart")
 
 
 def tell_unused(args, results):
@@ -1124,7 +1141,10 @@ def table_line(r):
         name = r["dataset"]
         figures = paper_entry(r["task"], name)[2:]
     paper = side_by_side(figures)
-    return (f"{name[:24]:24} {r['n']:5}  {r['f1']:6.2f}   "
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    if len(name) > 24:
+        name = f"..{name[-22:]}"                            # ends differ where beginnings do not
+    return (f"{name:24} {r['n']:5}  {r['f1']:6.2f}   "
             f"{low:5.1f} - {high:5.1f}   "
             f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['false_positive_rate']:5.1f} "
             f"{r['unparsable']:5}   {paper}")

@@ -38,9 +38,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 
-from data import (Extend, InputError, Tokenizer, at_least, deal, encode_records, hold, is_there,
-                  on_terminal, pack, parse_json, read_object, read_records, reading, say, tell,
-                  write_json, write_whole, writing)
+from data import (INSTRUCTION, Extend, InputError, Tokenizer, at_least, deal, encode_records, hold,
+                  is_there, on_terminal, pack, parse_json, parse_verdict, read_object, read_records,
+                  reading, say, tell, warn, write_json, write_whole, writing)
 from model import (Llama, LlamaConfig, TokenLogprobs, answer_logprobs, check_memory, config_hash,
                    fingerprint, folder_name, free_on_gpu, join_ranks, name_of, pick_dtype,
                    read_arguments, read_tensors, weights_hash)
@@ -93,6 +93,7 @@ def parse_arguments(argv):
 def read_examples(tokenizer, paths, max_length, limit=None):
     """The examples of these files of records, of the first `limit` of each."""
     records = [record for path in paths for record in read_records(path)[:limit]]
+    warn_of_training(records)
     examples, _ = encode_records(tokenizer, records, max_length)
     return examples
 
@@ -172,6 +173,15 @@ def training_arguments(p):
                    help="keep the newest N checkpoints")
 
 
+def warn_of_training(records):
+    """Say how many records would teach a guard what it will not be asked, or what is not read."""
+    asked = sum(record["instruction"] != INSTRUCTION for record in records)
+    warn(asked, "records have another instruction than eval.py's --prompt and --moderate ask with")
+    silent = sum(not any(parse_verdict(record["output"]).values()) for record in records)
+    warn(silent, "records have an output in which no verdict is read: it must end in an Answers "
+                 "block, with lines like 'Request: harmful'")
+
+
 # ------------------------------------------------------------------ model and optimizer
 def fit_memory(args, world, examples):
     """--max-tokens, or where it is not given as many as memory and device suggest. InputError if
@@ -217,17 +227,22 @@ def check_can_shard(device):
 
 
 def check_disk(args):
-    """InputError if there is no room in --out for the finished model, and with --save-every for a
-    checkpoint (fp32 weights and two moments) beside it: better now than after hours."""
+    """InputError if there is no room in --out for the finished model, and with --save-every for its
+    checkpoints (fp32 weights and two moments), of which a new one is written beside the newest
+    --keep: better now than after hours. A remark, if only a signal's checkpoint has no room."""
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     weights = parameters(config)
     need = weights * getattr(torch, config.torch_dtype).itemsize
+    checkpoint = weights * 3 * torch.float32.itemsize
     if args.save_every:
-        need += weights * 3 * torch.float32.itemsize
+        need += checkpoint * max(1, args.keep + 1 - len(checkpoints(args.out)))
     free = shutil.disk_usage(args.out).free
     if need > free:
         raise InputError(f"{args.out}: what will be written needs {need / 2 ** 30:.1f} GiB, and "
                          f"{free / 2 ** 30:.1f} are free; make room, or choose another --out")
+    if not args.save_every and need + checkpoint > free:
+        tell(f"{args.out}: has no room for what Ctrl-C or SIGTERM would save, "
+             f"{checkpoint / 2 ** 30:.1f} GiB")
 
 
 def training_dtypes(args, world):
@@ -525,7 +540,7 @@ def start_run(args, world):
     with reading(log), open(log, "rb") as file:             # a kill may have cut a later line
         first_line = file.readline().decode("utf-8-sig")
     before = parse_json(log, first_line or "null")
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or not {"model", "data", "seed"} <= before.keys():
         raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
     check_same_run(args, before)
     if final.exists():

@@ -80,6 +80,19 @@ def figures_of(folder, name):
     return [json.loads(line)[name] for line in lines]
 
 
+def clear(out):
+    """An empty folder: what an earlier run left there goes, and where anything else is, this ends."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if out.exists() and not out.is_dir() or names - {"records.json", "sft", "hard.jsonl", "dpo"}:
+        sys.exit(f"{out}: holds what this did not write; choose another --out")
+    for name in names:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink()
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,8 +105,7 @@ def main(argv=None):
         print(f"not written yet: {', '.join(blanks)}; python course/check.py {blanks[0]}")
         return 1
     out = Path(args.out)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    clear(out)
     records = read_records("toy/train_wildguard.json")[:args.limit]
     for record in records:
         record["input"] = format_input(*split_input(record["input"]))

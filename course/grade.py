@@ -17,7 +17,9 @@ plain files are read, and what goes wrong with one hand-in costs no other studen
 In FILE of --table and --json the rows of students who are not graded now are kept.
 """
 import argparse
+import contextlib
 import csv
+import fcntl
 import io
 import os
 import signal
@@ -253,7 +255,7 @@ def names_of(folders):
 
 def grade_class(args, names, students, exercises):
     """Grade these students, and write what is asked for after each: the next may be interrupted."""
-    rows, points = start_files(args, names, exercises)
+    check_files(args, names, exercises)
     for name, student in zip(names, students):
         if len(students) > 1:
             say(f"\n==== {name}")
@@ -261,25 +263,42 @@ def grade_class(args, names, students, exercises):
         if args.feedback:
             write_text(feedback_path(args, name), feedback(name, results, exercises, args.seed))
         if args.table:
-            rows[name] = row_of(name, results, exercises)
-            write_table(args.table, rows, exercises)
+            with alone_with(args.table):
+                rows = read_table(args.table, exercises)
+                rows[name] = row_of(name, results, exercises)
+                write_table(args.table, rows, exercises)
         if args.json:
-            points[name] = {e.name: results[e.name].points for e in exercises}
-            write_json(args.json, points)
+            with alone_with(args.json):
+                points = read_points(args.json, exercises)
+                points[name] = {e.name: results[e.name].points for e in exercises}
+                write_json(args.json, points)
 
 
 # ------------------------------------------------------------------ files
-def start_files(args, names, exercises):
-    """({student: row of --table}, {student: points for --json}) of files that are there; they are
-    kept. InputError, before anybody is graded, where something cannot be written or kept."""
+def check_files(args, names, exercises):
+    """InputError, before anybody is graded, where something cannot be written, or a table that is
+    there cannot be kept."""
     files = [args.table, args.json]
     if args.feedback:
         files += [feedback_path(args, name) for name in names]
     for path in filter(None, files):
         check_writable(Path(path))
-    rows = read_table(args.table, exercises) if args.table else {}
-    points = read_points(args.json, exercises) if args.json else {}
-    return rows, points
+    if args.table:
+        read_table(args.table, exercises)
+    if args.json:
+        read_points(args.json, exercises)
+
+
+@contextlib.contextmanager
+def alone_with(path):
+    """Wait until no other grader reads and writes this file: each adds its own row."""
+    folder = os.open(Path(path).resolve().parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):                  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def feedback_path(args, name):

@@ -146,7 +146,7 @@ MUTANTS = [
     # ---- what the world feeds it: a guard that fails open
     ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
     ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
-    ("train_sft.py", "need += weights * 3 *", "need += weights *", "test_train.py -k without_room"),
+    ("train_sft.py", "args.keep + 1 - len(checkpoints(args.out))", "1", "test_train.py -k without_room"),
     ("train_sft.py", "    if need > free:", "    if False:", "test_train.py -k without_room"),
     ("data.py", "        temporary.chmod(mode) ", "        mode ", "test_data.py -k whom_a_new"),
     ("mine_hard.py", "return seed if begun else seed + number", "return seed", "test_mine.py -k models_that_are_alike"),
@@ -252,7 +252,7 @@ MUTANTS = [
     ("data.py", "[*before, *values] if given else values", "values", "test_data.py -k two_parts"),
     ("data.py", "if said and not NO_LABEL.fullmatch(said[0]) and not verdict_word(said[0], words):", "if said and not verdict_word(said[0], words):",
      "test_data.py -k no_verdict_is_said"),
-    ("data.py", 'response.lower() in NO_RESPONSE and response != "None"', "response.lower() in NO_RESPONSE", "test_data.py -k was_meant"),
+    ("data.py", 'in NO_RESPONSE) and response != "None"', "in NO_RESPONSE)", "test_data.py -k was_meant"),
     ("train_dpo.py", "missing += not names", "missing += bool(names)", "test_dpo.py -k missing_one"),
     ("eval.py", "unasked += not prompt and is_word and not only_task(dataset)", "unasked += not prompt and is_word", "test_eval.py -k predictions_lack"),
     ("tools/view.py", "if SAMPLES.fullmatch(path.name)", "if True", "test_view.py -k not_read"),

@@ -384,6 +384,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_two_files_of_one_name_are_not_mixed(capsys):
     command = ["--model", "toy/model", "--out", "x", "--data", "a/test.json", "b/test.json"]
     assert "two files of one name" in fails(capsys, evaluation.main, command)
+    for name in ("..", "results.json"):
+        command = ["--model", "toy/model", "--data", f"{name}.json", "--out", "out"]
+        assert f"no folder of --out can be called '{name}'" in fails(capsys, evaluation.main, command)
 
 
 def test_the_demo_takes_flags_but_no_other_model(capsys):

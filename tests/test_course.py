@@ -15,6 +15,7 @@ import sys
 
 import cases
 import check
+import day_one
 import grade
 import make_assignment
 import mine_hard
@@ -255,6 +256,20 @@ def test_day_one_ends_in_two_losses_that_fall(tmp_path):
     assert done.returncode == 0 and "both losses fall" in done.stdout, done.stdout + done.stderr
     first = re.findall(r"step   1 +(\d\.\d+)", done.stdout)[1]
     assert f"mean(alpha) ln 2 over all of them is {first}" in done.stdout
+
+
+def test_day_one_removes_nothing_but_its_own(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds what this did not write"):
+        day_one.clear(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    for name in ("sft", "dpo"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hard.jsonl").write_text("")
+    day_one.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+    day_one.clear(tmp_path / "new/folder")
+    assert (tmp_path / "new/folder").is_dir()
 
 
 # ------------------------------------------------------------------ the tests teach
@@ -539,6 +554,20 @@ def test_a_class_is_graded_to_its_end_though_nobody_reads_on(tmp_path):
     os.close(write_end)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert json.loads((tmp_path / "points.json").read_text()) == {"anna": {"lr_at": 1}, "zoe": {"lr_at": 1}}
+
+
+def test_graders_side_by_side_keep_each_others_rows(tmp_path):
+    command = [sys.executable, str(ROOT / "course/grade.py"), "--only", "lr_at", "--table", str(tmp_path / "class.csv"),
+               "--json", str(tmp_path / "points.json")]
+    graders = []
+    for name in ("anna", "bob", "zoe"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_sft.py").write_text((ROOT / "train_sft.py").read_text())
+        graders.append(subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.DEVNULL))
+    assert [grader.wait() for grader in graders] == [0, 0, 0]
+    assert json.loads((tmp_path / "points.json").read_text()).keys() == {"anna", "bob", "zoe"}
+    rows = list(csv.reader((tmp_path / "class.csv").read_text().splitlines()))[2:]
+    assert {row[0] for row in rows} == {"anna", "bob", "zoe"}
 
 
 def test_the_process_of_a_graded_function_loads_no_script_of_ours():

@@ -140,8 +140,8 @@ def test_a_word_that_is_no_verdict_is_said(tmp_path, capsys, output, line):
 
 
 @pytest.mark.parametrize("record, what", [
-    ({"input": format_input("a", "nan")}, "have a response like 'nan'"), ({"input": format_input("a", "NULL ")}, "have a response like 'nan'"),
-    ({"input": format_input("a")}, ""), ({"input": format_input("a", "")}, ""), ({"input": format_input("a", "none of it")}, ""),
+    ({"input": format_input("a", "nan")}, "or one like 'nan'"), ({"input": format_input("a", "NULL ")}, "or one like 'nan'"),
+    ({"input": format_input("a")}, ""), ({"input": format_input("a", "")}, "have an empty response"), ({"input": format_input("a", "none of it")}, ""),
     ({"input": "a", "system": "be good"}, "have a system prompt or a history"), ({"input": "a", "history": [["q", "a"]]}, "have a system"),
     ({"input": "a", "system": "", "history": []}, "")])
 def test_what_is_not_read_as_it_was_meant_is_said(tmp_path, capsys, record, what):

@@ -283,6 +283,15 @@ def test_script_says_in_one_line_what_it_cannot_read(tmp_path):
     assert json.loads((tmp_path / "cut.json").read_text())[0]["output"] == TRACE
 
 
+@pytest.mark.parametrize("name, content", [("early.json", '{"mine": 1}'), ("early.json", "[1"), ("early.svg", "<svg/>")])
+def test_what_another_program_wrote_is_not_written_over(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        early_verdict.keep_what_is_not_ours(tmp_path)
+    (tmp_path / "early.json").write_text('{"forms": [], "tasks": {}}')
+    early_verdict.keep_what_is_not_ours(tmp_path)
+
+
 LLAMA3 = ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
           "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
 FRAMES = [("", ""), LLAMA3, ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),

@@ -193,6 +193,30 @@ def test_moderate_never_reports_a_missing_verdict_as_safe(tokenizer):
     assert closed[0]["request"] == H and closed[1]["response"] == H and not closed[1]["parsed"]
 
 
+def test_a_blank_response_is_none(tokenizer):
+    model = Llama.from_pretrained("toy/model", "cpu", torch.float32)
+    exchanges = [{"prompt": "a", "response": response} for response in (None, "", " \n")]
+    first, *others = moderate(model, tokenizer, exchanges, max_new_tokens=3)
+    assert others == [first, first] and first["response"] is first["completion"] is None
+
+
+def test_two_models_answers_to_one_benchmark_have_no_average(tmp_path):
+    paths = [tmp_path / size / "Aegis/p.jsonl" for size in ("1B", "8B")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"prompt": "a", "label": f"Request: {H}", "predict": f"Request: {H}"}))
+    with pytest.raises(InputError, match="are both called 'Aegis': score them apart"):
+        evaluation.main(["--predictions", *map(str, paths), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_begin_alike_are_told_apart(capsys):
+    figures = {"ci95": [0, 1], "n": 1, "f1": 1, "precision": 1, "recall": 1, "false_positive_rate": 1, "unparsable": 0}
+    lines = [evaluation.table_line({**figures, "dataset": f"adversarial_subcategory_{end}", "task": "request"}) for end in "ab"]
+    assert lines[0] != lines[1] and lines[0].startswith("..ersarial_subcategory_a ")
+    assert evaluation.table_line({**figures, "slice": "by=\x1b[2J\n", "task": "request"}).startswith("  by=?[2J? ")
+
+
 def test_averages_stand_beside_the_papers():
     result = lambda task, dataset, **more: dict(task=task, dataset=dataset, n=10, **more)
     whole = [result("completion", "XSTestResponseRefusal"), result("completion", "0_4_wildguardtest", slice="a=1"), result("completion", "WildGuardTest")]

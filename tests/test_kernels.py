@@ -250,7 +250,7 @@ def launches(dtype, E):
     def launch(kernel, grid, warps, *args):
         compiled_in = [value for value, parameter in zip(args, kernel.params)
                        if parameter.is_constexpr]
-        made[kernel.__name__, *compiled_in] = (kernel, args, warps)
+        made[(kernel.__name__, *compiled_in)] = (kernel, args, warps)
 
     model.launch = launch
     model.use_kernels = lambda x: True

@@ -363,6 +363,17 @@ def test_a_guard_answers_for_no_question_that_it_was_not_asked(tmp_path, monkeyp
     assert line["label"] == line["predict"] == format_answers(U)               # no response, no wrong answer about it
 
 
+def test_all_files_are_looked_at_before_the_first_is_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "run_address", lambda *_: pytest.fail("asked"))
+    data = write_jsonl(tmp_path / "some.jsonl", [record("a", None, H)])
+    (tmp_path / "more").mkdir()
+    other = write_jsonl(tmp_path / "more/some.jsonl", [record("b", None, H)])
+    for second, why in ((other, "two files are called 'some'"), (tmp_path / "gone.json", "gone.json: cannot read")):
+        with pytest.raises(InputError, match=why):
+            baselines.main(["--url", "http://localhost:1/v1", "--model", "m", "--data", str(data), str(second), "--out",
+                            str(tmp_path / "out")])
+
+
 def test_guard_runs_in_our_model_and_continues(tmp_path):
     template = tmp_path / "short.txt"
     template.write_text("Is the last {role} message safe?\n{conversation}")

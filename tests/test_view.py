@@ -1,6 +1,7 @@
 """tools/view.py: what is counted, what is shown beside what, and that no text leaves its place."""
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -310,6 +311,13 @@ def test_no_text_can_leave_its_place(results):
     assert row["request"] == row["response"] == EVIL
     assert row["samples"][0]["pieces"][-1]["text"].endswith(EVIL)
     assert json.loads(safe_json(["\u2028<", {"&": None}])) == ["\u2028<", {"&": None}]
+
+
+def test_a_folder_whose_name_is_no_text_has_a_page(results, tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    shutil.copytree(results, folder)
+    view.main([str(folder)])
+    assert "d\\udcff" in (folder / "view.html").read_text(encoding="utf-8")
 
 
 def test_page_holds_everything():

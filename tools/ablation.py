@@ -418,7 +418,7 @@ def tasks_of(args, names):
                 cell = (corpus_seed, seed, skip)
                 if "r_sft" in names:
                     rest = [name for name in names if name not in ["r_sft", *ALONE]]
-                    after[*cell, "r_sft"] = [(*cell, name) for name in rest]
+                    after[(*cell, "r_sft")] = [(*cell, name) for name in rest]
                 if "shuffled" in names:
                     first.append((*cell, "shuffled"))
             for name in ("labels_3x", "labels_1x"):

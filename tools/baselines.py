@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audit import keep_others  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
-                  is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
+                  interruptible, is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
@@ -410,9 +410,13 @@ def main(argv=None):
         guard = LazyModel(args, args.guard, pick_device(args.device))
         if args.template == TEMPLATE:
             tell("LLaMA Guard is asked in our words; --template: in those of its training")
-    else:
-        for path in args.data:                              # all of them, before the first is asked about
-            folder = Path(args.out) / (args.dataset or Path(path).stem)
+    names = [args.dataset or Path(path).stem for path in args.data]
+    for path, name in zip(args.data, names):                # all of them, before the first is asked about
+        read_benchmark(path, name, args.limit)
+        if names.count(name) > 1:
+            raise InputError(f"--data: two files are called {name!r}; ask about them apart")
+        if not args.guard:
+            folder = Path(args.out) / name
             keep_others(folder / "generated_predictions.jsonl", folder / "settings.json")
 
     for path in args.data:
@@ -425,4 +429,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("the same command goes on"):
+        main()

@@ -56,7 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import STEP, folder_path, keep_all_but_records, keep_inputs  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
-                  exchange_of, folder_of, gold_verdict, parse_records, parse_verdict, say, warn, write_json)
+                  exchange_of, folder_of, gold_verdict, is_there, parse_records, parse_verdict, read_json, say, warn,
+                  write_json)
 from eval import TITLES, has_no_end, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import (Llama, answer_logprobs, folder_name, join_ranks, pick_dtype,  # noqa: E402
@@ -389,6 +390,7 @@ def main(argv=None):
     if args.cut:
         return write_cut(args.cut, records, args.data)
     out = args.out or Path(args.data).parent
+    keep_what_is_not_ours(out)
     world = join_ranks(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, args.format)
     prompts, _ = encode_prompts(tokenizer, records, args.max_length, 0)
@@ -409,6 +411,16 @@ def main(argv=None):
                                         "forms": forms, "tasks": summary})
         draw(summary, f"{args.model} on {args.data}", out / "early.svg")
         report(summary, forms)                              # last: a reader may be slow
+
+
+def keep_what_is_not_ours(out):
+    """InputError where a file that is to be written is there, and early.json does not say that it
+    was made here."""
+    said = out / "early.json"
+    ours = is_there(said) and isinstance(made := read_json(said), dict) and {"forms", "tasks"} <= made.keys()
+    for path in (said, out / "early.jsonl", out / "early.svg"):
+        if is_there(path) and not ours:
+            raise InputError(f"{path}: is there, and was not made here; choose another --out")
 
 
 def write_cut(path, records, data):

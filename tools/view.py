@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from audit import keep_inputs  # noqa: E402
 from data import (VERDICTS, Extend, InputError, exchange_of, folder_of, gold_verdict, is_there,  # noqa: E402
                   parse_records, parse_verdict, read_bytes, read_object, read_records, say,
-                  split_input, warn, write_whole)
+                  split_input, warn, write_bytes)
 from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
 from eval import TITLES, has_no_end, labels_of, majority, reasoning_verdict  # noqa: E402
 from mine_hard import SAMPLES, as_read_today, judge, parts_of  # noqa: E402
@@ -347,7 +347,7 @@ def write_page(path, rows, title, note=""):
     html = html.replace("HASH_OF_SCRIPT", digest)
     html = html.replace("TITLE_OF_PAGE", escape(title))
     html = html.replace("DATA_OF_PAGE", safe_json(page))    # last: nothing in it is replaced
-    write_whole(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    write_bytes(path, html.encode("utf-8", "backslashreplace"))
 
 
 def safe_json(value):
