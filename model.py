@@ -27,7 +27,9 @@ Simpler than elsewhere: LLaMA alone, without biases, dropout or quantized weight
 
 Letters: T tokens of a stream, N scored ones (in attention: rows that ask), D width, H query heads,
 G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
-(kernels: rows of a tile); kernels: C and M, how much a program takes at a time; x' is x.T
+(tree kernels: rows of a tile), S most results of one of them, p probabilities (attend_pages:
+pages, with w readers each); kernels: P keys of a page, C and M how much a program takes at a time;
+x' is x.T
 """
 import argparse
 import atexit
@@ -716,15 +718,15 @@ def logit_gradients(z, target, log_sum, grad):
     outside. log_sum and grad are (N,)."""
     if use_kernels(z):
         return launch_row_gradients(z, target, log_sum, grad)
-    inside = target.clamp(0, z.shape[1] - 1)
+    inside = target.clamp(0, z.shape[1] - 1)                # a column of z; target, if that is one
     hit = grad * (inside == target)                         # grad onehot(target): 0 if outside
     for start in range(0, len(z), CACHED_ROWS):
         some = slice(start, start + CACHED_ROWS)
-        p = full_precision(z[some]) - log_sum[some, None]
-        p.exp_()
-        p.mul_(-grad[some, None])
-        p.scatter_add_(-1, inside[some, None], hit[some, None])
-        z[some] = p
+        dz = full_precision(z[some]) - log_sum[some, None]
+        dz.exp_()                                           # p
+        dz.mul_(-grad[some, None])                          # - grad p
+        dz.scatter_add_(-1, inside[some, None], hit[some, None])
+        z[some] = dz
     return z
 
 
@@ -781,7 +783,8 @@ def tile_stop(start, end):
 
 
 class TileAttention(torch.autograd.Function):
-    """The twin of attention_by_mask, tile by tile, with q already divided by sqrt(E):
+    """The twin of attention_by_mask, tile by tile. Here q is the given one divided by sqrt(E), and
+    dq the gradient of the given one:
 
     forward:                      out = p v,  p = softmax(q k')
     backward, p computed again:   dv = p' do,  ds = p (do v' - delta),  delta = sum(do out),
@@ -859,8 +862,9 @@ class TileAttention(torch.autograd.Function):
 
 # ------------------------------------------------------------------ Triton kernels
 # A kernel says what one program does with one tile; the grid says how many programs run. Sums are
-# float32, and "ieee" keeps float32 operands whole. Exponentials are powers of two: scores are
-# multiplied by log2(e) first. TRITON_INTERPRET=1 runs the same code on a CPU, for tests.
+# float32, and "ieee" keeps float32 operands whole. Attention's exponentials are powers of two, as
+# `scores` multiplies by log2(e); those of logits, and join_kernel's, are natural.
+# TRITON_INTERPRET=1 runs the same code on a CPU, for tests.
 try:
     import triton
     import triton.language as tl
@@ -900,8 +904,9 @@ def cdiv(a, b):
 
 
 def launch(kernel, grid, warps, x, *args):
-    """Run a kernel on the device of x, which need not be the current one. warps: how many share a
-    program's work; of a product, each takes 16 rows at least, so 64 rows have work for four."""
+    """Run a kernel on the device of x, which need not be the current one. warps: how many groups of
+    32 threads share a program's work; of a product on matrix units (bf16, float16) each takes 16
+    rows at least, so 64 rows have work for four."""
     with torch.cuda.device_of(x):
         kernel[grid](x, *args, num_warps=warps, num_stages=2)
 
@@ -938,7 +943,7 @@ def tree_forward(Q, K, V, OUT, LSE,
     # out = softmax(q k' / sqrt(E)) v and its log-sum-exp: program (row tile a, head h). Of the keys
     # so far: top is the largest score s, total = sum 2^(s - top), out = sum 2^(s - top) v
     # (Milakov & Gimelshein 2018). Q and OUT (N, H, E), K and V (T, G, E); LSE (H, N), as `scores`:
-    # in powers of two. END (T, padded); row tile a reads key tiles TILES[FIRST[a] .. FIRST[a + 1]]
+    # in powers of two. END (T, padded); row tile a reads key tiles TILES[FIRST[a]:FIRST[a + 1]]
     a = tl.program_id(0)
     h = tl.program_id(1)
     g = h * G // H
@@ -1044,8 +1049,9 @@ def tree_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, END,
 
 @lru_cache(1)
 def tree_tiles(plan, B):
-    """Where rows look, in tiles of B, as int32: end (padded), first and tiles; row tile a sees the
-    key tiles tiles[first[a]:first[a + 1]]."""
+    """Where rows look, in tiles of B rows and B keys, as int32: end, filled up with zeros to whole
+    tiles (no row sees a key that ends at 0); first (row tiles + 1,); tiles, row tile by row tile
+    the numbers of the key tiles it sees: of row tile a, tiles[first[a]:first[a + 1]]."""
     T = len(plan.end)
     device = plan.position.device
     end = functional.pad(plan.end, (0, -T % B))                     # whole tiles
@@ -1066,7 +1072,8 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def tile_sizes(q):
         """(rows of a tile, warps; keys of a tile of tree_backward_kv, warps): what registers hold.
-        128 keys read q and do half as often as 64, and give eight warps 16 rows each."""
+        128 keys read q and do half as often as 64, and give eight warps 16 rows each. float32
+        products ("ieee") use no matrix units: there a warp may have fewer rows."""
         E = q.shape[-1]
         if q.element_size() == 4:
             warps = max(4, E // 16)
@@ -1172,7 +1179,7 @@ def row_totals(Z, TARGET, PICKED, LOG_SUM, V, C: constexpr):
     # writes PICKED and LOG_SUM (N,), float32
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
-    top = float("-inf")
+    top = float("-inf")                 # unlike in tree_forward: no C logits are -inf together
     total = 0.0
     for start in range(0, V, C):
         v = start + tl.arange(0, C)
@@ -1191,9 +1198,10 @@ def row_totals(Z, TARGET, PICKED, LOG_SUM, V, C: constexpr):
 
 @jit
 def row_gradients(Z, TARGET, LOG_SUM, GRAD, V, C: constexpr):
-    # z <- g (onehot(target) - softmax(z)), in place, for C logits of one row: program (row, part),
-    # part 0, 1, ... while it begins before V. Z (N, V); TARGET (N,) int64, which may lie outside of
-    # 0 .. V - 1: adds nothing then; LOG_SUM (N,): log sum exp(z); GRAD (N,): g
+    # z <- g (onehot(target) - exp(z - log_sum)), in place, for C logits of one row: program (row,
+    # part), part 0, 1, ... while it begins before V. Z (N, V): V neighbouring tokens, rarely all of
+    # the vocabulary, see logit_gradients; TARGET (N,) int64, counted from the first of them, adds
+    # nothing where it is outside of 0 .. V - 1; LOG_SUM (N,), over the whole vocabulary; GRAD (N,)
     n = tl.program_id(0)
     v = tl.program_id(1) * C + tl.arange(0, C)
     Z += n.to(tl.int64) * V
@@ -1239,9 +1247,9 @@ def scaled_logits(Z, start, V, temperature, C: constexpr):
 
 @jit
 def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
-    # draw_token: program n draws for row n of Z (N, V), C logits at a time. A probability is
-    # exp(z - top) / total: `total`, `before`, `goal` and `likelier` are sums of exp(z - top). SEED
-    # and POSITION (N,) int64; writes TOKEN (N,) int64
+    # draw_token: program n draws for row n of Z (N, V), C logits at a time. Nothing is divided by
+    # `total`: here p is exp(z - top), and `mass`, `before`, `goal` and `likelier` are sums of p, so
+    # top_p becomes top_p total. SEED and POSITION (N,) int64; writes TOKEN (N,) int64
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
     top = -1e30                                         # finite, as a whole part can be -inf
@@ -1276,7 +1284,7 @@ def draw_kernel(Z, SEED, POSITION, TOKEN, V, temperature, top_p, C: constexpr):
             p = tl.exp(z - top)
             likelier += tl.sum(tl.where(z > mine, p, 0.0), 0)
         rejected = (likelier >= top_p * total) | (tl.exp(mine - top) == 0)
-        rejected = rejected & (total > 0)               # NaN is not, and ends with any token
+        rejected = rejected & (total > 0)               # false where total is NaN: any token then
         tl.store(TOKEN + n, pick.to(tl.int64))
 
 
@@ -1296,7 +1304,7 @@ def launch_draw_kernel(logits, seed, position, temperature, top_p):
 # page belongs to the instruction, to one prompt, or to one sample. A *job* is a prompt with those
 # of its samples that are decoded together, a *slot* where one of them is decoded. The slots in use
 # advance together, a token a step: they are the *rows* of a batch, in the order of their jobs.
-# Every few steps is a *look* at what has ended.
+# Every `poll` steps there is a *look* at what has ended (finish).
 #
 # Prompts A and B with two samples each, in rows 0 (A0), 1 (A1), 2 (B0), 3 (B1); the instruction,
 # each prompt and each sample fill one page:
@@ -1493,17 +1501,17 @@ class PagePool:
         self.k[layer][page, :, offset] = k
         self.v[layer][page, :, offset] = v
 
-    def first(self, layer, pages, count):
-        """k and v (count, G, E) of the first `count` keys of the lowest `pages` pages."""
-        k = self.k[layer, :pages].transpose(1, 2).flatten(0, 1)
-        v = self.v[layer, :pages].transpose(1, 2).flatten(0, 1)
+    def first(self, layer, page_count, count):
+        """k and v (count, G, E) of the first `count` keys of the lowest `page_count` pages."""
+        k = self.k[layer, :page_count].transpose(1, 2).flatten(0, 1)    # (pages x 64, G, E)
+        v = self.v[layer, :page_count].transpose(1, 2).flatten(0, 1)
         return k[:count], v[:count]
 
 
 def attend_pages(q, readers, k, v, bias, lse, out):
-    """Attention of each page's readers to its keys: q (B, G, R, E), readers (p, w), which rows of
-    q, k and v (p, G, 64, E), bias (p, 64), 0 or NO_KEY. With s = q k' / sqrt(E) + bias, log sum
-    exp(s) is written to lse (p w, G, R), and softmax(s) v to out (p w, G, R, E)."""
+    """Attention of the w readers of each of p pages to its keys. q (B, G, R, E); readers (p, w):
+    which rows of q; k and v (p, G, 64, E); bias (p, 64): 0 or NO_KEY. With s = q k' / sqrt(E) +
+    bias, log sum exp(s) is written to lse (p w, G, R), and softmax(s) v to out (p w, G, R, E)."""
     E = q.shape[-1]
     fits = E * q.element_size() < 512                       # else too much for a T4's shared memory
     if use_kernels(q) and E in KERNEL_WIDTHS and fits:
@@ -1513,7 +1521,8 @@ def attend_pages(q, readers, k, v, bias, lse, out):
     s = (some_q * E ** -0.5) @ k.mT                         # (p, G, w R, 64)
     s.add_(bias[:, None, None])
     probability = s.softmax(-1, dtype=lse.dtype)
-    some_lse = s.amax(-1) - probability.amax(-1).log()      # the largest p is exp(max s - lse)
+    # the largest probability is exp(max s - lse); solved for lse, it saves a second sum of exp(s)
+    some_lse = s.amax(-1) - probability.amax(-1).log()
     some_out = probability.to(v.dtype) @ v
     by_reader = some_lse.unflatten(2, (w, -1)).transpose(1, 2)                     # (p, w, G, R)
     lse.unflatten(0, (p, w)).copy_(by_reader)
@@ -1673,7 +1682,7 @@ class Engine:
         longest = sampling.max_new_tokens + capacity.poll
         self.history = torch.zeros(capacity.slots, longest, dtype=torch.long,
                                    device=self.device)      # ids drawn in each slot
-        # was a logit NaN or infinite?
+        # was ever the largest logit of a step infinite, or NaN (which amax puts above all)?
         self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
         self.free_slots = list(range(capacity.slots))
         self.owned = {}                                     # live slot -> its own pages
@@ -1727,7 +1736,7 @@ class Engine:
         tokens = []
         end = []
         places = []
-        firsts = []                                         # (slot, seed, last row, length)
+        firsts = []                 # (slot, seed, where in `tokens` its prompt ends, length)
         for job in jobs:
             own = job.prompt[self.cached:]
             tokens += own
@@ -1779,11 +1788,12 @@ class Engine:
         youngest may be the very job that asks: it has no slots then and needs nothing."""
         put_back = []
         for job in list(self.jobs):
+            # for a key more than decode stores: the last token that it draws is fed the next time
             need = pages_for(job.drawn + self.capacity.poll)
             while sum(need - len(self.owned[slot]) for slot in job.slots) > len(self.pool.free):
                 youngest = self.jobs[-1]
                 put_back.append(youngest)
-                self.release(youngest.slots)
+                self.release(list(youngest.slots))          # a copy: release takes them away
             for slot in job.slots:
                 own = self.owned[slot]
                 own += self.pool.take_highest(need - len(own))
@@ -1827,7 +1837,8 @@ class Engine:
     # ---- decode
     def decode(self):
         """Draw `poll` tokens in every slot. What is drawn changes no shape and no address, only
-        what `history` and `drawn` hold; so a step can be recorded and replayed."""
+        what `history` and `drawn` hold; so a step can be recorded and replayed, until the next call
+        makes another batch."""
         batch = self.make_batch()
         step = partial(self.step, batch)
         for n in range(self.capacity.poll):
@@ -1961,8 +1972,8 @@ class Engine:
     def answers(self, done):
         """[(prompt number, sample number, ids)] of slots that are done: {slot: how many ids}."""
         longest = max(done.values(), default=0)
-        rows = self.history[list(done), :longest].tolist()
-        ids = {slot: row[:done[slot]] for slot, row in zip(done, rows)}
+        drawn = self.history[list(done), :longest].tolist()
+        ids = {slot: own[:done[slot]] for slot, own in zip(done, drawn)}
         return [(job.number, sample, ids[slot])
                 for job in self.jobs
                 for slot, sample in job.slots.items()
