@@ -521,6 +521,8 @@ def main(argv=None):
             return moderate_lines(args, guard)
         # all files and folders are checked first: to answer one can take hours
         benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
+        check_apart(results + [{"dataset": benchmark.name, "task": task, "file": benchmark.path}
+                               for benchmark in benchmarks for task in benchmark.tasks])
         asked = [(benchmark, claim_benchmark(args, benchmark, guard, world))
                  for benchmark in benchmarks]
         for benchmark, prompts in asked:
@@ -557,7 +559,7 @@ def contradictions(args):
     names = [args.dataset or Path(path).stem for path in args.data or []]
     files = [os.path.realpath(path) for path in args.predictions or []]
     moderates = args.moderate or args.prompt is not None
-    unfit = [name for name in names if name in ("..", "results.json")]
+    unfit = [name for name in names if name in (".", "..", "results.json")]
     scoring = args.out or args.dataset or args.by or args.legacy or args.fpr is not None
     for_data = args.fast or args.k > 1 or args.scores
     return [
@@ -566,7 +568,8 @@ def contradictions(args):
          "--data FILE..., --prompt TEXT or --moderate is missing"),
         (args.data and not args.out, "--out DIR is missing"),
         (len(set(names)) < len(names), "--data: two files of one name; evaluate them apart"),
-        (unfit, f"no folder of --out can be called {''.join(unfit[:1])!r}; name it with --dataset"),
+        (unfit, f"no folder of --out can be called {''.join(unfit[:1])!r}; "
+                "choose another --dataset"),
         (not args.data and for_data, "--fast, --k, --scores are for --data"),
         (len(set(files)) < len(files), "--predictions: a file is named twice"),
         (args.dataset and Path(args.dataset).name != args.dataset or args.dataset == "..",
@@ -592,8 +595,8 @@ def check_apart(results):
         name = (result["dataset"], result["task"])
         file = first.setdefault(name, result["file"])
         if file != result["file"]:
-            raise InputError(f"{file} and {result['file']} are both called {name[0]!r}: "
-                             "score them apart")
+            raise InputError(f"{file} and {result['file']} are both called {name[0]!r}: score them "
+                             "apart; two benchmarks belong into folders of their names")
 
 
 def tell_unused(args, results):
@@ -1143,7 +1146,8 @@ def table_line(r):
     paper = side_by_side(figures)
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     if len(name) > 24:
-        name = f"..{name[-22:]}"                            # ends differ where beginnings do not
+        indent = "  " if "slice" in r else ""
+        name = f"{indent}..{name[len(indent) - 22:]}"       # ends differ where beginnings do not
     return (f"{name:24} {r['n']:5}  {r['f1']:6.2f}   "
             f"{low:5.1f} - {high:5.1f}   "
             f"{r['precision']:8.2f}  {r['recall']:6.2f} {r['false_positive_rate']:5.1f} "

@@ -92,8 +92,11 @@ def parse_arguments(argv):
 
 def read_examples(tokenizer, paths, max_length, limit=None):
     """The examples of these files of records, of the first `limit` of each."""
-    records = [record for path in paths for record in read_records(path)[:limit]]
-    warn_of_training(records)
+    records = []
+    for path in paths:
+        some = read_records(path)[:limit]
+        warn_of_training(path, some)
+        records += some
     examples, _ = encode_records(tokenizer, records, max_length)
     return examples
 
@@ -173,13 +176,15 @@ def training_arguments(p):
                    help="keep the newest N checkpoints")
 
 
-def warn_of_training(records):
-    """Say how many records would teach a guard what it will not be asked, or what is not read."""
-    asked = sum(record["instruction"] != INSTRUCTION for record in records)
-    warn(asked, "records have another instruction than eval.py's --prompt and --moderate ask with")
+def warn_of_training(path, records):
+    """Say how many records of a file would teach a guard what it will not be asked, or what is not
+    read."""
+    other = sum(record["instruction"] != INSTRUCTION for record in records)
+    warn(other, f"records of {path} have another instruction than eval.py's --prompt and "
+                "--moderate ask with")
     silent = sum(not any(parse_verdict(record["output"]).values()) for record in records)
-    warn(silent, "records have an output in which no verdict is read: it must end in an Answers "
-                 "block, with lines like 'Request: harmful'")
+    warn(silent, f"records of {path} have an output in which no verdict is read: it must end in an "
+                 "Answers block, with lines like 'Request: harmful'")
 
 
 # ------------------------------------------------------------------ model and optimizer
@@ -229,18 +234,25 @@ def check_can_shard(device):
 def check_disk(args):
     """InputError if there is no room in --out for the finished model, and with --save-every for its
     checkpoints (fp32 weights and two moments), of which a new one is written beside the newest
-    --keep: better now than after hours. A remark, if only a signal's checkpoint has no room."""
+    --keep, as far as so many are due: better now than after hours. A remark, if only a signal's
+    checkpoint has no room."""
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     weights = parameters(config)
     need = weights * getattr(torch, config.torch_dtype).itemsize
     checkpoint = weights * 3 * torch.float32.itemsize
+    more = 0                                                # checkpoints that are to come
     if args.save_every:
-        need += checkpoint * max(1, args.keep + 1 - len(checkpoints(args.out)))
+        steps = args.epochs * math.ceil(args.examples / args.batch_size)
+        steps = min(steps, args.max_steps or steps)
+        due = (steps - 1) // args.save_every                # none after the last step
+        more = min(due, max(1, args.keep + 1 - len(checkpoints(args.out))))
+    need += checkpoint * more
     free = shutil.disk_usage(args.out).free
     if need > free:
         raise InputError(f"{args.out}: what will be written needs {need / 2 ** 30:.1f} GiB, and "
-                         f"{free / 2 ** 30:.1f} are free; make room, or choose another --out")
-    if not args.save_every and need + checkpoint > free:
+                         f"{free / 2 ** 30:.1f} are free; make room, lower --keep, or choose "
+                         "another --out")
+    if not more and need + checkpoint > free:
         tell(f"{args.out}: has no room for what Ctrl-C or SIGTERM would save, "
              f"{checkpoint / 2 ** 30:.1f} GiB")
 

@@ -81,12 +81,14 @@ def figures_of(folder, name):
 
 
 def clear(out):
-    """An empty folder: what an earlier run left there goes, and where anything else is, this ends."""
+    """An empty folder: what an earlier run left there goes, and where anything else is, this ends.
+    A run writes records.json first, and it goes last: sft or dpo without it are somebody's."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if out.exists() and not out.is_dir() or names - {"records.json", "sft", "hard.jsonl", "dpo"}:
+    others = names - {"records.json", "sft", "hard.jsonl", "dpo"}
+    if out.exists() and not out.is_dir() or others or names and "records.json" not in names:
         sys.exit(f"{out}: holds what this did not write; choose another --out")
-    for name in names:
-        if (out / name).is_dir():
+    for name in sorted(names, key=lambda name: name == "records.json"):
+        if (out / name).is_dir() and not (out / name).is_symlink():
             shutil.rmtree(out / name)
         else:
             (out / name).unlink()

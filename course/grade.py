@@ -292,7 +292,8 @@ def check_files(args, names, exercises):
 @contextlib.contextmanager
 def alone_with(path):
     """Wait until no other grader reads and writes this file: each adds its own row."""
-    folder = os.open(Path(path).resolve().parent, os.O_RDONLY)
+    with writing(path):
+        folder = os.open(Path(path).parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):                  # a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -314,8 +315,9 @@ def check_writable(path):
             raise InputError(f"{path.parent}: is a file; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")      # the longer name of the two
-        temporary.touch()
-        temporary.unlink()
+        with alone_with(path):                              # another grader may be writing it
+            temporary.touch()
+            temporary.unlink()
 
 
 def write_text(path, text):

@@ -146,7 +146,7 @@ MUTANTS = [
     # ---- what the world feeds it: a guard that fails open
     ("data.py", "return None if negated or joined or doubted or contradicted else word", "return word", "test_data.py -k what_is_a_verdict"),
     ("data.py", "said = in_block[:1] or", "said = in_block[-1:] or", "test_data.py -k parse_verdict"),
-    ("train_sft.py", "args.keep + 1 - len(checkpoints(args.out))", "1", "test_train.py -k without_room"),
+    ("train_sft.py", "more = min(due, max(1, args.keep + 1 - ", "more = min(1, max(1, args.keep + 1 - ", "test_train.py -k without_room"),
     ("train_sft.py", "    if need > free:", "    if False:", "test_train.py -k without_room"),
     ("data.py", "        temporary.chmod(mode) ", "        mode ", "test_data.py -k whom_a_new"),
     ("mine_hard.py", "return seed if begun else seed + number", "return seed", "test_mine.py -k models_that_are_alike"),

@@ -263,9 +263,12 @@ def test_day_one_removes_nothing_but_its_own(tmp_path):
     with pytest.raises(SystemExit, match="holds what this did not write"):
         day_one.clear(tmp_path)
     (tmp_path / "notes.txt").unlink()
-    for name in ("sft", "dpo"):
+    for name in ("sft", "dpo"):                             # of python train_sft.py, say
         (tmp_path / name).mkdir()
-    (tmp_path / "hard.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="holds what this did not write"):
+        day_one.clear(tmp_path)
+    for name in ("records.json", "hard.jsonl"):
+        (tmp_path / name).write_text("")
     day_one.clear(tmp_path)
     assert not list(tmp_path.iterdir())
     day_one.clear(tmp_path / "new/folder")

@@ -215,6 +215,7 @@ def test_names_that_begin_alike_are_told_apart(capsys):
     lines = [evaluation.table_line({**figures, "dataset": f"adversarial_subcategory_{end}", "task": "request"}) for end in "ab"]
     assert lines[0] != lines[1] and lines[0].startswith("..ersarial_subcategory_a ")
     assert evaluation.table_line({**figures, "slice": "by=\x1b[2J\n", "task": "request"}).startswith("  by=?[2J? ")
+    assert evaluation.table_line({**figures, "slice": "x" * 30 + "=end", "task": "request"}).startswith("  ..xxxxxxxxxxxxxxxx=end ")
 
 
 def test_averages_stand_beside_the_papers():

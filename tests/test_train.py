@@ -223,27 +223,29 @@ def test_checkpoints_of_an_unknown_run_are_not_mixed_with_another(tmp_path, more
 
 
 # bytes a weight: the model has 4, a checkpoint 12, and a new one is written beside those that are kept
-@pytest.mark.parametrize("free, more", [(3.9, []), (27.9, ["--save-every", 2, "--keep", 1])])
+@pytest.mark.parametrize("free, more", [(3.9, []), (27.9, ["--save-every", 2, "--keep", 1]), (15.9, ["--save-every", 4])])
 def test_a_disk_without_room_is_said_before_training(tmp_path, monkeypatch, capsys, free, more):
     weights = train_sft.parameters(train_sft.LlamaConfig.from_json(ROOT / "toy/model/config.json"))
+    steps = ["--max-steps", 5]                              # of which the second and fourth are saved, or the fourth alone
     for bytes_free in (free * weights, (free + 0.2) * weights):
         monkeypatch.setattr(train_sft.shutil, "disk_usage", lambda path: SimpleNamespace(free=bytes_free))
-        if bytes_free < (28 if more else 4) * weights:
+        if bytes_free == free * weights:
             with pytest.raises(InputError, match="what will be written needs 0.0 GiB, and 0.0 are free; make room"):
-                run(tmp_path / "a", "--max-steps", 1, *more)
+                run(tmp_path / "a", *steps, *more)
             assert not (tmp_path / "a/metrics.jsonl").exists()
         else:
-            run(tmp_path / "a", "--max-steps", 1, *more)
+            run(tmp_path / "a", *steps, *more)
             assert ("has no room for what Ctrl-C or SIGTERM would save" in capsys.readouterr().err) == (not more)
 
 
 def test_records_that_teach_what_is_not_asked_or_not_read_are_counted(tmp_path, capsys):
     record = json.loads((ROOT / "toy/dev.json").read_text())[0]
-    train_sft.warn_of_training([record])
+    train_sft.warn_of_training("f", [record])
     assert capsys.readouterr().err == ""
-    train_sft.warn_of_training([record, {**record, "instruction": record["instruction"].strip()}, {**record, "output": "harmful"}])
+    train_sft.warn_of_training("f", [record, {**record, "instruction": record["instruction"].strip()}, {**record, "output": "harmful"}])
     other, silent = capsys.readouterr().err.splitlines()
-    assert other.startswith("1 records have another instruction") and silent.startswith("1 records have an output in which no verdict")
+    assert other.startswith("1 records of f have another instruction")
+    assert silent.startswith("1 records of f have an output in which no verdict")
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):

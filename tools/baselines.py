@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audit import keep_others  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
-                  interruptible, is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
+                  is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
 from eval import read_benchmark  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
@@ -112,15 +112,14 @@ def guard_questions(benchmark):
     return questions
 
 
-def run_guard(args, path, dataset, guard):
+def run_guard(args, benchmark, guard):
     """Prediction lines of LLaMA Guard, a LazyModel, for one file."""
-    benchmark = read_benchmark(path, dataset, args.limit)
-    folder = Path(args.out) / dataset
+    folder = Path(args.out) / benchmark.name
     file = folder / "answers.jsonl"
     questions = guard_questions(benchmark)
     prompts = [guard_ids(guard.tokenizer, args.template, texts, args.max_length)
                for _, _, texts in questions]
-    settings = generation_settings(args, guard, temperature=0, data=str(path), template=args.template)
+    settings = generation_settings(args, guard, temperature=0, data=benchmark.path, template=args.template)
     settings["max_new_tokens"] = args.max_new_tokens or 32
     world = World(guard.device)
     claim_answers(prompts, file, world, settings, args, folder / "generated_predictions.jsonl")
@@ -132,7 +131,7 @@ def run_guard(args, path, dataset, guard):
         verdicts.setdefault(i, {})[task] = word
         named.update([word or "no verdict", *categories])
     counts = ", ".join(f"{name} {n}" for name, n in named.most_common())
-    say(f"{dataset}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
+    say(f"{benchmark.name}: {len(questions)} questions on {len(verdicts)} of {len(benchmark.records)} records; {counts}")
     return [prediction(benchmark, i, format_answers(**verdict), tasks=verdict)
             for i, verdict in verdicts.items()]
 
@@ -331,15 +330,14 @@ Response: xxx"""
 REFUSED = format_answers("harmful", "refusal", "harmful")
 
 
-def run_address(args, path, dataset):
+def run_address(args, benchmark):
     """Prediction lines of a model behind an address, as the paper's GPT-4o+CoT, but asked in our words.
 
     As in the paper, a model that refuses the job has said harmful, refusal, harmful (--refusals wrong:
     it has said nothing, which counts as wrong)."""
-    benchmark = read_benchmark(path, dataset, args.limit)
     records = benchmark.records
-    file = Path(args.out) / dataset / "answers.jsonl"
-    settings = {"model": args.model, "data": str(path), "max_new_tokens": args.max_new_tokens, "reply": REPLY}
+    file = Path(args.out) / benchmark.name / "answers.jsonl"
+    settings = {"model": args.model, "data": benchmark.path, "max_new_tokens": args.max_new_tokens, "reply": REPLY}
     check_settings(file.with_name("settings.json"), settings)
 
     def answer(row):
@@ -353,7 +351,7 @@ def run_address(args, path, dataset):
     refused = sum(line["refused"] for line in lines.values())
     long = sum(line.get("finish") == "too long" for line in lines.values())
     mute = sum(not (line["refused"] or any(parse_verdict(line["text"]).values())) for line in lines.values())
-    say(f"{dataset}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
+    say(f"{benchmark.name}: {refused} of {len(records)} rows refused ({100 * refused / len(records):.2f}%; paper, "
           f"GPT-4o: 36.81%), each counted as {args.refusals}; {mute} more rows without a verdict"
           + (f", {long} of them as the texts were too long" if long else ""))
     return [prediction(benchmark, row, counted(line, args.refusals)) for row, line in lines.items()]
@@ -410,24 +408,26 @@ def main(argv=None):
         guard = LazyModel(args, args.guard, pick_device(args.device))
         if args.template == TEMPLATE:
             tell("LLaMA Guard is asked in our words; --template: in those of its training")
-    names = [args.dataset or Path(path).stem for path in args.data]
-    for path, name in zip(args.data, names):                # all of them, before the first is asked about
-        read_benchmark(path, name, args.limit)
+    # all of them, before the first is asked about
+    benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
+    names = [benchmark.name for benchmark in benchmarks]
+    for name in names:
         if names.count(name) > 1:
             raise InputError(f"--data: two files are called {name!r}; ask about them apart")
         if not args.guard:
             folder = Path(args.out) / name
             keep_others(folder / "generated_predictions.jsonl", folder / "settings.json")
 
-    for path in args.data:
-        name = args.dataset or Path(path).stem
-        lines = run_guard(args, path, name, guard) if args.guard else run_address(args, path, name)
+    for benchmark in benchmarks:
+        lines = run_guard(args, benchmark, guard) if args.guard else run_address(args, benchmark)
         if lines:
-            target = Path(args.out) / name / "generated_predictions.jsonl"
+            target = Path(args.out) / benchmark.name / "generated_predictions.jsonl"
             write_lines(target, lines)
             say(f"wrote {target}: {len(lines)} predictions")
 
 
 if __name__ == "__main__":
-    with interruptible("the same command goes on"):
+    try:
         main()
+    except KeyboardInterrupt:               # (SIGTERM ends at once: what was answered is written)
+        raise InputError("interrupted; the same command goes on") from None

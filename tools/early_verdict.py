@@ -404,11 +404,12 @@ def main(argv=None):
     if world.rank == 0:
         summary = summarize(readings, [record["gold"] for record in records])
         warn(readings.count({}), f"of {len(records)} answers could not be read")
+        # early.json first: it says that the others were made here
+        write_json(out / "early.json", {"model": str(args.model), "data": str(args.data),
+                                        "forms": forms, "tasks": summary})
         write_lines(out / "early.jsonl",
                     [{"text": zlib.crc32(answer.encode(errors="replace")), "tasks": reading}
                      for answer, reading in zip(answers, readings)])
-        write_json(out / "early.json", {"model": str(args.model), "data": str(args.data),
-                                        "forms": forms, "tasks": summary})
         draw(summary, f"{args.model} on {args.data}", out / "early.svg")
         report(summary, forms)                              # last: a reader may be slow
 

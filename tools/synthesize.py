@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import audit  # noqa: E402
 from baselines import answer_rows, ask, server_url  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, format_answers,  # noqa: E402
-                  format_input, gold_verdict, interruptible, parse_records, parse_verdict, read_records, say,
+                  format_input, gold_verdict, parse_records, parse_verdict, read_records, say,
                   split_input, write_json)
 from eval import print_line  # noqa: E402
 from mine_hard import check_settings  # noqa: E402
@@ -322,5 +322,7 @@ def synthesize_file(args, path, exchanges):
 
 
 if __name__ == "__main__":
-    with interruptible("the same command goes on"):
+    try:
         main()
+    except KeyboardInterrupt:               # (SIGTERM ends at once: what was answered is written)
+        raise InputError("interrupted; the same command goes on") from None
