@@ -705,7 +705,7 @@ def find_exchange(text):
     return AS_WRITTEN.match(text) or AS_SPELLED.match(text)
 
 
-NO_RESPONSE = ("nan", "null", "n/a", "none")        # what others write for None, in any case
+NO_RESPONSE = ("", "nan", "null", "n/a", "none")    # what others write for None, in any case
 
 
 def warn_of_inputs(path, records):
@@ -718,7 +718,7 @@ def warn_of_inputs(path, records):
         exchange = find_exchange(text)
         if exchange:
             response = exchange.group(2).strip()
-            absent += (not response or response.lower() in NO_RESPONSE) and response != "None"
+            absent += response.lower() in NO_RESPONSE and response != "None"
             continue
         human = HUMAN_MEANT.search(text)
         alike += bool(human and ASSISTANT_MEANT.search(text, human.end()))

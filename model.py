@@ -1201,8 +1201,7 @@ def row_gradients(Z, TARGET, LOG_SUM, GRAD, V, C: constexpr):
     # z <- g (onehot(target) - exp(z - log_sum)), in place, for C logits of one row: program (row,
     # part), part 0, 1, ... while it begins before V. Z (N, V): V neighbouring tokens, rarely all of
     # the vocabulary, see logit_gradients; TARGET (N,) int64, counted from the first of them, adds
-    # nothing where it is outside of 0 .. V - 1; LOG_SUM (N,), over the whole vocabulary; GRAD (N,):
-    # g
+    # nothing where it is outside of 0 .. V - 1; LOG_SUM (N,), of all the vocabulary; GRAD (N,): g
     n = tl.program_id(0)
     v = tl.program_id(1) * C + tl.arange(0, C)
     Z += n.to(tl.int64) * V

@@ -242,9 +242,7 @@ def check_disk(args):
     checkpoint = weights * 3 * torch.float32.itemsize
     more = 0                                                # checkpoints that are to come
     if args.save_every:
-        steps = args.epochs * math.ceil(args.examples / args.batch_size)
-        steps = min(steps, args.max_steps or steps)
-        due = (steps - 1) // args.save_every                # none after the last step
+        due = (args.steps - 1) // args.save_every           # none after the last step
         more = min(due, max(1, args.keep + 1 - len(checkpoints(args.out))))
     need += checkpoint * more
     free = shutil.disk_usage(args.out).free
@@ -514,13 +512,14 @@ def not_whole(folder, why):
 # ------------------------------------------------------------------ a run and its log
 def identify_run(args, world, examples, schedule, alphas=(), held_out=()):
     """Add to args what makes a run this one beside its arguments, for the log and for start_run,
-    which compares it when a run is resumed: examples, how many there are; data_hash, of all ids and
-    of the pairs' alphas; eval_hash, of the held-out ids; schedule_hash, of the batches and learning
-    rates; config_hash and weights_hash, of the base model; dtype, as other hardware would choose
-    another."""
+    which compares it when a run is resumed: examples and steps, how many there are; data_hash, of
+    all ids and of the pairs' alphas; eval_hash, of the held-out ids; schedule_hash, of the batches
+    and learning rates; config_hash and weights_hash, of the base model; dtype, as other hardware
+    would choose another."""
     steps = len(schedule)
     rates = [f"{lr_at(step, steps, args.lr):.6g}" for step in range(steps)]
     args.examples = len(examples)
+    args.steps = steps
     args.data_hash = fingerprint([*all_ids(examples), alphas])
     args.eval_hash = fingerprint(all_ids(held_out))
     args.schedule_hash = fingerprint([*schedule, rates])

@@ -252,7 +252,7 @@ MUTANTS = [
     ("data.py", "[*before, *values] if given else values", "values", "test_data.py -k two_parts"),
     ("data.py", "if said and not NO_LABEL.fullmatch(said[0]) and not verdict_word(said[0], words):", "if said and not verdict_word(said[0], words):",
      "test_data.py -k no_verdict_is_said"),
-    ("data.py", 'in NO_RESPONSE) and response != "None"', "in NO_RESPONSE)", "test_data.py -k was_meant"),
+    ("data.py", 'in NO_RESPONSE and response != "None"', "in NO_RESPONSE", "test_data.py -k was_meant"),
     ("train_dpo.py", "missing += not names", "missing += bool(names)", "test_dpo.py -k missing_one"),
     ("eval.py", "unasked += not prompt and is_word and not only_task(dataset)", "unasked += not prompt and is_word", "test_eval.py -k predictions_lack"),
     ("tools/view.py", "if SAMPLES.fullmatch(path.name)", "if True", "test_view.py -k not_read"),

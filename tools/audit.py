@@ -32,6 +32,13 @@ def output_of(place, record):
     return output
 
 
+def check_names(names):
+    """InputError where two files have one name: what is made of them is called by it."""
+    (name, times), = Counter(names).most_common(1)
+    if times > 1:
+        raise InputError(f"two files are called {name!r}; rename one, or take one at a time")
+
+
 def keep_inputs(out, paths, option="--out"):
     """InputError where a file that is to be written is one of those that are read, under any name."""
     for path in paths:

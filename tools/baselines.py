@@ -32,7 +32,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from audit import keep_others  # noqa: E402
+from audit import check_names, keep_others  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
                   is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
@@ -410,12 +410,10 @@ def main(argv=None):
             tell("LLaMA Guard is asked in our words; --template: in those of its training")
     # all of them, before the first is asked about
     benchmarks = [read_benchmark(path, args.dataset, args.limit) for path in args.data]
-    names = [benchmark.name for benchmark in benchmarks]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--data: two files are called {name!r}; ask about them apart")
+    check_names(benchmark.name for benchmark in benchmarks)
+    for benchmark in benchmarks:
+        folder = Path(args.out) / benchmark.name
         if not args.guard:
-            folder = Path(args.out) / name
             keep_others(folder / "generated_predictions.jsonl", folder / "settings.json")
 
     for benchmark in benchmarks:

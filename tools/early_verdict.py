@@ -54,9 +54,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import STEP, folder_path, keep_all_but_records, keep_inputs  # noqa: E402
+from audit import STEP, folder_path, keep_all_but_records, keep_inputs, keep_others  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
-                  exchange_of, folder_of, gold_verdict, is_there, parse_records, parse_verdict, read_json, say, warn,
+                  exchange_of, folder_of, gold_verdict, is_there, parse_records, parse_verdict, read_object, say, warn,
                   write_json)
 from eval import TITLES, has_no_end, labels_of  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
@@ -417,11 +417,11 @@ def main(argv=None):
 def keep_what_is_not_ours(out):
     """InputError where a file that is to be written is there, and early.json does not say that it
     was made here."""
-    said = out / "early.json"
-    ours = is_there(said) and isinstance(made := read_json(said), dict) and {"forms", "tasks"} <= made.keys()
-    for path in (said, out / "early.jsonl", out / "early.svg"):
-        if is_there(path) and not ours:
-            raise InputError(f"{path}: is there, and was not made here; choose another --out")
+    made = out / "early.json"
+    if is_there(made) and not {"forms", "tasks"} <= read_object(made).keys():
+        raise InputError(f"{made}: is there, and was not made here; choose another --out")
+    for name in ("early.jsonl", "early.svg"):
+        keep_others(out / name, made)
 
 
 def write_cut(path, records, data):

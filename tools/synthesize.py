@@ -270,7 +270,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    check_names(args.table or args.data)
+    audit.check_names(Path(path).stem for path in args.table or args.data)
     if args.table:
         return print_line(table_of({Path(path).stem: [record["output"] for record in read_records(path)]
                                     for path in args.table}))
@@ -294,13 +294,6 @@ def main(argv=None):
     for fault, n in faults.most_common():
         say(f"{n:7} {fault} (last fault of {dropped[fault]} dropped rows)")
     say(table_of(sources))
-
-
-def check_names(paths):
-    """InputError where two files have one name: a source, and what is written, is called by it."""
-    (name, times), = Counter(Path(path).stem for path in paths).most_common(1)
-    if times > 1:
-        raise InputError(f"two files are called {name!r}; rename one")
 
 
 def synthesize_file(args, path, exchanges):
