@@ -2,7 +2,8 @@
 
     python data.py toy/train_wildguard.json       show records as the model sees them
 
-    the prompt and its verdicts     format_input, and its inverse parse_verdict
+    the prompt and its verdicts     format_input and its inverse split_input; format_answers and
+                                    its inverse parse_verdict
     records                         files -> dicts with instruction, input and output
     the tokenizer                   text -> ids, and control tokens apart from text
     examples                        records -> a prompt and its answers, as ids
@@ -439,12 +440,12 @@ class Example:
     root_length: int = 0    # how many first tokens all prompts with this instruction share
 
 
-def encode_records(tokenizer, records, max_length, answers=("output",)):
+def encode_records(tokenizer, records, max_length, fields=("output",)):
     """(examples, the records they were made of), each sequence at most max_length tokens.
 
-    answers: the fields that hold them. The root of a prompt is the longest common *token* prefix of
-    all prompts with its instruction. Prints what was cut or left out; InputError where no record
-    fits."""
+    fields: those that hold a record's answers, which stand in its Example in this order. The root
+    of a prompt is the longest common *token* prefix of all prompts with its instruction. Prints
+    what was cut or left out; InputError where no record fits."""
     examples = []
     kept = []
     cuts = 0
@@ -453,7 +454,7 @@ def encode_records(tokenizer, records, max_length, answers=("output",)):
     limit, why = tokenizer.limit(max_length)
     for record in records:
         tokenizer.lost = 0
-        answer_ids = [tokenizer.answer_ids(record[name]) for name in answers]
+        answer_ids = [tokenizer.answer_ids(record[name]) for name in fields]
         room = limit - max(map(len, answer_ids))
         prompt, cut = fit_prompt(tokenizer, record, room)
         if prompt is None:
@@ -525,10 +526,10 @@ def common_prefix(sequences):
 #
 #   stream   tokens of several sequences in one line, T long
 #   row      a place in the stream, 0 .. T - 1, and what is computed there
-#   segment  neighbouring rows that belong together: the root, a prompt's own part, an answer
 #   root     what all prompts of a tree begin with: the instruction, and more where they have more
 #            in common
-#   forest   one or more trees of segments: a segment is followed by those that continue it
+#   branch   what continues a root: the rest of a prompt, and after it its answers
+#   forest   one or more trees: a root, then its branches, one after the other
 #   end      (T,) for each token the first row after all that continues it
 #   to see   row i sees the key of row j  iff  j <= i < end[j]; this one rule is the whole mask
 #   pack     a stream with its `end`, and which of its rows are scored against which next token
@@ -566,8 +567,7 @@ def send(x, device):
 @dataclass
 class Forest:
     """What goes into a pack before it is written down: branches below one root (where root is [],
-    each is a tree of its own); at first those of one example, then those of all in a pack. A branch
-    is a prompt and its answers."""
+    each is a tree of its own); at first those of one example, then those of all in a pack."""
     root: list                  # ids that all its prompts begin with; [] without sharing
     branches: list              # of (ids of a prompt with its root, [(number of an answer, ids)])
     size: int                   # rows that lay_out will write below the root
@@ -1709,8 +1709,8 @@ def warn(count, what):
 
 
 def say(text, end="\n"):
-    """Print progress, a picture, or figures that a file has, too. Nobody has to read it: a closed
-    pipe or a full disk ends no run."""
+    """Print progress, a picture, or figures that are in a file, too. Nobody has to read it: a
+    closed pipe or a full disk ends no run."""
     if sys.stdout is None:
         return
     try:
@@ -1720,7 +1720,7 @@ def say(text, end="\n"):
 
 
 def spelled(text):
-    """The text, with what the console's encoding has not as Python spells it."""
+    """The text, with characters that the console's encoding lacks as escapes, like \\u20ac."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -1957,7 +1957,7 @@ def main(argv=None):
         records = read_records(path, ("instruction", "input", *answers))
         records = records[args.number:args.number + args.count]
         if not records:
-            raise InputError(f"{path}: has no record {args.number}")
+            raise InputError(f"{path}: has fewer usable records; --number counts them from 0")
         examples, _ = encode_records(tokenizer, records, 10 ** 6, answers)
         show(tokenizer, examples)
 

@@ -223,8 +223,8 @@ def f1_figures(pairs, task):
 
 def cost_figures(cases):
     """Tokens and milliseconds a query, where all cases know them. ms is the time of the file
-    divided by its records, a mean; latency_ms is each case's own: median and 95th percentile. Of
-    tokens both."""
+    divided by its records, a mean; latency_ms is how long each answer was waited for, from the
+    beginning of its block of prompts: median and 95th percentile. Of tokens both."""
     figures = {}
     for key in ("tokens", "ms", "latency_ms"):
         values = [case[key] for case in cases if key in case]
@@ -293,6 +293,9 @@ def score_slices(cases, dataset, legacy, fpr):
 
 
 # ------------------------------------------------------------------ asking the model
+SCORED_TOGETHER = 8192      # tokens of a pack: for memory and speed
+
+
 def verdict_probability(model, tokenizer, prompts, texts, task, world):
     """P(positive class) of a task after each text, which ends just before the verdict: a list of
     floats, in the order of the texts.
@@ -302,13 +305,14 @@ def verdict_probability(model, tokenizer, prompts, texts, task, world):
     prompts: lists of ids. A prompt with its text is an Example whose two answers are the words,
     each encoded with a space before it, whose tokens answer_logprobs adds up. What all of them
     begin with is their root (common_prefix), and runs once a pack."""
-    words = [tokenizer.encode(" " + word) for word in VERDICTS[task]]      # without an end mark
+    # the positive word first, as VERDICTS has them; without an end mark
+    words = [tokenizer.encode(" " + word) for word in VERDICTS[task]]
     starts = [prompt + tokenizer.encode(text)
               for prompt, text in zip(prompts, texts)]
     root_length = common_prefix(starts)
-    packs = pack([Example(start, words, root_length) for start in starts], 8192)
+    packs = pack([Example(start, words, root_length) for start in starts], SCORED_TOGETHER)
     total = answer_logprobs(model, packs, 2 * len(starts), world)
-    return total.view(-1, 2).softmax(1)[:, 0].tolist()
+    return total.view(-1, 2).softmax(1)[:, 0].tolist()                     # of the positive word
 
 
 def up_to_verdict(text, task):
@@ -852,8 +856,8 @@ def fast_answers(guard, prompts, world):
 
 
 def reasoned_answers(args, guard, prompts, path, world):
-    """Of each prompt: text, tokens, verdict (with --k the majority's), all texts, and where they
-    were timed latency_ms, by generation. An answer without an end has no verdict."""
+    """Of each prompt: text, tokens, verdict (with --k the majority's), all texts, and latency_ms if
+    all were generated now. An answer without an end has no verdict."""
     settings = answer_settings(args, guard)
     seconds = {}
     answers = []

@@ -10,9 +10,9 @@ right and sometimes wrong.
 
 Of several models each has a file of its own, samples-0.jsonl, samples-1.jsonl, ..., and draws with
 a seed of its own, --seed, --seed + 1, ...
-hard.jsonl follows from samples.jsonl, the records' labels and --judge, --pair, --gamma: change one
-of the latter, add --resume, and no model is loaded. The rules are the paper's; for the released
-code's see --judge and --pair.
+hard.jsonl follows from samples.jsonl, the records' labels, --seed and --judge, --pair, --gamma:
+change one of these three, add --resume, and no model is loaded. The rules are the paper's; for the
+released code's see --judge and --pair.
 
     judge, pick_pair, sample_weights, select   the method
     main                                       the script
@@ -405,9 +405,9 @@ def answer_prompts(guard, prompts, path, world, settings, args, seconds=None):
 def check_room(guard, longest, k, max_new_tokens, kv_tokens):
     """InputError unless k answers that share a prompt of `longest` tokens fit in --kv-tokens. Asked
     before anything is answered, so that a run does not fail at its longest prompt hours later.
-    Reads the weights. (A page may be asked for that is not needed then.)"""
+    Reads the weights. The worst case is asked for: by a page it may be more than will be needed."""
     job = Job(0, [0] * longest, list(range(k)))
-    cached = longest - 1                # as if all but one token had keys: that takes most pages
+    cached = longest - 1                # all but one token have keys: that takes most pages
     plan_capacity(guard.model, [job], cached, max_new_tokens, kv_tokens, None)
 
 

@@ -181,8 +181,8 @@ def apply_rope(x, cos, sin):
 
 
 # ------------------------------------------------------------------ the prefix tree
-# A stream holds a forest of segments, written depth first, and end[j] is the first row after all
-# that continues token j (data.py draws an example). Row i sees key j  iff  j <= i < end[j].
+# A stream holds a forest, written depth first, and end[j] is the first row after all that
+# continues token j (data.py draws an example). Row i sees key j  iff  j <= i < end[j].
 @dataclass(eq=False)            # hashed by identity: part II caches what follows from a plan
 class TreePlan:
     """What every layer needs to know of a stream, computed once from `end` by tree_plan."""

@@ -14,6 +14,8 @@ import data
 import mine_hard
 import plot
 import pytest
+import torch
+import train_dpo
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -174,6 +176,18 @@ def test_figures_that_follow_from_others():
         for (ours, legacy, _), size in zip((shown[:3], shown[3:]), ("1B", "8B")):
             want = golden[size][name]
             assert (ours, legacy) == (f"{want['f1_default']:.2f}", f"{want['f1_evaluate_py']:.2f}")
+
+
+def test_the_worked_loss_is_what_dpo_loss_gives():
+    rows = {when: re.search(rf"^\| {when} \|(.*)\|$", TEXT, re.M).group(1).split("|") for when in ("before", "after")}
+    reference = [float(cell) for cell in rows["before"][:2]]
+    for row in rows.values():
+        chosen, rejected = (float(cell) for cell in row[:2])
+        margin, first, second = (float(cell.split("=")[-1]) for cell in row[2:])
+        inputs = torch.tensor([chosen, rejected, *reference], dtype=torch.float64)
+        assert margin == pytest.approx(chosen - reference[0] - (rejected - reference[1]), abs=1e-4)
+        assert first == pytest.approx(train_dpo.dpo_loss(*inputs, beta=0.02, weight=0.8).item(), abs=1e-4)
+        assert second == pytest.approx(2 * -chosen / 104, abs=1e-4)
 
 
 def test_lines_are_short_outside_tables_and_blocks():
