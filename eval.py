@@ -776,27 +776,37 @@ def claim_benchmark(args, benchmark, guard, world):
     predictions = out / "generated_predictions.jsonl"
     fast_settings = out / "fast.json"
     settings_of_answers = parts_of(answers) / "settings.json"
-    is_fast = is_there(fast_settings) and not has_answers(answers)
-    is_reasoned = has_answers(answers) or is_there(settings_of_answers) and not is_fast
-    is_made = has_answers(answers) or is_there(predictions)
-    if is_made and (is_reasoned if args.fast else is_fast):
-        kind = "with" if args.fast else "without"
-        raise InputError(f"{out}: holds answers of the other kind, {kind} reasoning; "
-                         "choose another --out")
-    if is_made and not (is_fast or is_reasoned):
+    there = kind_of_answers(answers, predictions, fast_settings, settings_of_answers)
+    if there == "lost":
         raise InputError(f"{predictions}: is there without the answers it was made of; move it "
                          "away, or choose another --out")
+    if there == ("with" if args.fast else "without"):
+        raise InputError(f"{out}: holds answers of the other kind, {there} reasoning; "
+                         "choose another --out")
     if world.rank == 0:
         hold(args.out)
-        if not is_made:                                     # of a run that answered nothing
+        if not there:                                       # of a run that answered nothing
             stale = settings_of_answers if args.fast else fast_settings
             stale.unlink(missing_ok=True)
     settings = answer_settings(args, guard)
     if args.fast:
-        claim_settings(fast_settings, {**settings, "prompts": fingerprint(prompts)}, is_made, world)
+        settings["prompts"] = fingerprint(prompts)
+        claim_settings(fast_settings, settings, bool(there), world)
     else:
         claim_answers(prompts, answers, world, settings, args, predictions)
     return prompts
+
+
+def kind_of_answers(answers, predictions, fast_settings, settings_of_answers):
+    """What a benchmark's folder holds, by its files: answers "with" reasoning, "without" it, ones
+    that are "lost" (predictions alone, made with no known settings), or None."""
+    if has_answers(answers):
+        return "with"
+    if not is_there(predictions):
+        return None
+    if is_there(fast_settings):
+        return "without"
+    return "with" if is_there(settings_of_answers) else "lost"
 
 
 def answer_settings(args, guard):
