@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import VERDICTS, InputError, Tokenizer, format_answers, format_input, parse_verdict
+from data import (INSTRUCTION, LABEL_COLUMNS, VERDICTS, InputError, Tokenizer, format_answers, format_input,
+                  parse_verdict)
 from eval import (PAPER_F1, answer_fast, auprc, bootstrap, calibration_error, close_by_force, confusion, f1, labels_of,
                   legacy_pairs, lines_at_hand, majority, moderate, read_predictions, reasoning_verdict, score_cases, simple,
                   threshold_for, up_to_verdict, verdict_probability, weighted_average)
@@ -552,6 +553,13 @@ def test_remarks_do_not_come_among_the_verdicts(guard, monkeypatch, capsys, lost
     lines = [json.dumps({"prompt": "gate " * 3000}).encode(), b'{"prompt": "a"}']
     monkeypatch.setattr("sys.stderr", lost)
     assert [verdict["cut"] for verdict in judged(guard, monkeypatch, capsys, lines, "--max-length", "300")] == [True, False]
+
+
+def test_who_adds_a_task_is_told_of_the_places_that_list_them():
+    assert set(evaluation.TITLES) == set(PAPER_F1) == set(VERDICTS)
+    assert len(LABEL_COLUMNS) == len(VERDICTS) == len(re.findall(r"^Task \d:", INSTRUCTION, re.M))
+    assert set(parse_verdict("")) == set(VERDICTS) <= set(evaluation.unjudged("why", None))
+    assert re.findall(r"^(\w+): None$", format_answers(), re.M) == [task.capitalize() for task in VERDICTS]
 
 
 def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
