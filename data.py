@@ -54,7 +54,8 @@ You must think step by step. Keep consistency between the reasoning and the Answ
 HUMAN = "Human user:\n"
 ASSISTANT = "\n\nAI assistant:\n"
 
-# name of the task -> (positive class, the other)
+# name of the task -> (positive class, the other). Also listed by task: INSTRUCTION, format_answers,
+# LABEL_COLUMNS; in mine_hard.py judge_by_field; in eval.py conclude, TITLES and PAPER_F1
 VERDICTS = {
     "request": ("harmful", "unharmful"),            # task 1
     "completion": ("refusal", "compliance"),        # task 2

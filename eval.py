@@ -394,6 +394,7 @@ def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=No
     responses = [None if is_blank(e.get("response")) else e["response"] for e in exchanges]
     records = [{"instruction": INSTRUCTION, "input": format_input(e["prompt"], response)}
                for e, response in zip(exchanges, responses)]
+    # greedy, as benchmarks are answered (answer_settings)
     options = {"max_new_tokens": 512, "temperature": 0, "stop": tokenizer.stop, **options}
     prompts, cuts = encode_prompts(tokenizer, records, max_length, options["max_new_tokens"])
     for number, (ids,) in generate_iter(model, prompts, **options):
@@ -475,7 +476,7 @@ def parse_arguments(argv):
     p.add_argument("--legacy", action="store_true",
                    help="score as the released evaluate.py, to the bit")
     p.add_argument("--k", type=at_least(1, most=10_000), default=1,
-                   help="answers to a prompt; from 2 on a vote at T = 1")
+                   help="answers to a prompt; from 2 on a vote, drawn as in mining")
     p.add_argument("--fast", action="store_true",
                    help="verdicts right after the prompt, no reasoning")
     p.add_argument("--scores", action="store_true",
@@ -810,8 +811,10 @@ def kind_of_answers(answers, predictions, fast_settings, settings_of_answers):
 
 
 def answer_settings(args, guard):
-    """What the answers to a benchmark are made with: greedy, but where several vote."""
-    return generation_settings(args, guard, temperature=1.0 if args.k > 1 else 0)
+    """What the answers to a benchmark are made with: greedy (as in moderate_iter), but where
+    several vote."""
+    sampling = {"temperature": 1.0, "top_p": 0.95} if args.k > 1 else {"temperature": 0}
+    return generation_settings(args, guard, **sampling)
 
 
 def answer_benchmark(args, benchmark, prompts, guard, world):
@@ -1102,7 +1105,8 @@ def tables(results, averages):
     for average in averages:
         task = average["task"]
         if task == "mean":
-            lines += ["", f"mean of the {len(TITLES)} tasks             {average['weighted_f1']:6.2f}   "
+            title = f"mean of the {len(TITLES)} tasks"
+            lines += ["", f"{title:31} {average['weighted_f1']:6.2f}   "
                           f"macro average {average['macro_f1']:6.2f}"]
             continue
         lines += ["", f"{TITLES[task]:24}     n      F1   95% interval   precision  recall   FPR  "

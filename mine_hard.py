@@ -471,7 +471,7 @@ def answer_block(guard, prompts, first, settings, args, meter, seconds):
     """The lines of one block, whose first prompt has number `first`, in the order of its prompts;
     seconds: as answer_prompts gives it back."""
     names = ("k", "max_new_tokens", "temperature", "top_p", "seed")
-    options = {name: settings[name] for name in names if name in settings}  # eval: no top_p
+    options = {name: settings[name] for name in names if name in settings}  # greedy: no top_p
     tokenizer = guard.tokenizer
     answered = generate_iter(guard.model, prompts, stop=tokenizer.stop, kv_tokens=args.kv_tokens,
                              share=not args.no_share, **options)

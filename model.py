@@ -2077,7 +2077,8 @@ def read_dtype(path, raw):
 
 
 def check_llama(path, raw):
-    """InputError where config.json describes what this file does not compute."""
+    """InputError where config.json describes what this file does not compute; what it lets pass,
+    LlamaConfig.to_json must write."""
     kind = raw.get("model_type")
     if kind != "llama":
         raise InputError(f"{path}: model_type is {kind!r}, only 'llama' is known")

@@ -55,6 +55,9 @@ def answer_sums(logprobs, answer, n):
 def pairs_loss(policy, reference, length, weight, beta, sft):
     """loss = dpo_loss + sft * (-log pi_w / |w|), of each pair.
 
+    A pair's loss is made of that pair alone: which others its pack holds hangs on --max-tokens and
+    on the ranks. What needs the whole batch is computed before main's loop over packs.
+
     policy, reference (B, 2): log-probabilities of chosen w and rejected l, summed over the answer;
     length (B,): |w|, its tokens; weight (B,): alpha, of the first term alone. -> a dict of what
     metrics.jsonl reports, each (B,): loss, preference (its first term), accuracy (1.0 where the

@@ -572,12 +572,18 @@ HASHED = {"data_hash": "data_hash (of records and tokenizer)",
           "schedule_hash": "schedule_hash (of batches and learning rates)"}
 
 
+# what may be another when a run goes on: where it runs, and how fast; what is kept on the way; how
+# a file is called of which the ids are compared. All other arguments are the run's own
+MAY_DIFFER = {"out", "resume", "save_every", "keep", "eval_data",
+              "max_tokens", "recompute", "no_share", "kernels", "device"}
+
+
 def check_same_run(args, before):
     """InputError where a setting, or what was read, is not that with which the run began.
     before: the first line of its log; an older one has fewer of these, or other names."""
-    both = "model data examples limit batch_size max_length epochs max_steps seed format dtype lr"
-    for name in [*both.split(), *HASHED, "beta", "sft"]:
-        now = getattr(args, name, None)
+    for name, now in vars(args).items():
+        if name in MAY_DIFFER:
+            continue
         was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
             what = HASHED.get(name, name)

@@ -163,7 +163,7 @@ def test_resuming_with_other_pairs_or_another_reference_is_refused(tmp_path, mon
         patched.setattr(train_sft, "weights_hash", lambda folder: "new")
         run(tmp_path / "a", tmp_path / "hard.jsonl", "--max-steps", 1, "--resume")
     with pytest.raises(InputError, match="its run has examples = 12, not 7"):
-        run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--resume")
+        run(tmp_path / "a", write_pairs(tmp_path / "hard.jsonl", 7), "--max-steps", 1, "--resume")
 
 
 @pytest.mark.parametrize("change", [

@@ -242,7 +242,7 @@ def test_script_reads_records_and_answers(tmp_path, capsys):
     records = json.loads(open("toy/train_wildguard.json").read())[:12]
     data = tmp_path / "records.json"
     data.write_text(json.dumps(records))
-    early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32"])
+    early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32", "--device", "cpu"])
     lines = [json.loads(line) for line in open(tmp_path / "early.jsonl")]
     summary = json.loads((tmp_path / "early.json").read_text())
     assert len(lines) == 12 and set(summary["tasks"]) == set(VERDICTS)
@@ -257,14 +257,14 @@ def test_script_reads_records_and_answers(tmp_path, capsys):
     answers.write_text("".join(json.dumps({
         "prompt": record["instruction"] + "\n" + record["input"], "predict": record["output"],
         "label": format_answers(**gold_verdict(record))}) + "\n" for record in records))
-    early_verdict.main(["--model", "toy/model", "--data", str(answers), "--dtype", "float32",
+    early_verdict.main(["--model", "toy/model", "--data", str(answers), "--dtype", "float32", "--device", "cpu",
                         "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "early.json").read_text())
     assert again["tasks"] == summary["tasks"]
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     lines[0]["forced"] = {"request": "harmful"}                # an answer without an end: it counts as no verdict
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    early_verdict.main(["--model", "toy/model", "--data", str(answers), "--dtype", "float32",
+    early_verdict.main(["--model", "toy/model", "--data", str(answers), "--dtype", "float32", "--device", "cpu",
                         "--out", str(tmp_path / "again")])
     again = [json.loads(line) for line in open(tmp_path / "again" / "early.jsonl")]
     assert again[0]["tasks"] == {} and len(again) == 12 and all(line["tasks"] for line in again[1:])
@@ -359,7 +359,7 @@ def test_a_report_comes_when_all_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(early_verdict, "report", end)
     with pytest.raises(KeyboardInterrupt):
-        early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32"])
+        early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32", "--device", "cpu"])
 
 
 def test_cut_records_never_replace_those_that_are_read(tmp_path):

@@ -15,6 +15,7 @@ them, else the plain twins. That rehearses this file, it measures nothing.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -34,9 +35,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import bench as bench_tool  # noqa: E402
+import eval as evaluation  # noqa: E402
 import measure  # noqa: E402
+import mine_hard  # noqa: E402
 import model as library  # noqa: E402
-from data import Extend, at_least, common_prefix, pack, say, tell, write_json  # noqa: E402
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from data import (Extend, at_least, common_prefix, pack, read_records, say, tell,  # noqa: E402
+                  write_json)
 from model import (Engine, Job, Sampling, folder_name, generate, join_results,  # noqa: E402
                    plan_capacity)
 from train_sft import sft_loss, shard  # noqa: E402
@@ -118,6 +124,8 @@ class Collected:
 def kernels(args):
     """The tests of all kernels, dealt to processes."""
     tests = str(ROOT / "tests/test_kernels.py")
+    for log in Path(args.out).glob("kernels_*.log"):        # of an earlier call; is_wrong reads
+        log.unlink()
     options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
     collected = Collected()
     pytest.main([*options, "--collect-only", tests], plugins=[collected])
@@ -259,6 +267,47 @@ def sharded_loss(args, b, model, p):
         loss = train(model, p).item()
         torch.distributed.destroy_process_group()
     return loss
+
+
+def scripts(args):
+    """All four scripts on the toy corpus: do they run, and does a trainer that was stopped go on as
+    it would have?"""
+    same = ["--kernels", args.kernels, "--seed", "1", *([] if args.cuda else ["--device", "cpu"])]
+    file = ROOT / "toy/train_aegis.json"
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        sft, hard, pairs, dpo, answers = (f"{folder}/{name}" for name in
+                                          ("sft", "hard", "pairs.json", "dpo", "answers"))
+        few = ["--max-steps", "2", "--batch-size", "8", "--save-every", "1", *same]
+        command = ["--model", str(ROOT / "toy/model"), "--data", str(file),
+                   "--eval-data", str(file), "--limit", "32", "--out", sft, *few]
+        train_sft.main(command)
+        whole = losses(sft)
+        for name in ("config.json", "model.safetensors"):   # as if it had been killed in step 2
+            os.unlink(f"{sft}/{name}")
+        train_sft.main([*command, "--resume"])
+        resumed = losses(sft)
+        mine_hard.main(["--model", sft, "--data", str(file), "--limit", "8", "--k", "2",
+                        "--max-new-tokens", "16", "--out", hard, *same])
+        records = read_records(file)[:16]                   # what is mined after two steps is empty
+        write_json(pairs, [{**record, "chosen": record["output"], "rejected": other["output"]}
+                           for record, other in zip(records, records[1:] + records[:1])])
+        train_dpo.main(["--model", sft, "--data", pairs, "--out", dpo, *few])
+        evaluation.main(["--model", dpo, "--data", str(ROOT / "toy/test.json"), "--limit", "8",
+                         "--scores", "--max-new-tokens", "16", "--out", answers, *same])
+        evaluation.main(["--model", dpo, "--prompt", "Hello?", "--max-new-tokens", "16", *same])
+        preferred = losses(dpo)
+    assert len(whole) == len(preferred) == 2 and all(map(math.isfinite, whole + preferred))
+    apart = abs(resumed[-1] / whole[-1] - 1)
+    assert len(resumed) == 2 and apart < 0.01, f"step 2: {whole[-1]}, and again {resumed[-1]}"
+    line = f"all four ran in {time.time() - began:.0f} s; a step done again is {apart:.1e} apart"
+    return line, {"sft": whole, "resumed": resumed, "dpo": preferred}
+
+
+def losses(folder):
+    """The loss of each step that a trainer's log has."""
+    _, *steps = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(step)["loss"] for step in steps]
 
 
 def profile(args):
@@ -437,10 +486,11 @@ STAGES = {                          # name: (function, seconds at most)
     "graph": (graph, 60),
     "pages": (pages, 40),
     "step": (step, 60),
+    "scripts": (scripts, 80),
     "profile": (profile, 70),
     "bench": (bench, 260),
     "changes": (changes, 80),
-    "blocks": (blocks, 40),
+    "blocks": (blocks, 70),
 }
 INTERPRETED = ("kernels", "step")   # without CUDA; the other stages use the plain twins there
 
