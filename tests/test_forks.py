@@ -276,7 +276,7 @@ def check_warmup_linear(tmp_path):
     _, rows, _ = run(tmp_path / "sft", "--warmup", 0.5, "--max-steps", 4)
     assert [r["lr"] for r in rows] == [0, 0.5e-3, 1e-3, 0.5e-3]
     (tmp_path / "sft/config.json").unlink()                                  # as if killed before the end
-    with pytest.raises(InputError, match="its run has schedule_hash .*= .*, or choose another --out"):
+    with pytest.raises(InputError, match="its run has warmup = 0.5, not 0.25; .*, or choose another --out"):
         run(tmp_path / "sft", "--warmup", 0.25, "--max-steps", 4, "--resume")
     rows = two_steps(tmp_path, "--warmup", 0.5)
     assert [r["lr"] for r in rows] == [0, 1e-3] and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
