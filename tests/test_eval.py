@@ -403,7 +403,7 @@ def test_k_answers_vote(tmp_path, monkeypatch):
     told = lambda w: {"text": f"Request: {w}", "finish": "stop", "tokens": 5, "verdict": {"request": w, "completion": None, "response": None}}
 
     def answers(guard, prompts, path, world, settings, args, seconds):
-        assert (settings["k"], settings["temperature"]) == (3, 1.0)
+        assert (settings["k"], settings["temperature"], settings["top_p"]) == (3, 1.0, 0.95)
         return [{"samples": [told(U), told(H), told(H)]} for _ in prompts]
 
     monkeypatch.setattr(evaluation, "answer_prompts", answers)
@@ -571,6 +571,8 @@ def test_a_folder_has_answers_of_one_kind_and_of_one_model(guard, tmp_path):
         with pytest.raises(InputError, match="holds answers of the other kind"):
             evaluation.main(["--model", guard, *then, *options, str(tmp_path / out)])
         evaluation.main(["--model", guard, *first, *options, str(tmp_path / out)])
+    settings = json.loads((tmp_path / "a/two/answers.jsonl.parts/settings.json").read_text())
+    assert (settings["k"], settings["temperature"], "top_p" in settings) == (1, 0, False)      # greedy, if nothing is said
     with pytest.raises(InputError, match="fast.json: was made with model = "):
         evaluation.main(["--model", "toy/model", "--fast", *options, str(tmp_path / "b")])
     (tmp_path / "a/two/answers.jsonl").unlink()             # the predictions are the last copy of them
