@@ -1170,7 +1170,7 @@ def is_read_alike(pattern):
     nearly = re.sub(r"\\[pP]\{\w+\}", r"\\w", pattern)               # as Python spells it
     try:
         return all(match[0] for match in re.finditer(nearly, EVERY_SCRIPT))
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
@@ -1532,8 +1532,11 @@ def render_turns(template, *contents, ask=True):
     text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
     text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
     text = re.sub(r"([%#]\})\n", r"\1", text)   # lines of tags leave none
-    text = re.sub(r"\s*(\{[{%#])-", r"\1", text)
+    text = re.sub(r"(?<!\s)\s*(\{[{%#])-", r"\1", text)
     text = re.sub(r"-([}%#]\})\s*", r"\1", text)
+    for opening, closing in (("{{", "}}"), ("{%", "%}"), ("{#", "#}")):
+        if text.rfind(opening) > text.rfind(closing):       # else each would look to the end for it
+            raise NotKnown(f"no {closing} after {opening}")
     tokens = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
     try:
         nodes, _ = parse_template(iter(tokens), ())
@@ -1594,7 +1597,7 @@ def run_template(nodes, names):
                     break
         else:
             name, _, expression = text.partition(" in ")
-            values = evaluate(expression, names)
+            values = list(evaluate(expression, names))
             for index, value in enumerate(values):
                 left = len(values) - index
                 loop = {"first": index == 0, "last": left == 1, "index0": index, "index": index + 1,

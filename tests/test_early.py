@@ -241,7 +241,7 @@ def test_the_measure_finds_what_is_there(tokenizer, decides):
 def test_script_reads_records_and_answers(tmp_path, capsys):
     records = json.loads(open("toy/train_wildguard.json").read())[:12]
     data = tmp_path / "records.json"
-    data.write_text(json.dumps(records))
+    data.write_text(json.dumps([{**record, "gold": "yes", "forced": "no"} for record in records]))     # columns of theirs
     early_verdict.main(["--model", "toy/model", "--data", str(data), "--dtype", "float32", "--device", "cpu"])
     lines = [json.loads(line) for line in open(tmp_path / "early.jsonl")]
     summary = json.loads((tmp_path / "early.json").read_text())
@@ -343,8 +343,9 @@ def test_cut_records_are_of_answers_with_an_end_and_replace_records_alone(tmp_pa
     with pytest.raises(InputError, match="x.jsonl: has no answer with an end"):
         early_verdict.main(["--data", str(data), "--cut", str(cut)])
     assert len(json.loads(cut.read_text())) == 2
+    data.write_text(json.dumps(line))
     cut.write_text("notes")
-    with pytest.raises(InputError, match="cut.json: is there, and holds no records; choose another --cut"):
+    with pytest.raises(InputError, match="cut.json: is there, and holds something else; choose another --cut"):
         early_verdict.main(["--data", str(data), "--cut", str(cut)])
     assert cut.read_text() == "notes"
 

@@ -398,6 +398,19 @@ def test_the_prompt_is_that_of_the_folders_own_template(tmp_path, capsys, name):
     assert Tokenizer.from_pretrained(tmp_path / "b").prompt_ids(*PROMPT) == GOLDEN[name]["prompt"]
 
 
+@pytest.mark.parametrize("template, says", [("{% for m in messages %}{% for k in m %}{{ k }}{% endfor %}{% endfor %}", "role"), ("{% " * 60_000, "no %} after {%"),
+                                            (" " * 60_000 + "{{ messages", "no }} after {{")])
+def test_a_template_that_is_odd_or_endless_is_told_of(tmp_path, capsys, template, says):
+    folder = write_folder(tmp_path, template, special=CHATML)
+    Tokenizer.from_pretrained(folder)
+    assert says in line_said(capsys)
+
+
+@pytest.mark.parametrize("pattern", [r"\p{L}{1,99999999999}|.", "(" * 3000 + "a" + ")" * 3000])
+def test_a_pattern_that_no_engine_takes_is_not_known(pattern):
+    assert not data.is_read_alike(pattern)
+
+
 def test_a_template_is_found_wherever_it_may_stand(tmp_path, capsys):
     folder = write_folder(tmp_path, special=CHATML, config={"bos_token": None})
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}" + turns()}]

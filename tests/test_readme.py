@@ -215,4 +215,7 @@ def test_plot_draws_curves_and_bars(tmp_path):
         assert ends and all(0 <= x <= right and 0 <= y <= bottom for x, y in ends)
         thick = [element for element in svg if element.get("stroke-width") in ("1.8",)]
         assert len(thick) == (lines if name == "curves.svg" else 0)
+    (tmp_path / "curves.svg").write_text("<svg>mine</svg>")
+    with pytest.raises(data.InputError, match="curves.svg: is there, and was not made here; move it away, or choose another --out"):
+        plot.write_svg(tmp_path / "curves.svg", 9, 9, [])
     assert plot.ticks(0.0, 1.0)[:3] == pytest.approx([0, 0.2, 0.4]) and plot.ticks(0.03, 6.3, True)[:2] == [0.05, 0.1]

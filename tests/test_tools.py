@@ -126,6 +126,14 @@ def test_ask_sends_what_it_should_and_the_key_only_if_there_is_one(server, monke
     assert path == "/v1/chat/completions" and "Authorization" not in headers
     assert body == {"model": "guard-x", "messages": MESSAGES, "temperature": 0.5, "max_tokens": 7}
     assert second["Authorization"] == "Bearer abc"
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\r\n")                 # of a file with Windows' line ends
+    ask(server.url, "guard-x", MESSAGES)
+    assert server.seen[-1][1]["Authorization"] == "Bearer abc"
+    for odd in ("a\rb", "a b", "\u201cabc\u201d"):
+        monkeypatch.setenv("OPENAI_API_KEY", odd)
+        with pytest.raises(InputError, match="^OPENAI_API_KEY: has a space, or a character that is not of ASCII; set it again$"):
+            ask(server.url, "guard-x", MESSAGES)
+    assert len(server.seen) == 3
 
 
 def test_ask_stops_at_once_where_trying_again_cannot_help(server):
@@ -828,17 +836,18 @@ def test_traces_keep_what_is_right(tmp_path, capsys):
     assert read_records(tmp_path / "labels.json") == [record("May I?", None, format_answers(H))]
 
 
-def test_traces_replace_nothing_but_records_and_not_with_none(tmp_path):
+def test_traces_replace_nothing_but_themselves(tmp_path):
     right = {"prompt": INSTRUCTION + "\n" + format_input("May I?"), "label": H, "predict": format_answers(H)}
     path = write_jsonl(tmp_path / "p.jsonl", [right])
     out = tmp_path / "out.json"
-    for text in ("notes", "{}", '[{"instruction": "i", "input": "x"}]'):
+    for text in ("notes", "{}", '[{"instruction": "i", "input": "x", "output": "somebody\'s"}]'):
         out.write_text(text)
-        with pytest.raises(InputError, match="out.json: is there, and holds no records; choose another --out"):
+        with pytest.raises(InputError, match="out.json: is there, and holds something else; choose another --out"):
             traces.main([str(path), "--out", str(out)])
         assert out.read_text() == text
-    out.write_text('[{"instruction": "i", "input": "x", "output": "y"}]')
-    traces.main([str(path), "--out", str(out)])             # records, which may be made again
+    out.unlink()
+    for _ in range(2):                                      # the same may be made again
+        traces.main([str(path), "--out", str(out)])
     before = out.read_bytes()
     wrong = write_jsonl(tmp_path / "wrong.jsonl", [{**right, "label": U}])
     with pytest.raises(InputError, match="out.json: nothing to write, as no trace was kept: {'wrong': 1}"):

@@ -186,10 +186,11 @@ def test_a_page_replaces_nothing_but_a_page(results):
     out = results / "view.html"
     for _ in range(2):
         view.main([str(results)])
-    out.write_text("<p>mine")
-    with pytest.raises(InputError, match="view.html: is there, and is no page; choose another --out"):
-        view.main([str(results)])
-    assert out.read_text() == "<p>mine"
+    for mine in ("<p>mine", "<!DOCTYPE html>\n<style>p {}</style><p>mine"):
+        out.write_text(mine)
+        with pytest.raises(InputError, match="view.html: is there, and is no page of this tool; choose another --out"):
+            view.main([str(results)])
+        assert out.read_text() == mine
 
 
 @pytest.mark.parametrize("forced, said", [({}, None), (True, None), (False, H), (None, H)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (INSTRUCTION, VERDICTS, InputError, gold_verdict, is_blank, is_there,  # noqa: E402
-                  output_of_columns, read_json, read_records, split_input)
+                  output_of_columns, read_json, read_records, split_input, write_json)
 from eval import print_line  # noqa: E402
 from model import folder_name  # noqa: E402
 
@@ -44,6 +44,8 @@ def keep_inputs(out, paths, option="--out"):
     for path in paths:
         if is_there(out) and is_there(path) and Path(out).samefile(path):
             raise InputError(f"{path}: is read, and would be overwritten; choose another {option}")
+    if is_there(out) and not Path(out).is_file():           # a pipe is never at its end
+        raise InputError(f"{out}: is no file; choose another {option}")
 
 
 def keep_others(path, settings):
@@ -53,20 +55,15 @@ def keep_others(path, settings):
         raise InputError(f"{path}: is there, and was not made here; choose another --out")
 
 
-def keep_all_but_records(path, option="--out"):
-    """InputError where a file that is to be written is there, and is no array of records."""
-    if is_there(path) and not holds_records(path):
-        raise InputError(f"{Path(path)}: is there, and holds no records; choose another {option}")
-
-
-def holds_records(path):
-    """Is this file an array of records with instruction, input and output?"""
+def write_new(path, value, option="--out"):
+    """Write JSON where nothing is; InputError where a file is there that holds anything else."""
     try:
-        value = read_json(path)
-    except InputError:
-        return False
-    names = {"instruction", "input", "output"}
-    return isinstance(value, list) and all(isinstance(some, dict) and names <= some.keys() for some in value)
+        same = is_there(path) and read_json(path) == value
+    except InputError:                                      # another format
+        same = False
+    if is_there(path) and not same:
+        raise InputError(f"{path}: is there, and holds something else; choose another {option}")
+    write_json(path, value)
 
 
 def folder_path(text):

@@ -179,9 +179,7 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
     pause, 2 pause, 4 pause ... seconds (at most an hour) or what Retry-After says; then Unanswered. A content filter's
     error is a refusal, one about the length an empty answer; any other HTTP error is InputError."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    headers = {"Content-Type": "application/json", **authorization()}
     address = url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     for attempt in range(tries):
@@ -198,12 +196,21 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 raise InputError(f"{address}: HTTP {error.code} {error.reason}: {said[:300]}") from None
             problem, wait = f"HTTP {error.code}", max(wait, retry_after(error.headers))
-        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"        # lost, late, cut short, or another format
         if attempt + 1 < tries:
             time.sleep(wait)
             pause = min(2 * pause, 3600)
     raise Unanswered(problem)
+
+
+def authorization():
+    """The header that OPENAI_API_KEY makes, {} where it is not set. InputError, which does not show the key, where
+    it has a character that no header can have."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()      # a file of settings may end its lines with \\r
+    if not re.fullmatch("[!-~]*", key):
+        raise InputError("OPENAI_API_KEY: has a space, or a character that is not of ASCII; set it again")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def text_of_error(error):
@@ -238,7 +245,7 @@ def retry_after(headers):
         return min(float(value), 300.0)
     try:
         return min(max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0), 300.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 

@@ -54,7 +54,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import STEP, folder_path, keep_all_but_records, keep_inputs, keep_others  # noqa: E402
+from audit import STEP, folder_path, keep_inputs, keep_others, write_new  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
                   exchange_of, folder_of, gold_verdict, is_there, parse_records, parse_verdict, read_object, say, warn,
                   write_json)
@@ -428,12 +428,11 @@ def write_cut(path, records, data):
     """Write these records, read from `data`, cut after random steps; InputError where none has an
     end."""
     keep_inputs(path, [data], "--cut")
-    keep_all_but_records(path, "--cut")
     ended = [record for record in records if not has_no_end(record)]
     if not ended:
         raise InputError(f"{data}: has no answer with an end, so there is nothing to cut")
     warn(len(records) - len(ended), "answers without an end are left out")
-    write_json(path, cut_traces(ended))
+    write_new(path, cut_traces(ended), "--cut")
 
 
 def read_answers(path):
@@ -442,12 +441,15 @@ def read_answers(path):
     for place, record in parse_records(path):
         if not isinstance(record, dict):
             record = {}
-        if "predict" in record:
+        is_prediction = "predict" in record
+        if is_prediction:
             record = record_of_prediction(record, folder_of(path).name)
         names = ("instruction", "input", "output")
         if not all(isinstance(record.get(name), str) for name in names):
             raise InputError(f"{path}: {place} is neither a record nor an answer of eval.py")
-        records.append({"gold": gold_verdict(record), **record})
+        if not is_prediction:                               # whatever columns are called like these
+            record = {**record, "gold": gold_verdict(record), "forced": None}
+        records.append(record)
     return records
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from audit import folder_path  # noqa: E402
-from data import Extend, InputError, folder_of, parse_records, read_json, say, write_whole  # noqa: E402
+from data import (Extend, InputError, folder_of, is_there, parse_records, read_bytes, read_json,  # noqa: E402
+                  say, write_whole)
 from eval import TITLES  # noqa: E402
 
 GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a",
@@ -59,10 +60,16 @@ def legend(x, y, names):
     return parts
 
 
+FONT = 'font-family="Helvetica, Arial, DejaVu Sans, sans-serif"'      # by which our pictures are known, too
+
+
 def write_svg(path, width, height, parts):
-    """Write a picture without a background, whole or not at all."""
+    """Write a picture without a background, whole or not at all; InputError where a file is there that is no
+    picture of ours."""
+    if is_there(path) and FONT.encode() not in read_bytes(path)[:400]:
+        raise InputError(f"{path}: is there, and was not made here; move it away, or choose another --out")
     svg = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-                     f'height="{height}" font-family="Helvetica, Arial, DejaVu Sans, sans-serif">', *parts, "</svg>\n"])
+                     f'height="{height}" {FONT}>', *parts, "</svg>\n"])
     write_whole(path, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
     say(f"wrote {path}")
 

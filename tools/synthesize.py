@@ -105,7 +105,7 @@ def question(prompt, response, labels):
 # ------------------------------------------------------------------ what comes out
 
 
-CONCLUSION = r"^\W*Conclusion\b"
+CONCLUSION = r"^[^\w\n]*Conclusion\b"
 
 
 def block_start(text):
@@ -130,7 +130,7 @@ def sections(text):
 
 def steps_in(part):
     """[(step number, its text)] of one section; the conclusion is not a step."""
-    found = re.split(r"^\W*Reasoning Step *(\d+)\W*", re.split(CONCLUSION, part, flags=re.M)[0], flags=re.M)
+    found = re.split(r"^[^\w\n]*Reasoning Step *(\d+)\W*", re.split(CONCLUSION, part, flags=re.M)[0], flags=re.M)
     return [(int(n), words.strip()) for n, words in zip(found[1::2], found[2::2])]
 
 

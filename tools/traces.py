@@ -17,9 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import keep_all_but_records, keep_inputs  # noqa: E402
+from audit import keep_inputs, write_new  # noqa: E402
 from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
-                  exchange_of, folder_of, format_answers, gold_verdict, parse_records, parse_verdict, say, write_json)
+                  exchange_of, folder_of, format_answers, gold_verdict, parse_records, parse_verdict, say)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import has_no_end, labels_of  # noqa: E402
 from mine_hard import judge  # noqa: E402
@@ -144,14 +144,13 @@ def main(argv=None):
     p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
     keep_inputs(args.out, args.predictions)
-    keep_all_but_records(args.out)
     counts = Counter()
     records = {r["input"]: r for path in args.predictions for r in right_traces(path, counts)}
     records = [r for r in records.values() if len(r["input"]) + len(r["output"]) <= args.most_characters]
     if not records:
         raise InputError(f"{args.out}: nothing to write, as no trace was kept: {dict(counts)}")
     random.Random(args.seed).shuffle(records)
-    write_json(args.out, (labels_only(records) if args.labels else records)[:args.limit])
+    write_new(args.out, (labels_only(records) if args.labels else records)[:args.limit])
     say(f"{args.out}: {len(records[:args.limit])} records; {dict(counts)}")
 
 

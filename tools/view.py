@@ -372,8 +372,10 @@ def main(argv=None):
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     out = args.out or first / "view.html"
     keep_inputs(out, [*files_read(paths), *(args.data or [])])
-    if is_there(out) and not read_bytes(out).startswith(b"<!DOCTYPE html>"):
-        raise InputError(f"{out}: is there, and is no page; choose another --out")
+    if is_there(out) and page_begins() not in read_bytes(out):
+        raise InputError(f"{out}: is there, and is no page of this tool; choose another --out")
+    if args.data and not any(map(sample_files, paths)):
+        raise InputError("--data: no PATH holds samples of mine_hard.py, whose records these would be")
     rows = []
     notes = []
     for path in paths:
@@ -390,6 +392,13 @@ def main(argv=None):
     write_page(out, rows, ", ".join(args.paths), " ".join(dict.fromkeys(notes)))
     size = out.stat().st_size / 2 ** 20
     say(f"wrote {out}: {len(rows)} prompts, {size:.1f} MiB")
+
+
+def page_begins():
+    """What every page has between its title and its data: the first lines of its style."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    style = template[template.index("<style>"):]
+    return "\n".join(style.splitlines()[:2]).encode()
 
 
 def files_read(paths):
