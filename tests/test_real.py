@@ -437,6 +437,13 @@ def test_arms_of_one_folder_have_one_base(tmp_path):
     real.claim(args)
 
 
+@pytest.mark.parametrize("told", [[], {}, {"parent": "labels_1x"}, {"parent": ["r_sft"]}])
+def test_a_parent_that_is_none_is_named(tmp_path, told):
+    write_json(tmp_path / "parent_seed1.json", told)
+    with pytest.raises(InputError, match="parent_seed1.json: "):
+        real.parent_of(SimpleNamespace(out=tmp_path, seed=1, parent=None))
+
+
 def test_where_no_prompt_was_hard_it_is_said(tmp_path):
     args = SimpleNamespace(out=tmp_path, seed=1, parent=None)
     write_json(tmp_path / "parent_seed1.json", {"parent": "r_sft"})

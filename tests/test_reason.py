@@ -168,6 +168,28 @@ class InThisProcess(Executor):
         return future
 
 
+@pytest.mark.parametrize("line", ["5", '{"facts": 1}', '{"gold": "01", "right": "0"}', '{"gold": "0x", "right": "01"}', '{"gold": "0", "right": "1"}'])
+def test_a_line_of_something_else_is_named(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    good = {"facts": 1, "size": 4, "seed": 1, "arm": "r_sft", "gold": "01", "right": "11", "settings": {}, "base": "b"}
+    odd = json.loads(line)
+    odd = {**good, **odd} if isinstance(odd, dict) and "gold" in odd else odd
+    path.write_text(json.dumps(good) + "\n" + json.dumps(odd) + "\n")
+    with pytest.raises(InputError, match="results.jsonl: line 2 is not as reason.py writes it"):
+        reason.read_results(path)
+    path.write_text(json.dumps(good) + "\n" + '{"facts": 1, "si')
+    assert len(reason.read_results(path)) == 1
+
+
+def test_a_corpus_is_written_over_nobodys_files(tmp_path, capsys):
+    command = ["--facts", "2", "--out", str(tmp_path), "--train", "100", "--test", "4"]
+    make_toy.main(command)
+    with pytest.raises(InputError, match="json: is there; choose another --out"):
+        make_toy.main(command)
+    with pytest.raises(SystemExit):
+        make_toy.main([*command[:-4], "--train", "3"])
+
+
 def test_a_small_grid_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reason, "BASE_RECORDS", 240)
     out = tmp_path / "out"

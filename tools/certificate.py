@@ -29,7 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import VERDICTS, gold_verdict, read_records, split_input  # noqa: E402
+from data import VERDICTS, InputError, gold_verdict, read_records, split_input  # noqa: E402
 from eval import f1, print_line  # noqa: E402
 
 TRAIN = ("train_wildguard", "train_aegis", "train_beavertails", "train_toxicchat")
@@ -203,6 +203,8 @@ def shortcut(train, test, name, n):
     vocabulary = number(texts[0])
     positive, other = VERDICTS[name]
     gold = [[row["gold"][name] for row in rows] for rows in some]
+    if not all(gold):
+        raise InputError(f"no record to train on, or none to test on, has a label of {name}")
     w, b = logistic(features(texts[0], vocabulary), torch.tensor([g == positive for g in gold[0]]))
     said = [positive if z > 0 else other for z in (features(texts[1], vocabulary) @ w + b).tolist()]
     right, commonest = sum(map(str.__eq__, said, gold[1])), Counter(gold[1]).most_common(1)[0][1]

@@ -28,8 +28,8 @@ import mine_hard  # noqa: E402
 import preferences  # noqa: E402
 from ablation_table import markdown  # noqa: E402
 from audit import folder_path  # noqa: E402
-from data import (Extend, InputError, Tokenizer, common_prefix, parse_records, read_json,  # noqa: E402
-                  read_records)
+from data import (Extend, InputError, Tokenizer, at_least, common_prefix, parse_records,  # noqa: E402
+                  read_json, read_records)
 from eval import print_line  # noqa: E402
 from model import Llama  # noqa: E402
 from preferences import token_logprobs  # noqa: E402
@@ -184,7 +184,7 @@ def main(argv=None):
     p.add_argument("cell", type=folder_path, metavar="CELL", help="folder of one cell, with its models")
     p.add_argument("--arms", nargs="+", action=Extend, default=["chosen", "hs_dpo", "swapped"],
                    help="model folders in it; ways are compared with the first's")
-    p.add_argument("--seed", type=int, default=1, help="the cell's mining seed")
+    p.add_argument("--seed", type=at_least(0), default=1, help="the cell's mining seed")
     args = p.parse_args(argv)
     base = load(args.cell / "r_sft")
     arms = {name: load(args.cell / name) for name in args.arms}

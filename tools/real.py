@@ -516,7 +516,10 @@ def parent_of(args):
         check_settings(path, {"parent": args.parent})
     elif not path.exists():
         write_json(path, best_on_dev(args))
-    return read_json(path)["parent"]
+    parent = read_object(path).get("parent")
+    if parent not in REASONING:
+        raise InputError(f"{path}: names no parent; give --parent and another --out, or remove it")
+    return parent
 
 
 def best_on_dev(args):

@@ -59,7 +59,7 @@ import traces  # noqa: E402
 from ablation import end_with  # noqa: E402
 from audit import folder_path  # noqa: E402
 from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
-                  hold, parse_verdict, say, tell, write_bytes, write_json)
+                  hold, parse_verdict, reading, say, tell, write_bytes, write_json)
 from eval import answer_fast, f1_of  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
@@ -261,17 +261,34 @@ def key_of(row):
 
 
 def read_results(path):
-    """{key_of: line} of results.jsonl; a line that a kill left half-written is as if not there."""
+    """{key_of: line} of results.jsonl; a line that a kill left half-written is as if not there.
+    InputError names one that run_cell does not make."""
     results = {}
     if not path.exists():
         return results
-    for text_line in path.read_text(encoding="utf-8").splitlines():
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, text_line in enumerate(lines, 1):
         try:
             row = json.loads(text_line)
-            results.setdefault(key_of(row), row)
-        except ValueError:
+        except (ValueError, RecursionError):
             say(f"{path}: a line is not whole and is left out")
+            continue
+        if not is_of_cell(row):
+            raise InputError(f"{path}: line {number} is not as reason.py writes it; move the file "
+                             "away, or choose another --out")
+        results.setdefault(key_of(row), row)
     return results
+
+
+def is_of_cell(row):
+    """Is this what run_cell makes of an arm?"""
+    kinds = {"facts": int, "size": int, "seed": int, "arm": str, "gold": str, "right": str,
+             "settings": dict, "base": str}
+    return (isinstance(row, dict)
+            and all(type(row.get(name)) is kind for name, kind in kinds.items())
+            and len(row["gold"]) == len(row["right"]) > 0 and len(row["gold"]) % 2 == 0
+            and set(row["gold"] + row["right"]) <= {"0", "1"})
 
 
 def check_lines(path, results, settings, base):

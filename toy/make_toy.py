@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (INSTRUCTION, Example, Tokenizer, byte_letters, common_prefix,  # noqa: E402
-                  format_answers, format_input, pack, write_json)
+from data import (INSTRUCTION, Example, InputError, Tokenizer, at_least, byte_letters,  # noqa: E402
+                  common_prefix, format_answers, format_input, pack, write_json)
 from model import Llama, LlamaConfig  # noqa: E402
 from train_sft import make_optimizer, sft_loss, update  # noqa: E402
 
@@ -415,9 +415,9 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=HERE, help="folder to write")
     p.add_argument("--seed", type=int, default=0, help="another seed is another corpus")
     p.add_argument("--skip", type=float, default=0.25, help="share of traces that skip a check")
-    p.add_argument("--train", type=int, default=2400, help="training records, over the four sources")
-    p.add_argument("--test", type=int, default=1200, help="records of each test file")
-    p.add_argument("--pretrain", type=int, default=600, help="steps of pretraining of the base model")
+    p.add_argument("--train", type=at_least(100), default=2400, help="training records, over the four sources")
+    p.add_argument("--test", type=at_least(4), default=1200, help="records of each test file")
+    p.add_argument("--pretrain", type=at_least(0), default=600, help="steps of pretraining of the base model")
     p.add_argument("--facts", type=int, choices=range(1, 7), metavar="D",
                    help="write the dial's three files instead: verdicts combine D facts; no base model")
     args = p.parse_args(argv)
@@ -427,6 +427,9 @@ def main(argv=None):
         corpus, _ = make_dial(args.facts, args.seed, args.train, args.test)
     else:
         corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
+    for name in corpus:
+        if args.out != HERE and (args.out / f"{name}.json").exists():
+            raise InputError(f"{args.out / name}.json: is there; choose another --out")
     for name, records in corpus.items():
         write_json(args.out / f"{name}.json", records)
         print(f"{args.out / name}.json: {len(records)} records")
