@@ -1959,10 +1959,10 @@ def main(argv=None):
         is_pair = isinstance(first, dict) and "chosen" in first
         answers = ("chosen", "rejected") if is_pair else ("output",)
         records = read_records(path, ("instruction", "input", *answers))
-        records = records[args.number:args.number + args.count]
-        if not records:
-            raise InputError(f"{path}: has fewer usable records; --number counts them from 0")
-        examples, _ = encode_records(tokenizer, records, 10 ** 6, answers)
+        chosen = records[args.number:args.number + args.count]
+        if not chosen:
+            raise InputError(f"{path}: has no record {args.number}; the last is {len(records) - 1}")
+        examples, _ = encode_records(tokenizer, chosen, 10 ** 6, answers)
         show(tokenizer, examples)
 
 

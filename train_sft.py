@@ -584,6 +584,7 @@ def check_same_run(args, before):
     for name, now in vars(args).items():
         if name in MAY_DIFFER:
             continue
+        now = json.loads(json.dumps(now, default=str))      # as the log has it
         was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
             what = HASHED.get(name, name)

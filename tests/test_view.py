@@ -186,7 +186,7 @@ def test_a_page_replaces_nothing_but_a_page(results):
     out = results / "view.html"
     for _ in range(2):
         view.main([str(results)])
-    for mine in ("<p>mine", "<!DOCTYPE html>\n<style>p {}</style><p>mine"):
+    for mine in ("<p>mine", "<!DOCTYPE html>\n<style>\n:root {\n  --mine: 1;\n}</style>"):
         out.write_text(mine)
         with pytest.raises(InputError, match="view.html: is there, and is no page of this tool; choose another --out"):
             view.main([str(results)])

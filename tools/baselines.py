@@ -207,7 +207,7 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
 def authorization():
     """The header that OPENAI_API_KEY makes, {} where it is not set. InputError, which does not show the key, where
     it has a character that no header can have."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()      # a file of settings may end its lines with \\r
+    key = os.environ.get("OPENAI_API_KEY", "").strip()      # a file may end its lines with \r\n
     if not re.fullmatch("[!-~]*", key):
         raise InputError("OPENAI_API_KEY: has a space, or a character that is not of ASCII; set it again")
     return {"Authorization": f"Bearer {key}"} if key else {}

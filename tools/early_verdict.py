@@ -448,7 +448,8 @@ def read_answers(path):
         if not all(isinstance(record.get(name), str) for name in names):
             raise InputError(f"{path}: {place} is neither a record nor an answer of eval.py")
         if not is_prediction:                               # whatever columns are called like these
-            record = {**record, "gold": gold_verdict(record), "forced": None}
+            record = {**record, "gold": gold_verdict(record)}
+            record.pop("forced", None)
         records.append(record)
     return records
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,15 +279,16 @@ def scripts(args):
     with tempfile.TemporaryDirectory() as folder:
         sft, hard, pairs, dpo, answers = (f"{folder}/{name}" for name in
                                           ("sft", "hard", "pairs.json", "dpo", "answers"))
-        few = ["--max-steps", "2", "--batch-size", "8", "--save-every", "1", *same]
+        few = ["--max-steps", "3", "--batch-size", "8", "--save-every", "1", *same]
         command = ["--model", str(ROOT / "toy/model"), "--data", str(file),
                    "--eval-data", str(file), "--limit", "32", "--out", sft, *few]
         train_sft.main(command)
-        whole = losses(sft)
+        whole = steps_of(sft)
         for name in ("config.json", "model.safetensors"):   # as if it had been killed in step 2
             os.unlink(f"{sft}/{name}")
+        shutil.rmtree(f"{sft}/step-000002")
         train_sft.main([*command, "--resume"])
-        resumed = losses(sft)
+        resumed = steps_of(sft)
         mine_hard.main(["--model", sft, "--data", str(file), "--limit", "8", "--k", "2",
                         "--max-new-tokens", "16", "--out", hard, *same])
         records = read_records(file)[:16]                   # what is mined after two steps is empty
@@ -296,18 +298,21 @@ def scripts(args):
         evaluation.main(["--model", dpo, "--data", str(ROOT / "toy/test.json"), "--limit", "8",
                          "--scores", "--max-new-tokens", "16", "--out", answers, *same])
         evaluation.main(["--model", dpo, "--prompt", "Hello?", "--max-new-tokens", "16", *same])
-        preferred = losses(dpo)
-    assert len(whole) == len(preferred) == 2 and all(map(math.isfinite, whole + preferred))
-    apart = abs(resumed[-1] / whole[-1] - 1)
-    assert len(resumed) == 2 and apart < 0.01, f"step 2: {whole[-1]}, and again {resumed[-1]}"
+        preferred = steps_of(dpo)
+    losses = {name: [step["loss"] for step in steps]
+              for name, steps in (("sft", whole), ("resumed", resumed), ("dpo", preferred))}
+    assert all(len(some) == 3 and all(map(math.isfinite, some)) for some in losses.values())
+    assert resumed[0] == whole[0], "it began anew"          # `seconds` is never the same twice
+    apart = abs(resumed[2]["loss"] / whole[2]["loss"] - 1)  # after a step with AdamW's moments
+    assert apart < 0.01, f"step 3: {whole[2]['loss']}, and again {resumed[2]['loss']}"
     line = f"all four ran in {time.time() - began:.0f} s; a step done again is {apart:.1e} apart"
-    return line, {"sft": whole, "resumed": resumed, "dpo": preferred}
+    return line, losses
 
 
-def losses(folder):
-    """The loss of each step that a trainer's log has."""
+def steps_of(folder):
+    """What a trainer's log has of each step."""
     _, *steps = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(step)["loss"] for step in steps]
+    return [json.loads(step) for step in steps]
 
 
 def profile(args):

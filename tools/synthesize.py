@@ -131,7 +131,15 @@ def sections(text):
 def steps_in(part):
     """[(step number, its text)] of one section; the conclusion is not a step."""
     found = re.split(r"^[^\w\n]*Reasoning Step *(\d+)\W*", re.split(CONCLUSION, part, flags=re.M)[0], flags=re.M)
-    return [(int(n), words.strip()) for n, words in zip(found[1::2], found[2::2])]
+    return [(int(n), without_rules(words)) for n, words in zip(found[1::2], found[2::2])]
+
+
+def without_rules(text):
+    """A step's text without the empty lines, and the ruled ones (---), after it."""
+    lines = text.strip().split("\n")
+    while lines and not re.search(r"\w", lines[-1]):
+        lines.pop()
+    return "\n".join(lines)
 
 
 def check(answer, response, labels, most=10):

@@ -395,10 +395,10 @@ def main(argv=None):
 
 
 def page_begins():
-    """What every page has between its title and its data: the first lines of its style."""
+    """What every page has between its title and its data: how its style begins."""
     template = TEMPLATE.read_text(encoding="utf-8")
     style = template[template.index("<style>"):]
-    return "\n".join(style.splitlines()[:2]).encode()
+    return "\n".join(style.splitlines()[:3]).encode()
 
 
 def files_read(paths):

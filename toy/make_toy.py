@@ -421,14 +421,15 @@ def main(argv=None):
     p.add_argument("--facts", type=int, choices=range(1, 7), metavar="D",
                    help="write the dial's three files instead: verdicts combine D facts; no base model")
     args = p.parse_args(argv)
-    if args.facts and args.out == HERE:
+    is_here = args.out.resolve() == HERE.resolve()
+    if args.facts and is_here:
         p.error("--facts needs an --out of its own: here lie the demo's files")
     if args.facts:
         corpus, _ = make_dial(args.facts, args.seed, args.train, args.test)
     else:
         corpus, read = make_corpus(args.seed, args.skip, args.train, args.test)
     for name in corpus:
-        if args.out != HERE and (args.out / f"{name}.json").exists():
+        if not is_here and (args.out / f"{name}.json").exists():
             raise InputError(f"{args.out / name}.json: is there; choose another --out")
     for name, records in corpus.items():
         write_json(args.out / f"{name}.json", records)
