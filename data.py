@@ -1957,12 +1957,12 @@ def main(argv=None):
             raise InputError(f"{path}: is a pipe, and would be read twice; write it to a file")
         _, first = next(parse_records(path), ("", {}))
         is_pair = isinstance(first, dict) and "chosen" in first
-        answers = ("chosen", "rejected") if is_pair else ("output",)
-        records = read_records(path, ("instruction", "input", *answers))
-        chosen = records[args.number:args.number + args.count]
-        if not chosen:
+        fields = ("chosen", "rejected") if is_pair else ("output",)
+        records = read_records(path, ("instruction", "input", *fields))
+        shown = records[args.number:args.number + args.count]
+        if not shown:
             raise InputError(f"{path}: has no record {args.number}; the last is {len(records) - 1}")
-        examples, _ = encode_records(tokenizer, chosen, 10 ** 6, answers)
+        examples, _ = encode_records(tokenizer, shown, 10 ** 6, fields)
         show(tokenizer, examples)
 
 

@@ -331,7 +331,7 @@ def test_all_readers_of_predictions_give_one_gold(tmp_path, dataset):
     assert [some for _, some in traces.read_traces(path, {})] == gold
 
 
-def test_cut_records_are_of_answers_with_an_end_and_replace_records_alone(tmp_path, capsys):
+def test_cut_records_are_of_answers_with_an_end_and_replace_nothing_but_themselves(tmp_path, capsys):
     line = {"prompt": framed(("", ""), format_input("May I?")), "label": "harmful", "predict": TRACE}
     data = tmp_path / "x.jsonl"
     cut = tmp_path / "cut.json"

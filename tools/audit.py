@@ -57,12 +57,13 @@ def keep_others(path, settings):
 
 def write_new(path, value, option="--out"):
     """Write JSON where nothing is; InputError where a file is there that holds anything else."""
-    try:
-        same = is_there(path) and read_json(path) == value
-    except InputError:                                      # another format
-        same = False
-    if is_there(path) and not same:
-        raise InputError(f"{path}: is there, and holds something else; choose another {option}")
+    if is_there(path):
+        try:
+            same = read_json(path) == value
+        except InputError:                                  # another format
+            same = False
+        if not same:
+            raise InputError(f"{path}: is there, and holds something else; choose another {option}")
     write_json(path, value)
 
 
