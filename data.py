@@ -29,7 +29,7 @@ import re
 import signal
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,9 @@ You must think step by step. Keep consistency between the reasoning and the Answ
 HUMAN = "Human user:\n"
 ASSISTANT = "\n\nAI assistant:\n"
 
-# name of the task -> (positive class, the other). Also listed by task: INSTRUCTION, format_answers,
-# LABEL_COLUMNS; in mine_hard.py judge_by_field; in eval.py conclude, TITLES and PAPER_F1
+# name of the task -> (positive class, the other). Who adds a task adds it to INSTRUCTION,
+# format_answers and LABEL_COLUMNS, too; in mine_hard.py to judge_by_field; in eval.py to conclude,
+# TITLES and PAPER_F1
 VERDICTS = {
     "request": ("harmful", "unharmful"),            # task 1
     "completion": ("refusal", "compliance"),        # task 2
@@ -161,7 +162,7 @@ def read_records(path, fields=("instruction", "input", "output")):
         tell(f"{path}: skipped {count} records whose {name} is empty")
     warn_of_inputs(path, records)
     if "output" in fields:
-        warn_of_labels(path, [record["output"] for record in records])
+        warn_of_labels(path, records)
     if not records:
         raise InputError(f"{path}: no usable record")
     return records
@@ -234,20 +235,21 @@ FORMATS = {
     "raw": ChatFormat("<|begin_of_text|>", "", "",
                       ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>")),
 }
-CONTROL = re.compile(r"<\|\w+\|>")     # how these are spelled: see add_token
+CONTROL = re.compile(r"<\|\w+\|>")     # how control tokens are spelled; a folder may name others
 HALF_PAIR = "[\ud800-\udfff]"   # of UTF-16: JSON can spell it, UTF-8 cannot
 
 
 @dataclass
 class Vocabulary:
     """What a tokenizer file holds."""
-    tokens: dict            # bytes -> id
-    order: list             # the bytes of all tokens, by merge priority
     pattern: str            # the regular expression that splits text before merging
-    special: dict           # control token -> id
-    words: dict             # text that is one token wherever it stands, and no control token -> id
-    late: set               # the words that are looked for in what the other words leave
-    sticky: set             # the control tokens that swallow the spaces beside them
+    tokens: dict = field(default_factory=dict)      # bytes -> id
+    order: list = field(default_factory=list)       # the bytes of all tokens, by merge priority
+    special: dict = field(default_factory=dict)     # control token -> id
+    # text that is one token wherever it stands, and no control token -> id
+    words: dict = field(default_factory=dict)
+    late: set = field(default_factory=set)      # words looked for in what the other words leave
+    sticky: set = field(default_factory=set)    # control tokens that swallow the spaces beside them
     start: str = ""         # the control tokens that its own library writes before plain text
 
 
@@ -665,7 +667,7 @@ def deal(packs, rank, ranks):
     (of several the first), among those that hold fewer than len(packs) / ranks packs, rounded up.
     -> the list for `rank`, filled up to that number with lay_out([0], [])."""
     hands = [[] for _ in range(ranks)]
-    most = -(-len(packs) // ranks)                          # rounded up
+    most = math.ceil(len(packs) / ranks)
     for p in sorted(packs, key=lambda p: -len(p.tokens)):
         open_hands = [hand for hand in hands if len(hand) < most]
         lightest = min(open_hands, key=lambda hand: sum(len(q.tokens) for q in hand))
@@ -819,11 +821,12 @@ def verdict_word(said, words):
 NO_LABEL = re.compile(r"[\W_]*(?:none|null|nan|n/?a)?[\W_]*", re.IGNORECASE)
 
 
-def warn_of_labels(path, outputs):
-    """Say how many of these outputs of a file have a verdict line with a word that is not its
+def warn_of_labels(path, records):
+    """Say how many records of a file have an output with a verdict line whose word is not its
     task's, and which: it is no label, and nobody would notice."""
     unread = []
-    for text in outputs:
+    for record in records:
+        text = record["output"]
         heading = answers_heading(text)
         block = text[heading.end():] if heading else ""
         for task, words in VERDICTS.items():
@@ -945,7 +948,7 @@ def vocabulary_of(path, raw):
         except KeyError:
             raise InputError(f"{path}: {word!r} is not spelled in byte-level letters") from None
 
-    found = Vocabulary({}, [], pattern, {}, {}, set(), set())
+    found = Vocabulary(pattern)
     ends = told_ends(path.parent)
     control = control_names(path.parent) | {e["content"] for e in added if e["id"] in ends}
     for entry in added:
@@ -991,15 +994,22 @@ def control_names(folder):
         entries += [value for key, value in told.items() if key.endswith("_token")]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             listed = told.get(key)
-            entries += listed.values() if isinstance(listed, dict) else []
-            entries += listed if isinstance(listed, list) else []
-    by_id = config.get("added_tokens_decoder")
-    for entry in by_id.values() if isinstance(by_id, dict) else []:
-        if isinstance(entry, dict) and entry.get("special"):
-            entries.append(entry)
+            if isinstance(listed, dict):
+                entries += listed.values()
+            elif isinstance(listed, list):
+                entries += listed
+    entries += [entry for entry in told_entries(config) if entry.get("special")]
     texts = map(content_of, entries)
     template = str(read_chat_template(folder).get("chat_template", ""))
     return {*filter(lambda text: isinstance(text, str), texts), *re.findall(MARK, template)}
+
+
+def told_entries(config):
+    """The added tokens that a tokenizer_config.json describes, a dict each."""
+    by_id = config.get("added_tokens_decoder")
+    if not isinstance(by_id, dict):
+        return []
+    return [entry for entry in by_id.values() if isinstance(entry, dict)]
 
 
 def told_ends(folder):
@@ -1013,9 +1023,7 @@ def compare_told(path, added, vocabulary, control):
     too: InputError where they hold a word that tokenizer.json lacks, or that is found otherwise
     there. A control token that is `sticky` in one of them is so here."""
     folder = path.parent
-    by_id = read_object(folder / "tokenizer_config.json", {}).get("added_tokens_decoder")
-    entries = [entry for entry in (by_id.values() if isinstance(by_id, dict) else [])
-               if isinstance(entry, dict)]
+    entries = told_entries(read_object(folder / "tokenizer_config.json", {}))
     entries += [{"content": name} for name in read_object(folder / "added_tokens.json", {})]
     here = {entry["content"]: entry for entry in added}
     for entry in entries:
@@ -1228,7 +1236,7 @@ def read_tokenizer_model(path):
                          f"control tokens config.json says {size}: cut short; fetch it again")
     special = {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIALS)}
     order = sorted(tokens, key=tokens.get)
-    return Vocabulary(tokens, order, LLAMA3_PATTERN, special, {}, set(), set())
+    return Vocabulary(LLAMA3_PATTERN, tokens, order, special)
 
 
 def as_tokenizer_json(tokenizer):
@@ -1494,10 +1502,12 @@ def read_chat_template(folder):
     try:
         if isinstance(text, list):                          # several, each with a name
             text = {entry["name"]: entry["template"] for entry in text}.get("default", "")
-        found = {"chat_template": text + ""}                # TypeError unless it is a text
+        if not isinstance(text, str):
+            raise TypeError
     except (TypeError, KeyError):
         raise InputError(f"{config}: chat_template is neither a text nor a list of them, each with "
                          "name and template") from None
+    found = {"chat_template": text}
     tokens = {name: token for name, token in told.items() if name in TOKEN_NAMES
               or name.endswith("_token") and isinstance(token, str)}
     more = told.get("extra_special_tokens")                 # a list, or with a name each
@@ -1530,8 +1540,10 @@ def render_turns(template, *contents, ask=True):
              "tools": None, "documents": None, "add_generation_prompt": ask,
              "true": True, "false": False, "none": None}
     text = re.sub(r"\r\n?", "\n", template["chat_template"]).removesuffix("\n")
-    text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)       # as transformers does:
-    text = re.sub(r"([%#]\})\n", r"\1", text)   # lines of tags leave none
+    # as transformers has it, a line that holds nothing but a tag leaves no line
+    text = re.sub(r"^[ \t]+(?=\{[%#])", "", text, flags=re.MULTILINE)
+    text = re.sub(r"([%#]\})\n", r"\1", text)
+    # a minus inside a tag's edge takes the spaces outside of it
     text = re.sub(r"(?<!\s)\s*(\{[{%#])-", r"\1", text)
     text = re.sub(r"-([}%#]\})\s*", r"\1", text)
     for opening, closing in (("{{", "}}"), ("{%", "%}"), ("{#", "#}")):

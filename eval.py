@@ -374,8 +374,8 @@ def majority(verdicts):
 def moderate(model, tokenizer, exchanges, **options):
     """Verdicts on exchanges [{"prompt", "response": text, blank or None}], in their order; see
     moderate_iter."""
-    return [verdict for _, verdict in sorted(moderate_iter(model, tokenizer, exchanges, **options),
-                                             key=lambda numbered: numbered[0])]
+    judged = moderate_iter(model, tokenizer, exchanges, **options)
+    return [verdict for _, verdict in sorted(judged)]       # by number: no two have the same
 
 
 def moderate_iter(model, tokenizer, exchanges, max_length=4096, on_unparsable=None, **options):
@@ -623,11 +623,11 @@ def moderate_lines(args, guard):
     check_room(guard, longest, 1, args.max_new_tokens, args.kv_tokens)      # before any line
     if args.prompt is not None:
         exchange = {"prompt": args.prompt, "response": args.response}
-        groups = [[json.dumps(exchange)]]
-    else:
-        groups = lines_at_hand(getattr(sys.stdin, "buffer", sys.stdin), args.batch)
+        verdict, = moderate(guard.model, guard.tokenizer, [exchange], **options)
+        print_line(json.dumps(verdict))
+        return
     number = 0
-    for lines in groups:
+    for lines in lines_at_hand(getattr(sys.stdin, "buffer", sys.stdin), args.batch):
         for verdict in judge_lines(lines, number, guard, options):
             print_line(json.dumps(verdict))                 # ASCII, whatever the output's encoding
         number += len(lines)
@@ -945,10 +945,10 @@ def read_predictions(path, dataset, column=None, limit=None):
     records = []                                        # as read_records would give them
     unasked = 0
     for place, line in islice(parse_records(path), limit):
-        fields = line if isinstance(line, dict) else {}
-        prompt = "" if fields.get("prompt") is None else fields["prompt"]
-        label = fields.get("label")
-        text = fields.get("predict")
+        line = line if isinstance(line, dict) else {}
+        prompt = "" if line.get("prompt") is None else line["prompt"]
+        label = line.get("label")
+        text = line.get("predict")
         if not all(isinstance(told, str) for told in (prompt, label, text)):
             raise InputError(f"{path}: {place} needs the text fields label and predict, and prompt "
                              "is text where it is there")
@@ -961,13 +961,13 @@ def read_predictions(path, dataset, column=None, limit=None):
                 **slice_of(line, column)}
         if has_no_end(line):
             case["verdict"] = dict.fromkeys(VERDICTS)
-            if line["forced"] is not True:              # True: nobody says which verdicts these are
+            if line["forced"] is not True:              # true alone does not say which verdicts
                 case["forced"] = forced_verdict(line["forced"], f"{path}: {place}")
         if "p" in line:                                 # --scores: add_probabilities
             case["p"] = probabilities(line["p"], f"{path}: {place}")
         cases.append(case)
     warn_of_inputs(path, records)
-    warn_of_labels(path, [record["output"] for record in records])
+    warn_of_labels(path, records)
     warn(unasked, f"labels of {path} are one word and have no prompt: they are taken for the "
                   "request's (--dataset names a benchmark)")
     without_p = sum("p" not in case for case in cases)
@@ -1024,7 +1024,7 @@ def former_results(path):
     try:
         before = parse_json(path, text)
     except InputError as error:
-        if "[\n  {".startswith(begins):                     # no figures that anyone could miss
+        if "[\n  {".startswith(begins):                     # empty, or begun as write_json does
             tell(f"{error}; it will be written anew")
             return []
         before = None

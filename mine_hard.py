@@ -95,15 +95,19 @@ def sample_weights(differences, gamma):
 def select(records, sources, answers, judging, pairing, gamma, seed):
     """(lines of hard.jsonl, a Counter of outcomes) from all models' answers.
 
-    sources: the file of each record. answers: [(folder, {number of the record: its samples})], a
-    model's folder as --model names it. judging, pairing: --judge ("all" or "field", judge_by_...)
-    and --pair. A prompt is hard if it has correct and incorrect answers. Where several models or
-    records make the same input hard, the first that is found counts: models as they are named, then
-    records in their order. A line has instruction, input, chosen, rejected (by pick_pair, with a
-    random.Random of seed, folder and number), k_correct, k_incorrect, source, and weight, by
-    sample_weights over all lines; lines stand in the order in which they were found. Counted, once
-    for every model and prompt: "all right", "hard", "all wrong"; and "answers without verdict", the
-    samples whose three verdicts are all None."""
+    sources     the file of each record
+    answers     [(folder, {number of the record: its samples})], a model's folder as --model names
+                it
+    judging     --judge: "all" or "field", see judge_by_...
+    pairing     --pair: how pick_pair chooses, with a random.Random of seed, folder and number
+    gamma       how far weights are from 1: sample_weights over all lines
+
+    A prompt is hard if it has correct and incorrect answers. Where several models or records make
+    the same input hard, the first that is found counts: models as they are named, then records in
+    their order. A line has instruction, input, chosen, rejected, k_correct, k_incorrect, source and
+    weight; lines stand in the order in which they were found. Counted, once for every model and
+    prompt: "all right", "hard", "all wrong"; and "answers without verdict", the samples whose three
+    verdicts are all None."""
     judge_samples = {"all": judge_by_all_fields, "field": judge_by_field}[judging]
     hard = {}
     count = Counter()
@@ -131,8 +135,8 @@ def select(records, sources, answers, judging, pairing, gamma, seed):
 
 
 def outcome(k_correct, k_incorrect):
-    """"all right", "hard" or "all wrong", by the answers that count. Without a correct one it is
-    "all wrong", also where judge_by_field dropped them all."""
+    """What select counts a prompt as: "all right", "hard" or "all wrong", by the answers that are
+    judged. Without a correct one it is "all wrong", also where judge_by_field dropped them all."""
     if not k_correct:
         return "all wrong"
     return "hard" if k_incorrect else "all right"
@@ -494,18 +498,18 @@ def describe(tokenizer, ids):
 
 
 def claim_settings(path, settings, answered, world):
-    """check_settings, but where nothing is answered yet these take the place of others."""
+    """check_settings, but where nothing is answered yet these take the place of others. (Where
+    something is, the file is there: its callers have looked.)"""
     if world.rank == 0 and not answered:
         write_json(path, settings)
     world.wait()
-    check_settings(path, settings, world.rank)
+    check_settings(path, settings)
 
 
-def check_settings(path, settings, rank=0):
+def check_settings(path, settings):
     """Write down what a file is made with; where that is there and says otherwise, InputError."""
     if not is_there(path):
-        if rank == 0:
-            write_json(path, settings)
+        write_json(path, settings)
         return
     before = read_object(path)
     for name, now in settings.items():

@@ -25,11 +25,13 @@ Part III decodes many samples at once:
 Machinery: what can be wrong with a folder; devices, ranks, memory; arguments that scripts share.
 Simpler than elsewhere: LLaMA alone, without biases, dropout or quantized weights.
 
-Letters: T tokens of a stream, N scored ones (in attention: rows that ask), D width, H query heads,
-G key/value heads, R = H / G, E head width, F hidden width, V vocabulary, B samples being decoded
-(tree kernels: rows of a tile), S most results of one of them, p probabilities (attend_pages:
-pages, with w readers each); kernels: P keys of a page, C and M how much a program takes at a time;
-x' is x.T
+Letters (x' is x.T):
+    everywhere      T tokens of a stream, N scored ones; D width, F hidden width, V vocabulary;
+                    H query heads, G key/value heads, R = H / G, E head width; p probabilities
+    in attention    N rows that ask
+    in the engine   B samples being decoded, S most results of one of them; in attend_pages p pages,
+                    w readers of each
+    in kernels      B rows of a tile, P keys of a page; C and M how much a program takes at a time
 """
 import argparse
 import atexit
@@ -570,7 +572,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     scaled = full_precision(logits) / temperature
     p = scaled.softmax(-1)                                  # (B, V)
     if V % BUCKET:
-        # whole buckets, and V is their width below; rounding alone can hit one of these zeros
+        # to whole buckets; no token has these zeros: `pick` is clamped to V - 1 below
         p = functional.pad(p, (0, -V % BUCKET))
     in_bucket = p.unflatten(1, (-1, BUCKET)).sum(-1)        # (B, V / 256)
     below = functional.pad(in_bucket.cumsum(-1), (1, 0))    # (B, V / 256 + 1)
@@ -1179,7 +1181,7 @@ def row_totals(Z, TARGET, PICKED, LOG_SUM, V, C: constexpr):
     # writes PICKED and LOG_SUM (N,), float32
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
-    top = float("-inf")                 # unlike in tree_forward: no C logits are -inf together
+    top = float("-inf")                 # may be, unlike in tree_forward: each part has a logit
     total = 0.0
     for start in range(0, V, C):
         v = start + tl.arange(0, C)
@@ -1788,7 +1790,7 @@ class Engine:
         youngest may be the very job that asks: it has no slots then and needs nothing."""
         put_back = []
         for job in list(self.jobs):
-            # for a key more than decode stores: the last token that it draws is fed the next time
+            # the last token that decode draws is fed in the next call: its key has its place, too
             need = pages_for(job.drawn + self.capacity.poll)
             while sum(need - len(self.owned[slot]) for slot in job.slots) > len(self.pool.free):
                 youngest = self.jobs[-1]
@@ -1861,12 +1863,12 @@ class Engine:
 
         def attend(n, q, k, v):
             self.pool.write(n, page, offset, k, v)
-            return self.attend(n, q, batch)
+            return self.attend_cache(n, q, batch)
 
         tokens = self.history[batch.slot, last]
         return self.model.hidden(tokens, batch.length + last, attend)
 
-    def attend(self, n, q, batch):
+    def attend_cache(self, n, q, batch):
         """Attention in layer n of one token a slot, q (B, H, E), over all pages that it reads."""
         heads = q.unflatten(1, (self.G, self.R))                                   # (B, G, R, E)
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -2185,8 +2187,9 @@ def check_is_there(path):
     """InputError where there is no such file of weights."""
     if not is_there(path):
         raise InputError(f"{path}: no such file; fetch or write it again")
-    with reading(path), open(path, "rb"):                   # safetensors calls it damaged where one
-        pass                                                # may not read it
+    # may it be read? of one that may not, safetensors would say that it is damaged
+    with reading(path), open(path, "rb"):
+        pass
 
 
 def read_tensors(path):
@@ -2335,7 +2338,8 @@ def free_on_host():
         bounds.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / ranks)
     with contextlib.suppress(OSError):
         told = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        bounds += [1024 * int(told[1])] if told else []
+        if told:
+            bounds.append(1024 * int(told[1]))
     return min(bounds)
 
 

@@ -232,10 +232,10 @@ def check_can_shard(device):
 
 
 def check_disk(args):
-    """InputError if there is no room in --out for the finished model, and with --save-every for its
-    checkpoints (fp32 weights and two moments), of which a new one is written beside the newest
-    --keep, as far as so many are due: better now than after hours. A remark, if only a signal's
-    checkpoint has no room."""
+    """InputError if --out has no room for what will be written: better now than after hours. That
+    is the finished model and, with --save-every, checkpoints of fp32 weights and two moments: a new
+    one is written before the oldest is removed, so at most --keep + 1, and no more than are due. A
+    remark where there is room for all that, but not for the checkpoint that a signal would save."""
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     weights = parameters(config)
     need = weights * getattr(torch, config.torch_dtype).itemsize
@@ -538,23 +538,23 @@ def start_run(args, world):
     would mix two runs, at once or one after another. A run that is finished ends the script."""
     if world.rank == 0:
         hold(args.out)
-    log = Path(args.out) / "metrics.jsonl"
-    final = Path(args.out) / "config.json"
-    found = checkpoints(args.out)
+    out = Path(args.out)
+    log = out / "metrics.jsonl"
+    found = checkpoints(out)
     holds = f"{args.out}: already holds a run or a model;"
     if not log.exists():
-        if found or any((Path(args.out) / name).exists() for name in OF_MODELS):
+        if found or any((out / name).exists() for name in OF_MODELS):
             raise InputError(f"{holds} choose another --out")
         return None
     if not args.resume:
         raise InputError(f"{holds} add --resume, or choose another --out")
-    with reading(log), open(log, "rb") as file:             # a kill may have cut a later line
+    with reading(log), open(log, "rb") as file:             # bytes: a kill may have cut a later
         first_line = file.readline().decode("utf-8-sig")
     before = parse_json(log, first_line or "null")
     if not isinstance(before, dict) or not {"model", "data", "seed"} <= before.keys():
         raise InputError(f"{log}: does not begin with a run's settings; choose another --out")
     check_same_run(args, before)
-    if final.exists():
+    if (out / "config.json").exists():                      # written last, see save_final
         say(f"{args.out}: this run is finished")
         sys.exit()
     return found[-1] if found else None
@@ -565,13 +565,11 @@ OF_MODELS = ("config.json", "model.safetensors", "model.safetensors.index.json",
              "tokenizer.model", "tokenizer_config.json", "generation_config.json",
              "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 OLD_NAMES = {"examples": "samples", "schedule_hash": "schedule"}
-HASHED = {"data_hash": "data_hash (of records and tokenizer)",
-          "eval_hash": "eval_hash (of --eval-data)",
-          "config_hash": "config_hash (of --model's config.json)",
-          "weights_hash": "weights_hash (of --model's weights)",
-          "schedule_hash": "schedule_hash (of batches and learning rates)"}
-
-
+HASHED = {"data_hash": "records and tokenizer",         # hash -> what it is of
+          "eval_hash": "--eval-data",
+          "config_hash": "--model's config.json",
+          "weights_hash": "--model's weights",
+          "schedule_hash": "batches and learning rates"}
 # what may be another when a run goes on: where it runs, and how fast; what is kept on the way; how
 # a file is called of which the ids are compared. All other arguments are the run's own
 MAY_DIFFER = {"out", "resume", "save_every", "keep", "eval_data",
@@ -587,7 +585,7 @@ def check_same_run(args, before):
         now = json.loads(json.dumps(now, default=str))      # as the log has it
         was = before.get(name, before.get(OLD_NAMES.get(name), now))
         if was != now:
-            what = HASHED.get(name, name)
+            what = f"{name} (of {HASHED[name]})" if name in HASHED else name
             raise InputError(f"{args.out}: its run has {what} = {was!r}, not {now!r}; "
                              "give the same again, or choose another --out")
 

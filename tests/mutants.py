@@ -263,7 +263,7 @@ MUTANTS = [
     ("eval.py", 'line.get("forced") not in (None, False)', 'bool(line.get("forced"))', "test_view.py -k without_an_end"),
     ("data.py", 'if "added_tokens_decoder" not in told:', "if True:", "test_inputs.py -k of_two_files"),
     ("data.py", 'if form is FORMATS["raw"] and tokenizer.start:', "if False:", "test_inputs.py -k library_writes"),
-    ("tools/audit.py", "if not same:", "if False:", "test_tools.py -k nothing_but_themselves"),
+    ("tools/files.py", "if not same:", "if False:", "test_tools.py -k nothing_but_themselves"),
     ("tools/view.py", "style.splitlines()[:3]", "style.splitlines()[:2]", "test_view.py -k replaces_nothing"),
     ("tools/early_verdict.py", '            record.pop("forced", None)\n', "", "test_early.py -k reads_records_and_answers"),
     ("tools/baselines.py", '.get("OPENAI_API_KEY", "").strip()', '.get("OPENAI_API_KEY", "")', "test_tools.py -k key_only"),

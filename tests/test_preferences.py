@@ -7,7 +7,7 @@ import pushes
 import pytest
 import torch
 from conftest import ROOT, tiny_examples, tiny_model
-from preferences import Group, group_loss, token_logprobs
+from preferences import Group, group_loss, logprobs_by_token
 
 import train_dpo
 from data import INSTRUCTION, format_answers, format_input, pack, write_json
@@ -74,7 +74,7 @@ def test_group_loss_by_hand():
 def test_token_logprobs_add_up_to_the_answers():
     model = tiny_model()
     examples = tiny_examples(shapes=((3, (5, 1)), (10, (4, 4, 2)), (1, (7, 2))))
-    sums = torch.stack([part.sum() for part in token_logprobs(model, examples)])
+    sums = torch.stack([part.sum() for part in logprobs_by_token(model, examples)])
     p, = pack(examples, 10 ** 6)
     want = answer_sums(model(p.tokens, p.end, p.rows, p.targets), p.answer, 7)
     assert torch.allclose(sums, want, atol=1e-12)
@@ -89,7 +89,7 @@ def test_what_both_begin_with_is_not_pushed_by_the_preference():
     reference = [torch.zeros(len(ids), dtype=torch.float64) for ids in example.answers]
     grads = []
     for mask in masks.values():
-        policy = token_logprobs(model, [example])
+        policy = logprobs_by_token(model, [example])
         loss = group_loss(Group(example, 1, 1.0, mask, mask), policy, reference, 0.3, 0.0)
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())]))
     assert masks["whole"][0].sum() == masks["after_difference"][0].sum() + 3

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-import audit
 import baselines
 import certificate
 import eval as evaluation
 import early_verdict
+import files
 import mutants
 import plot
 import synthesize
@@ -35,7 +35,7 @@ from certificate import logistic, match_pairs, read, shortcut, solve, telling_wo
 from conftest import ROOT
 from data import (INSTRUCTION, InputError, format_answers, format_input, gold_verdict,
                   parse_verdict, read_records)
-from synthesize import check, output_of, question, read_exchanges, sections, steps_in
+from synthesize import check, question, read_exchanges, sections, steps_in, target_of
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 
@@ -272,7 +272,7 @@ def test_answers_that_come_while_a_failed_run_ends_are_kept(tmp_path):
 
 def test_a_block_is_found_behind_letters_that_change_their_length():
     text = "\u0130stanbul " * 9 + "\nAnswers:\nRequest: harmful"
-    assert text[synthesize.block_start(text):].startswith("Answers:") and synthesize.block_start("none") == 0
+    assert text[synthesize.block_place(text):].startswith("Answers:") and synthesize.block_place("none") == 0
 
 
 def test_answer_rows_keeps_what_it_has_when_rows_stay_open(tmp_path, capsys):
@@ -532,8 +532,8 @@ def test_check_of_refused_and_cut_answers():
 
 def test_output_closes_as_data_py_writes_it():
     text = trace(U, R, H).replace("\nAnswers: ", "\n---\n\n# ANSWERS:")
-    assert output_of(text, HALF, "own").endswith(f"Conclusion: {H}.\n\n" + format_answers(U, R, H))
-    assert output_of(text, HALF, "none").endswith(f"Conclusion: {H}.\n\n" + format_answers(None, None, H))
+    assert target_of(text, HALF, "own").endswith(f"Conclusion: {H}.\n\n" + format_answers(U, R, H))
+    assert target_of(text, HALF, "none").endswith(f"Conclusion: {H}.\n\n" + format_answers(None, None, H))
 
 
 def test_question_names_what_is_known_and_holds_no_verdict_of_its_own():
@@ -547,9 +547,9 @@ def test_question_names_what_is_known_and_holds_no_verdict_of_its_own():
 def test_a_heading_that_comes_again_adds_to_its_section_and_half_a_heading_is_not_left():
     text = "# Task 1\n## Reasoning Step 1: a\n# Task 1 Conclusion: unharmful\n\n## Final Answers:\nRequest: unharmful"
     assert synthesize.steps_in(synthesize.sections(text)[1]) == [(1, "a")]
-    assert synthesize.output_of(text, {}, "own") == text[:text.index("\n\n##")] + "\n\nAnswers: \nRequest: unharmful\nCompletion: None\nResponse: None"
+    assert synthesize.target_of(text, {}, "own") == text[:text.index("\n\n##")] + "\n\nAnswers: \nRequest: unharmful\nCompletion: None\nResponse: None"
     other = "Answers:\nCompletion: refusal\n\nAnswers: \nRequest: unharmful"        # verdicts of the block that was checked
-    assert "Completion: None" in synthesize.output_of(other, {}, "own")
+    assert "Completion: None" in synthesize.target_of(other, {}, "own")
 
 
 def test_a_wrong_number_of_new_tokens_is_no_text_that_is_too_long():
@@ -799,9 +799,9 @@ def test_what_a_tool_prints_can_be_cut_off_and_spelled(tmp_path, script, options
 
 
 def test_a_folder_has_a_name():
-    assert audit.folder_path("a/") == Path("a")
+    assert files.folder_path("a/") == Path("a")
     with pytest.raises(argparse.ArgumentTypeError, match="is empty"):
-        audit.folder_path("")
+        files.folder_path("")
     for path in TOOLS:                                      # Path("") is the current folder
         for called, node in calls_of(path):
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

@@ -76,9 +76,9 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation_table import GRIDS, PAPER, VARIANTS  # noqa: E402
-from audit import folder_path  # noqa: E402
 from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
                   parse_records, read_records, say, split_input, tell, write_json)
+from files import folder_path  # noqa: E402
 from model import weights_hash  # noqa: E402
 from traces import shuffled  # noqa: E402
 
@@ -183,27 +183,28 @@ class Cell:
         """HS-DPO on these pairs, unless that is done; factor: of beta."""
         out = self.folder / name
         if not (out / "config.json").exists():
-            beta = factor * self.beta(self.keep_pairs(name, pairs))
+            self.keep_pairs(name, pairs)
+            beta = factor * self.beta(pairs)
             train_dpo.main(["--model", str(self.r_sft()),
                             "--data", str(self.folder / f"{name}_pairs.json"), "--out", str(out),
                             "--lr", lr, "--batch-size", "32", "--beta", f"{beta:.4f}",
                             "--sft", str(sft), "--resume", *self.common])
         return out
 
-    def prefer(self, name, pairs, make_groups, lr=DPO_LR, factor=1.0, sft=SFT_TERM):
+    def prefer(self, name, pairs, make_groups, lr=DPO_LR, factor=1.0):
         """A form of the loss on what make_groups(tokenizer) makes of these pairs, unless that is
         done."""
         out = self.folder / name
         if not (out / "config.json").exists():
-            beta = factor * self.beta(self.keep_pairs(name, pairs))
-            preferences.train(self.r_sft(), out, make_groups, float(lr), round(beta, 4), sft,
+            self.keep_pairs(name, pairs)
+            beta = factor * self.beta(pairs)
+            preferences.train(self.r_sft(), out, make_groups, float(lr), round(beta, 4), SFT_TERM,
                               self.seed)
         return out
 
     def keep_pairs(self, name, pairs):
         """Write the pairs of a variant beside its model."""
         write_json(self.folder / f"{name}_pairs.json", pairs)
-        return pairs
 
     def beta(self, pairs):
         """The paper's beta, for answers as long as these."""

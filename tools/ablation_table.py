@@ -22,8 +22,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import certificate  # noqa: E402
-from audit import folder_path  # noqa: E402
 from data import InputError, read_json, say, split_input, write_json  # noqa: E402
+from eval import f1_of  # noqa: E402
+from files import folder_path  # noqa: E402
 
 PAPER = ["labels", "shuffled", "r_sft", "continued", "chosen", "no_weight", "hs_dpo", "hs_dpo_k8",
          "ensemble", "swapped"]
@@ -103,8 +104,8 @@ def mean_f1(table, weights=None):
     for task in range(3):
         gold, right = table[:, task].T
         tp = (weights * (gold == 1) * right).sum()
-        wrong = (weights * (gold >= 0) * (1 - right)).sum()     # 2 tp + fp + fn = 2 tp + all wrong
-        scores.append(200 * tp / max(2 * tp + wrong, 1))
+        wrong = (weights * (gold >= 0) * (1 - right)).sum()
+        scores.append(f1_of(tp, wrong, 0, 0))                   # which are fp or fn: F1 adds them up
     return np.mean(scores)
 
 

@@ -32,11 +32,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from audit import check_names, keep_others  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, cut_to_fit, format_answers, hold,  # noqa: E402
                   is_there, on_terminal, parse_lines, parse_verdict, read_bytes, read_text, reading, say,
                   split_input, tell, write_bytes, writing)
 from eval import read_benchmark  # noqa: E402
+from files import check_names, keep_others  # noqa: E402
 from mine_hard import (LazyModel, answer_prompts, check_settings, claim_answers,  # noqa: E402
                        generation_settings, write_lines)
 from model import World, folder_name, pick_device  # noqa: E402
@@ -195,7 +195,8 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
                 return {"text": "", "finish": "too long", "refused": False}
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 raise InputError(f"{address}: HTTP {error.code} {error.reason}: {said[:300]}") from None
-            problem, wait = f"HTTP {error.code}", max(wait, retry_after(error.headers))
+            problem = f"HTTP {error.code}"
+            wait = max(wait, retry_after(error.headers))
         except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"        # lost, late, cut short, or another format
         if attempt + 1 < tries:
@@ -231,7 +232,8 @@ def is_too_long(said):
 def read_reply(reply):
     """{"text", "finish", "refused"} of a chat completion; some error where it is none."""
     choice = reply["choices"][0]
-    text, finish = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
+    text = choice["message"].get("content") or ""
+    finish = choice.get("finish_reason") or "stop"
     if not isinstance(text, str):
         raise ValueError("the answer is not text")
     refused = bool(choice["message"].get("refusal")) or finish == "content_filter" or is_refusal(text)

@@ -103,7 +103,8 @@ def read(prompt, response):
 
 def unwrap(request):
     """(wrappers from the outside in, do they turn the request round, the request inside)."""
-    wrappers, turned = [], False
+    wrappers = []
+    turned = False
     while True:
         for name, pattern in PATTERNS["keeps"] + PATTERNS["turns"]:
             match = re.fullmatch(pattern, request)
@@ -143,7 +144,8 @@ def solve(reading):
 
 def match_pairs(readings):
     """[(i, j)]: records of one setting that differ in exactly one of the facts wish, changed and verb."""
-    groups, pairs = defaultdict(list), []
+    groups = defaultdict(list)
+    pairs = []
     facts = [(r.wish, r.changed, r.verb) for r in readings]
     for i, r in enumerate(readings):
         groups[replace(r, wish="", changed=False, verb="")].append(i)
@@ -207,7 +209,8 @@ def shortcut(train, test, name, n):
         raise InputError(f"no record to train on, or none to test on, has a label of {name}")
     w, b = logistic(features(texts[0], vocabulary), torch.tensor([g == positive for g in gold[0]]))
     said = [positive if z > 0 else other for z in (features(texts[1], vocabulary) @ w + b).tolist()]
-    right, commonest = sum(map(str.__eq__, said, gold[1])), Counter(gold[1]).most_common(1)[0][1]
+    right = sum(map(str.__eq__, said, gold[1]))
+    commonest = Counter(gold[1]).most_common(1)[0][1]
     return len(said), 100 * right / len(said), 100 * commonest / len(said), float(f1(gold[1], said, positive))
 
 
@@ -215,10 +218,12 @@ def telling_words(rows, pairs, name, least=50, draws=1000):
     """(words looked at, [(word, n, rate)] outside 40-60%, [how many there are by chance, for each draw]).
 
     A draw lets a coin exchange positive and negative in each pair of records, in both at once."""
-    positive, pairs = VERDICTS[name][0], [pair for pair in pairs if rows[pair[0]]["gold"][name]]
+    positive = VERDICTS[name][0]
+    pairs = [pair for pair in pairs if rows[pair[0]]["gold"][name]]
     texts = {i: words_of(rows[i]["text"]) for pair in pairs for i in pair}
     vocabulary = number(texts.values())
-    count, excess = np.zeros(len(vocabulary)), np.zeros((len(pairs), len(vocabulary)))
+    count = np.zeros(len(vocabulary))
+    excess = np.zeros((len(pairs), len(vocabulary)))
     for p, pair in enumerate(pairs):
         for i in pair:
             held = [vocabulary[word] for word in texts[i]]
@@ -317,7 +322,8 @@ def certify_words(files, pairs, claims):
     """Part 3: words whose positive rate is outside 40-60%, against what chance gives."""
     print_line("\n3  words in 50 records or more whose positive rate is outside 40-60%\n"
                "   file          task        words   outside   by chance: mean, most in 999 of 1,000 draws")
-    train, joined = [], []
+    train = []
+    joined = []
     for name in TRAIN:
         joined += [(i + len(train), j + len(train)) for i, j in pairs[name]]
         train += files[name]
@@ -364,7 +370,9 @@ def certify_composition(files, pairs, claims):
     claims.add(0.2 <= np.mean(train) <= 0.3,
                f"skipped checks: in {100 * np.mean(train):.1f}% of training traces (20-30%)")
     texts = lambda names: {row["text"] for name in names for row in files[name]}
-    train, dev, test = texts(TRAIN), texts(["dev"]), texts(TEST)
+    train = texts(TRAIN)
+    dev = texts(["dev"])
+    test = texts(TEST)
     claims.add(not test & (train | dev), f"overlap: {len(test & (train | dev))} test texts occur in training or dev")
     claims.add(not dev & train, f"overlap: {len(dev & train)} dev texts occur in training")
 
@@ -387,9 +395,11 @@ def certify_held_out(found, claims):
 
 def print_wordings(files, least=20):
     """In how many wordings are the reasoning steps told, facts being equal? Information, not a claim."""
-    told, count = defaultdict(set), Counter()
+    told = defaultdict(set)
+    count = Counter()
     for name, row in [(name, row) for name in TRAIN for row in files[name] if row["reading"]]:
-        r, checks = row["reading"], bool(re.search(PATTERNS["checks"], row["trace"]))
+        r = row["reading"]
+        checks = bool(re.search(PATTERNS["checks"], row["trace"]))
         facts = "|".join([*OPPOSITE, r.thing, r.owner, "the same", "different"])
         for task in re.split(r"^# ", row["trace"], flags=re.M):
             for step, text in re.findall(r"Reasoning Step (\d): (.*)", task):
@@ -470,7 +480,8 @@ def main(argv=None):
         if not claims.print():
             raise SystemExit(1)
         return
-    files, pairs = load(args.toy), {}
+    files = load(args.toy)
+    pairs = {}
     for name, rows in files.items():
         known = [i for i, row in enumerate(rows) if row["reading"]]
         pairs[name] = [(known[i], known[j]) for i, j in match_pairs([rows[i]["reading"] for i in known])]

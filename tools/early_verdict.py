@@ -54,11 +54,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import STEP, folder_path, keep_inputs, keep_others, write_new  # noqa: E402
+from audit import STEP  # noqa: E402
 from data import (HUMAN_LINE, MARK, VERDICTS, InputError, Pack, Tokenizer, at_least,  # noqa: E402
                   exchange_of, folder_of, gold_verdict, is_there, parse_records, parse_verdict, read_object, say, warn,
                   write_json)
 from eval import TITLES, has_no_end, labels_of  # noqa: E402
+from files import folder_path, keep_inputs, keep_others, write_new  # noqa: E402
 from mine_hard import encode_prompts, write_lines  # noqa: E402
 from model import (Llama, answer_logprobs, folder_name, join_ranks, pick_dtype,  # noqa: E402
                    read_arguments)

@@ -58,7 +58,7 @@ def make_bench(args, *more):
     return measure.Bench(bench_tool.parse_arguments([*options, "--kernels", args.kernels, *more]))
 
 
-def random_model(b, layers, dtype):
+def shallow_model(b, layers, dtype):
     """Random weights of the Bench's shape, but with so many layers."""
     config = replace(b.config, num_hidden_layers=layers)
     return measure.random_model(config, b.device, dtype)
@@ -154,7 +154,7 @@ def kernels(args):
 def graph(args):
     """Are recorded steps plain steps, and does memory stay as it is from look to look?"""
     b = make_bench(args)
-    model = random_model(b, 2, b.products)
+    model = shallow_model(b, 2, b.products)
     prompts = b.prompts()
     looks, poll = (20, 32) if args.cuda else (2, 4)
     memory = []                                             # of each run with recorded steps
@@ -190,7 +190,7 @@ def pages(args):
     """Are answers the same where pages move as where they stay? Jobs wait for room meanwhile, and
     some are put back; the batches are the same in both runs, as in bfloat16 their sizes matter."""
     b = make_bench(args, *([] if args.cuda else ["--prompts", "6"]))
-    model = random_model(b, 2, b.products)
+    model = shallow_model(b, 2, b.products)
     prompts = b.prompts()
     most, ends = (512, 128) if args.cuda else (96, 96)
     stop = list(range(b.config.vocab_size // ends))         # an answer ends after `ends` tokens
@@ -214,7 +214,8 @@ def pages(args):
     Engine.compact, Engine.reserve = compact, reserve_and_count
     library.PagePool.move = move_and_count
     moved = answer()
-    Engine.reserve, library.PagePool.move = reserve, move
+    Engine.reserve = reserve
+    library.PagePool.move = move
     equal = [a == b for a, b in zip(sum(stayed, []), sum(moved, []))]
     same = sum(equal) / len(equal)
     line = f"{same:.0%} of answers are the same; " + ", ".join(
@@ -227,7 +228,7 @@ def step(args):
     """A step of training by kernels and by twins, beside one in a wider dtype; and through FSDP."""
     b = make_bench(args)
     wide = torch.float32 if args.cuda else torch.float64
-    model = random_model(b, 4 if args.cuda else 1, torch.float32)
+    model = shallow_model(b, 4 if args.cuda else 1, torch.float32)
     p = one_pack(b, 2048)
 
     def gradients(dtype, kernels):
@@ -319,7 +320,7 @@ def profile(args):
     """Where a training pack's and a decoding step's time goes: the 25 longest kernels of each."""
     b = make_bench(args)
     layers = b.config.num_hidden_layers
-    model = random_model(b, layers, torch.float32)
+    model = shallow_model(b, layers, torch.float32)
     model.compute_dtype = b.products
     p = one_pack(b, 8192)
     training = time_kernels(b, "a pack", partial(train, model, p))
@@ -429,7 +430,7 @@ def changes(args):
     """What each change of the code buys: the time without it over the time with it."""
     b = make_bench(args)
     layers = 4 if args.cuda else 2
-    model = random_model(b, layers, torch.float32)
+    model = shallow_model(b, layers, torch.float32)
     model.compute_dtype = b.products
     p = one_pack(b, 8192)
 
@@ -440,11 +441,11 @@ def changes(args):
     found = {"training": compare(b, training, ["norm", "rope", "logits"])}
     if args.cuda:                                           # heads of 128
         eight = make_bench(args, "--shape", "8b")
-        model = random_model(eight, layers, torch.float32)
+        model = shallow_model(eight, layers, torch.float32)
         model.compute_dtype = b.products
         found["training 8b"] = compare(b, training, ["tiles", "norm", "rope"])
     with torch.inference_mode():
-        engine = start_engine(random_model(b, layers, b.products), b.prompts(), 4, 64)
+        engine = start_engine(shallow_model(b, layers, b.products), b.prompts(), 4, 64)
 
         def decoding():
             batch = engine.make_batch()
@@ -466,7 +467,7 @@ def changes(args):
 def blocks(args):
     """What a single long answer costs: in a step, and in a block of prompts that ends with it."""
     b = make_bench(args)
-    model = random_model(b, 2, b.products)
+    model = shallow_model(b, 2, b.products)
     c = b.config
     rows, most = (1024, 1024) if args.cuda else (4, 24)
     length = None if args.cuda else 200

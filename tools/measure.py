@@ -5,8 +5,6 @@ seconds, flops are model FLOPs. Where a limit is known it adds "work" and "bytes
 traffic that the task needs; its least time is work / (rate of a matrix product) + bytes / (rate of a copy).
 """
 import platform
-import resource
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,8 @@ from data import Example, Tokenizer, common_prefix, encode_records, pack, read_r
 from model import (Llama, LlamaConfig, World, attention, draw_token, generate, pick_device,
                    pick_dtype, token_logprobs, tree_plan)
 from train_dpo import answer_sums, pairs_loss, reference_logprobs
-from train_sft import default_max_tokens, make_optimizer, sft_loss, training_bytes, update
+from train_sft import (default_max_tokens, make_optimizer, parameters, peak_memory, sft_loss,
+                       training_bytes, update)
 
 LLAMA3 = partial(LlamaConfig, 128256, num_key_value_heads=8, rope_theta=500000.0)
 SHAPES = {"1b": LLAMA3(2048, 8192, 16, 32, tie_word_embeddings=True),
@@ -35,15 +34,18 @@ LONGEST = 2048          # tokens of a sequence, as in the paper
 def random_examples(n, answers, vocabulary, length=None, root=110, seed=0):
     """Examples with the lengths S of guard data: an instruction of 110 tokens, a prompt of 230 and
     an answer of 260 on average, E[S^2] / E[S]^2 = 1.27; or sequences of exactly `length` tokens."""
-    rng, mean = np.random.default_rng(seed), np.array([230] + [260] * answers)
+    rng = np.random.default_rng(seed)
+    mean = np.array([230] + [260] * answers)
     spread = 0.27 * 600 ** 2 / (230 ** 2 + 260 ** 2)                           # variance / mean^2 of each
     ids = lambda count: rng.integers(vocabulary, size=max(1, int(count))).tolist()
-    start, examples = ids(root), []
+    start = ids(root)
+    examples = []
     for _ in range(n):
         prompt, *sizes = rng.gamma(1 / spread, mean * spread)
         fit = min(1, (LONGEST - root) / (prompt + max(sizes)))
         if length:
-            prompt, fit = (length - root) // 2, 1
+            prompt = (length - root) // 2
+            fit = 1
             sizes = [length - root - prompt] * answers
         whole = start + ids(prompt * fit)
         examples.append(Example(whole, [ids(size * fit) for size in sizes], root))
@@ -63,17 +65,19 @@ class Bench:
     """The device, the model's shape, the batches, and clocks."""
 
     def __init__(self, args):
-        self.args, self.device = args, pick_device(args.device)
-        self.cuda, self.products = self.device.type == "cuda", pick_dtype(self.device, args.dtype)
+        self.args = args
+        self.device = pick_device(args.device)
+        self.cuda = self.device.type == "cuda"
+        self.products = pick_dtype(self.device, args.dtype)
         path = Path(args.model) / "config.json"
         c = self.config = SHAPES[args.shape] if args.shape else LlamaConfig.from_json(path)
         attend = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
         self.body = c.num_hidden_layers * (attend + 3 * c.hidden_size * c.intermediate_size)
         self.head = c.vocab_size * c.hidden_size
-        norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
-        self.parameters = self.body + norms + self.head * (1 if c.tie_word_embeddings else 2)
+        self.parameters = parameters(c)
         if args.max_tokens is None:                     # as a trainer, if memory will do
-            need = lambda T: training_bytes(c, T, self.products, torch.float32, 1, recompute=False)
+            logits = library.TokenLogprobs.logits_in_part(self.device)
+            need = lambda T: training_bytes(c, T, self.products, torch.float32, 1, False, logits)
             args.max_tokens = default_max_tokens(self.parameters, World(self.device), need)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -84,7 +88,8 @@ class Bench:
     # ---- what is computed
     def examples(self, n, pairs=False):
         """(examples, their records): n random ones and None, or all of the files."""
-        args, answers = self.args, ("chosen", "rejected") if pairs else ("output",)
+        args = self.args
+        answers = ("chosen", "rejected") if pairs else ("output",)
         if args.shape:
             vocabulary = self.config.vocab_size
             return random_examples(n, len(answers), vocabulary, args.length), None
@@ -99,7 +104,8 @@ class Bench:
 
     def batches(self, pairs=False):
         """(batches of examples, batches of their records), warm-up first, in a shuffled order."""
-        size, steps = self.args.batch_size, self.args.warm + self.args.steps
+        size = self.args.batch_size
+        steps = self.args.warm + self.args.steps
         examples, records = self.examples(size * steps, pairs)
         order = np.random.default_rng(42).permutation(len(examples))
         cut = lambda items: [[items[order[i % len(order)]] for i in range(n, n + size)]
@@ -115,13 +121,15 @@ class Bench:
         storage = torch.promote_types(self.products, torch.float32) if training else self.products
         model = (random_model(self.config, self.device, storage) if self.args.shape
                  else Llama.from_pretrained(self.args.model, self.device, storage))
-        model.compute_dtype, model.recompute = self.products, self.args.recompute
+        model.compute_dtype = self.products
+        model.recompute = self.args.recompute
         return model
 
     def work(self, packs, passes):
         """FLOPs that packs need, a backward pass being worth two forward passes: the body for each token,
         the head for each scored row, attention for each pair of a row and a key that it sees."""
-        c, linear = self.config, sum(self.body * len(p.tokens) + self.head * len(p.rows) for p in packs)
+        c = self.config
+        linear = sum(self.body * len(p.tokens) + self.head * len(p.rows) for p in packs)
         seen = sum((tree_plan(p.end).position + 1).sum().item() for p in packs)
         return passes * (2 * linear + 4 * seen * c.num_hidden_layers * c.num_attention_heads * c.head_dim)
 
@@ -133,13 +141,14 @@ class Bench:
 
     def peak(self):
         """Most bytes held so far."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory(self.device)
 
     def train(self, step, batches, factor=6, unit="tokens"):
         """Time step(batch) -> loss; factor: model FLOPs for each parameter and token."""
-        losses, times, warm, cold = [], [self.now()], self.args.warm, None
+        losses = []
+        times = [self.now()]
+        warm = self.args.warm
+        cold = None
         for batch in batches:
             losses.append(step(batch))
             times.append(self.now())
@@ -156,7 +165,8 @@ class Bench:
 
     def time(self, call, seconds=0.5):
         """Median seconds of a call, after one that does not count; a GPU gets ten at a time."""
-        calls, times = 10 if self.cuda else 1, []
+        calls = 10 if self.cuda else 1
+        times = []
         call()
         while sum(times) < seconds:
             began = self.now()
@@ -169,7 +179,8 @@ class Bench:
         """Time call(*inputs) alone and, where inputs want gradients, with its backward pass."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        wanted, before = [x for x in inputs if x.requires_grad], self.peak()
+        wanted = [x for x in inputs if x.requires_grad]
+        before = self.peak()
         with torch.no_grad():
             weight = torch.randn_like(call(*inputs)) if wanted else None
             seconds = forward = self.time(partial(call, *inputs))
@@ -187,13 +198,15 @@ def limits(b):
     n, floats = (8192, 2 ** 28) if b.cuda else (2048, 2 ** 25)
     x, y = torch.randn(2, n, n, device=b.device).to(b.products)
     source, target = torch.ones(2, floats, device=b.device)
-    name, cpu = platform.machine(), Path("/proc/cpuinfo")
+    name = platform.machine()
+    cpu = Path("/proc/cpuinfo")
     if b.cuda:
         name = torch.cuda.get_device_name(b.device)
     elif cpu.exists():
         lines = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(": ")[1] if lines else name
-    flops, seconds = 2 * n ** 3, b.time(lambda: F.linear(x, y))
+    flops = 2 * n ** 3
+    seconds = b.time(lambda: F.linear(x, y))
     return {"unit": "FLOP", "units": flops, "seconds": seconds, "flops": flops,
             "copy": 2 * source.nbytes / b.time(lambda: target.copy_(source)), "dtype": str(b.products),
             "device": name, "threads": torch.get_num_threads()}
@@ -201,11 +214,14 @@ def limits(b):
 
 def sft(b, share=True):
     """A step as in train_sft.main."""
-    (batches, _), model, done = b.batches(), b.load(training=True), []
+    batches, _ = b.batches()
+    model = b.load(training=True)
+    done = []
     optimizer = make_optimizer(model, 5e-5)
 
     def step(batch):
-        count, loss = sum(len(e.answers[0]) for e in batch), 0.0
+        count = sum(len(e.answers[0]) for e in batch)
+        loss = 0.0
         done.append(pack(batch, b.args.max_tokens, share))
         for p in done[-1]:
             p = p.to(b.device)
@@ -221,12 +237,15 @@ def sft(b, share=True):
 
 def dpo(b, share=True):
     """A step as in train_dpo.main, with its part of the reference pass."""
-    (batches, _), model, done = b.batches(pairs=True), b.load(training=True), []
+    batches, _ = b.batches(pairs=True)
+    model = b.load(training=True)
+    done = []
     optimizer = make_optimizer(model, 5e-6)
     settings = SimpleNamespace(max_tokens=b.args.max_tokens, no_share=not share)
 
     def step(batch):
-        reference, loss = reference_logprobs(model, batch, settings, World(b.device)), 0.0
+        reference = reference_logprobs(model, batch, settings, World(b.device))
+        loss = 0.0
         done.append(pack(batch, b.args.max_tokens, share))
         for p in done[-1]:
             pairs = torch.unique(p.answer // 2)
@@ -247,15 +266,21 @@ def dpo(b, share=True):
 
 def sample(b, share=True, stops=False):
     """k answers to each prompt, of just --new-tokens or (stops) until the model ends, at most twice that."""
-    c, k, prompts, model = b.config, b.args.k, b.prompts(), b.load(training=False)
-    new, stop = b.args.new_tokens, ()
+    c = b.config
+    k = b.args.k
+    prompts = b.prompts()
+    model = b.load(training=False)
+    new = b.args.new_tokens
+    stop = ()
     if stops:
-        new, stop = 2 * new, Tokenizer.from_pretrained(b.args.model).stop
+        new = 2 * new
+        stop = Tokenizer.from_pretrained(b.args.model).stop
     run = partial(generate, model, k=k, temperature=1.0, top_p=0.95, share=share)
     run(prompts[:2], max_new_tokens=4)
     began = b.now()
     answers = run(prompts, max_new_tokens=new, stop=stop)
-    seconds, tokens = b.now() - began, sum(len(ids) for some in answers for ids in some)
+    seconds = b.now() - began
+    tokens = sum(len(ids) for some in answers for ids in some)
     root = common_prefix(prompts) if share else 0
     read = root + sum(len(p) - root for p in prompts) * (1 if share else k)    # prompt keys, at each step
     kept = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim        # numbers kept of a token
@@ -267,9 +292,11 @@ def sample(b, share=True, stops=False):
 
 def attend(b, prepare=lambda plan: partial(attention, plan=plan), tree=False):
     """One layer's attention over a stream of real lengths: sequences side by side, or pairs as a tree."""
-    c, most = b.config, 8192 if b.cuda else 2048
+    c = b.config
+    most = 8192 if b.cuda else 2048
     p = pack(b.examples(most // 64, pairs=tree)[0], most, share=tree)[0]
-    plan, G = tree_plan(p.end, device=b.device), c.num_key_value_heads
+    plan = tree_plan(p.end, device=b.device)
+    G = c.num_key_value_heads
     qkv = [torch.randn(len(p.tokens), n, c.head_dim, device=b.device, dtype=b.products, requires_grad=True)
            for n in (c.num_attention_heads, G, G)]
     flops = 3.5 * 4 * (plan.position + 1).sum().item() * c.num_attention_heads * c.head_dim
@@ -297,7 +324,8 @@ def nucleus(b, function=draw_token):
 def decode(b):
     """Generation by one layer with hardly any vocabulary: attention over the paged cache, and the engine."""
     shape = {**vars(b.config), "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True}
-    model, new = random_model(LlamaConfig(**shape), b.device, b.products), b.args.new_tokens
+    model = random_model(LlamaConfig(**shape), b.device, b.products)
+    new = b.args.new_tokens
     prompts = [e.prompt for e in random_examples(b.args.prompts, 1, 64)]
     run = partial(generate, model, prompts, k=b.args.k)
     run(max_new_tokens=4)
@@ -310,7 +338,8 @@ def decode(b):
 def optimize(b, make=make_optimizer):
     """One update of all weights: clipping and AdamW."""
     model = b.load(training=True)
-    optimizer, gradients = make(model, 1e-5), [torch.full_like(w, 1e-3) for w in model.parameters()]
+    optimizer = make(model, 1e-5)
+    gradients = [torch.full_like(w, 1e-3) for w in model.parameters()]
 
     def call():
         for weight, gradient in zip(model.parameters(), gradients):
@@ -323,6 +352,6 @@ def optimize(b, make=make_optimizer):
 def twin(function):
     """The same item with the plain twins instead of kernels."""
     def run(b):
-        library.KERNELS = "torch"
+        library.choose_kernels("torch")
         return function(b)
     return run

@@ -34,11 +34,13 @@ def padded(rows, value, left=False):
 
 def sft(b):
     """A plain loop: transformers, padded batches, labels of -100 over prompts, AdamW."""
-    (batches, _), model = b.batches(), load(b).train()
+    batches, _ = b.batches()
+    model = load(b).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
 
     def step(batch):
-        count, loss = sum(len(e.answers[0]) for e in batch), 0.0
+        count = sum(len(e.answers[0]) for e in batch)
+        loss = 0.0
         for some in (batch[i:i + ROWS] for i in range(0, len(batch), ROWS)):
             rows = [e.prompt + e.answers[0] for e in some]
             labels = padded([[-100] * len(e.prompt) + e.answers[0] for e in some], -100)
@@ -78,8 +80,12 @@ def trl(b, pairs, **options):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     datasets.disable_caching()
-    (batches, records), warm, size = b.batches(pairs), b.args.warm, b.args.batch_size
-    packing, seen, clock = options.get("packing", False), [], {"reference": 0.0}
+    batches, records = b.batches(pairs)
+    warm = b.args.warm
+    size = b.args.batch_size
+    packing = options.get("packing", False)
+    seen = []
+    clock = {"reference": 0.0}
 
     class Clock(TrainerCallback):
         def on_step_begin(self, _, state, control, **others):
@@ -137,22 +143,28 @@ def trl(b, pairs, **options):
 @torch.inference_mode()
 def sample(b, prompts_a_call=ROWS, sort=False, stops=False):
     """transformers' generate, left padded; prompts_a_call 0: all of them."""
-    prompts, model, ends, new = b.prompts(), load(b).eval(), [], b.args.new_tokens
+    prompts = b.prompts()
+    model = load(b).eval()
+    ends = []
+    new = b.args.new_tokens
     if stops:
-        ends, new = Tokenizer.from_pretrained(b.args.model).stop, 2 * new
+        ends = Tokenizer.from_pretrained(b.args.model).stop
+        new = 2 * new
     model.generation_config.eos_token_id = ends or None
     if sort:
         prompts.sort(key=len)
 
     def run(prompts, new):
-        ids, mask = padded(prompts, 0, left=True), padded([[1] * len(p) for p in prompts], 0, left=True)
+        ids = padded(prompts, 0, left=True)
+        mask = padded([[1] * len(p) for p in prompts], 0, left=True)
         rows = model.generate(input_ids=ids.to(b.device), attention_mask=mask.to(b.device), do_sample=True,
                               max_new_tokens=new, temperature=1.0, top_p=0.95, top_k=0, pad_token_id=0,
                               num_return_sequences=b.args.k)[:, ids.shape[1]:].tolist()
         return sum(next((n for n, i in enumerate(row, 1) if i in ends), len(row)) for row in rows)
 
     run(prompts[:2], 4)
-    began, size = b.now(), prompts_a_call or len(prompts)
+    began = b.now()
+    size = prompts_a_call or len(prompts)
     tokens = sum(run(prompts[i:i + size], new) for i in range(0, len(prompts), size))
     return {"unit": "tokens", "units": tokens, "seconds": b.now() - began, "flops": 2 * b.parameters * tokens}
 
@@ -204,7 +216,8 @@ def varlen(plan):
     from torch.nn.attention.varlen import varlen_attn
     sizes = lengths(plan)
     starts = F.pad(sizes.cumsum(0), (1, 0)).to("cuda", torch.int32)
-    longest, known = sizes.max().item(), signature(varlen_attn).parameters
+    longest = sizes.max().item()
+    known = signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         causal["enable_gqa"] = True
@@ -214,7 +227,9 @@ def varlen(plan):
 def flex(plan):
     """flex_attention, compiled, with our rule as its mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    T, end, attend = len(plan.end), plan.end.to("cuda"), torch.compile(flex_attention)
+    T = len(plan.end)
+    end = plan.end.to("cuda")
+    attend = torch.compile(flex_attention)
     mask = create_block_mask(lambda b, h, i, j: (j <= i) & (i < end[j]), None, None, T, T, device="cuda")
     return lambda *qkv: attend(*(x.transpose(0, 1)[None] for x in qkv), block_mask=mask,
                                enable_gqa=True)[0].transpose(0, 1)

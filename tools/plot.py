@@ -19,10 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from audit import folder_path  # noqa: E402
 from data import (Extend, InputError, folder_of, is_there, parse_records, read_bytes, read_json,  # noqa: E402
                   say, write_whole)
 from eval import TITLES  # noqa: E402
+from files import folder_path  # noqa: E402
 
 GREY, FAINT, COLOURS = "#767676", "#9a9a9a66", ["#3d85c6", "#d9822b", "#4f9e5b", "#b565a7", "#8c8c3a",
                         "#c2504d", "#4aa3a2"]
@@ -90,7 +90,11 @@ class Axis:
     """Values from low to high, drawn from pixel `start` to pixel `end`."""
 
     def __init__(self, low, high, start, end, logarithmic=False):
-        self.low, self.high, self.start, self.end, self.logarithmic = low, high, start, end, logarithmic
+        self.low = low
+        self.high = high
+        self.start = start
+        self.end = end
+        self.logarithmic = logarithmic
 
     def __call__(self, value):
         """The pixel of a value."""
@@ -227,7 +231,9 @@ def curves(runs, path):
 
 def bar(y, thick, across, result, colour):
     """One F1 from the left end of the axis, its interval above it, both as figures to the right."""
-    left, f1, (low, high) = across.start, across(result["f1"]), map(across, result["ci95"])
+    left = across.start
+    f1 = across(result["f1"])
+    (low, high) = map(across, result["ci95"])
     middle = y + thick / 2
     figures = f"{result['f1']:.2f}  ({result['ci95'][0]:.1f} - {result['ci95'][1]:.1f})"
     return [f'<rect x="{left}" y="{y}" width="{f1 - left:.1f}" height="{thick - 3}" '

@@ -153,7 +153,7 @@ def all_answers(tokenizer, prompts):
 
 
 # ------------------------------------------------------------------ the loss and its run
-def token_logprobs(model, examples):
+def logprobs_by_token(model, examples):
     """log p of each token of each answer: [(tokens,)], in order through all examples' answers."""
     found = [None] * sum(len(example.answers) for example in examples)
     for p in pack(examples, MAX_TOKENS):
@@ -200,14 +200,14 @@ def train(folder, out, make_groups, lr, beta, sft, seed, epochs=2, size=32):
     model = Llama.from_pretrained(folder, "cpu", torch.float32)
     groups = make_groups(tokenizer)
     with torch.no_grad():
-        reference = token_logprobs(model, [group.example for group in groups])
+        reference = logprobs_by_token(model, [group.example for group in groups])
     reference = deal_out(reference, groups)
     optimizer = make_optimizer(model, lr)
     schedule = list(batches(len(groups), size, epochs, seed))
     losses = []
     for step, numbers in enumerate(schedule):
         batch = [groups[i] for i in numbers]
-        policy = token_logprobs(model, [group.example for group in batch])
+        policy = logprobs_by_token(model, [group.example for group in batch])
         loss = 0.0
         for i, group, parts in zip(numbers, batch, deal_out(policy, batch)):
             loss = loss + group_loss(group, parts, reference[i], beta, sft) / len(batch)

@@ -27,12 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import mine_hard  # noqa: E402
 import preferences  # noqa: E402
 from ablation_table import markdown  # noqa: E402
-from audit import folder_path  # noqa: E402
 from data import (Extend, InputError, Tokenizer, at_least, common_prefix, parse_records,  # noqa: E402
                   read_json, read_records)
 from eval import print_line  # noqa: E402
+from files import folder_path  # noqa: E402
 from model import Llama  # noqa: E402
-from preferences import token_logprobs  # noqa: E402
+from preferences import logprobs_by_token  # noqa: E402
 from train_sft import batches  # noqa: E402
 
 STEP = 32           # pairs
@@ -108,9 +108,9 @@ def likelihood_table(base, arms, groups, parts):
     tokens = by_part([torch.ones(len(part)) for part in parts], parts).mean(0)
     changes = {}
     with torch.no_grad():
-        before = by_part(token_logprobs(base, examples), parts).mean(0)
+        before = by_part(logprobs_by_token(base, examples), parts).mean(0)
         for name, model in arms.items():
-            after = by_part(token_logprobs(model, examples), parts).mean(0)
+            after = by_part(logprobs_by_token(model, examples), parts).mean(0)
             changes[name] = after - before                              # (2, parts)
     rows = []
     for s, side in enumerate(SIDES):
@@ -128,7 +128,7 @@ def likelihood_table(base, arms, groups, parts):
 
 def gradients(model, groups, parts):
     """[side][part] -> the gradient of the mean over pairs of that part's log p, flat."""
-    policy = token_logprobs(model, [group.example for group in groups])
+    policy = logprobs_by_token(model, [group.example for group in groups])
     found = []
     for side in range(len(SIDES)):
         row = []

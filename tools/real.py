@@ -73,12 +73,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import real_table  # noqa: E402
-from audit import folder_path, near_prompts, prompt_of  # noqa: E402
+from audit import near_prompts, prompt_of  # noqa: E402
 from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, format_answers,  # noqa: E402
                   gold_verdict, is_there, parse_records, parse_verdict, read_bytes, read_json,
                   read_object, read_records, say, split_input, tell, warn, write_bytes, write_json,
                   writing)
 from eval import read_benchmark  # noqa: E402
+from files import folder_path  # noqa: E402
 from mine_hard import check_settings, judge  # noqa: E402
 from model import LlamaConfig, weights_hash  # noqa: E402
 from real_table import check_test, data_hash, hash_of  # noqa: E402
@@ -388,7 +389,7 @@ def claim(args):
     check_settings(args.out / "settings.json", settings)
 
 
-def folder_of(args, name):
+def arm_folder(args, name):
     return args.out / f"{name}_seed{args.seed}"
 
 
@@ -430,7 +431,7 @@ def sft(args, name, model, data, lr, epochs, steps=None):
 
 def run_trainer(args, name, script, model, options):
     """Run a trainer, unless its model is there; the model folder."""
-    out = folder_of(args, name) / "model"
+    out = arm_folder(args, name) / "model"
     if not (out / "config.json").exists():
         options = ["--model", model, *options, "--out", out, "--resume",
                    "--batch-size", args.batch_size, "--max-tokens", args.max_tokens,
@@ -443,7 +444,7 @@ def run_trainer(args, name, script, model, options):
 
 def evaluate(args, name, path):
     """The results of an arm on one file, answered if they are not there yet."""
-    out = folder_of(args, name) / "eval" / Path(path).stem
+    out = arm_folder(args, name) / "eval" / Path(path).stem
     claim_test(out, path)
     if not (out / "results.json").exists():
         options = ["--model", build(args, name), "--data", path, "--out", out, "--scores",
@@ -478,8 +479,8 @@ def stage(args, name, script, options):
     try:
         run(script, options)
     finally:
-        folder_of(args, name).mkdir(parents=True, exist_ok=True)
-        with open(folder_of(args, name) / "seconds.txt", "a") as file:
+        arm_folder(args, name).mkdir(parents=True, exist_ok=True)
+        with open(arm_folder(args, name) / "seconds.txt", "a") as file:
             data = options[options.index("--data") + 1]
             data = " ".join(data.splitlines())              # one line, whatever the path is
             file.write(f"{time.time() - start:.1f} {Path(script).stem} {data}\n")
@@ -535,7 +536,7 @@ def mine(args):
     """The hard.jsonl of the parent's answers to training prompts."""
     parent = parent_of(args)
     name = f"mined_{parent}"
-    out = folder_of(args, name)
+    out = arm_folder(args, name)
     if not (out / "hard.jsonl").exists():
         stage(args, name, "mine_hard.py",
               ["--model", build(args, parent), "--data", args.data / "prompts.json", "--out", out,
@@ -571,7 +572,7 @@ def continued(args):
 
 
 def chosen(args):
-    data = folder_of(args, "chosen") / "chosen.json"
+    data = arm_folder(args, "chosen") / "chosen.json"
     write_json(data, [{**pair, "output": pair["chosen"]} for pair in pairs_of(args)])
     return sft(args, "chosen", build(args, parent_of(args)), data, args.dpo_lr, DPO_EPOCHS)
 
@@ -594,12 +595,13 @@ def parse_arguments(argv):
                       help="share of each class for dev.json")
     arm = commands.add_parser("arm", help="one arm, end to end")
     arm.add_argument("arms", nargs=1, choices=ARMS, metavar="NAME", help=" ".join(ARMS))
-    arm.add_argument("--seed", type=at_least(0), nargs=1, default=[1],
+    arm.add_argument("--seed", dest="seeds", type=at_least(0), nargs=1, default=[1],
                      help="of training and mining")
     everything = commands.add_parser("all", help="arms one after another, then the table")
     everything.add_argument("--arms", nargs="+", action=Extend, choices=ARMS, default=list(ARMS),
                             help="which")
-    everything.add_argument("--seed", type=at_least(0), nargs="+", action=Extend, default=[1],
+    everything.add_argument("--seed", dest="seeds", type=at_least(0), nargs="+", action=Extend,
+                            default=[1],
                             help="one or more")
     for some in (arm, everything):
         arm_arguments(some)
@@ -649,20 +651,20 @@ def main(argv=None):
         return make_data(args)
     if args.command == "table":
         return table(args)
-    seeds = args.seed
     report_overlap(args)
     check_tests(args)
     missing = []                                            # of `all`: arms that cannot be made
-    for args.seed in seeds:
+    for seed in args.seeds:
+        args.seed = seed                                    # what run_arm reads
         for name in args.arms:
-            say(f"\n==== {name}, seed {args.seed}")
+            say(f"\n==== {name}, seed {seed}")
             try:
                 run_arm(args, name)
             except NothingHard as nothing:
                 if args.command == "arm":
                     raise
                 tell(nothing)
-                missing.append(f"{name}, seed {args.seed}")
+                missing.append(f"{name}, seed {seed}")
     if args.command == "all":
         table(args)
     if missing:

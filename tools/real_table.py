@@ -25,7 +25,7 @@ from audit import prompt_of  # noqa: E402
 from certificate import features, logistic, number, words_of  # noqa: E402
 from data import (VERDICTS, InputError, gold_verdict, parse_records, read_json,  # noqa: E402
                   read_object, read_records, say, split_input, tell, write_bytes, write_json)
-from eval import TITLES, labels_of, read_predictions, score_cases  # noqa: E402
+from eval import TITLES, f1_of, labels_of, read_predictions, score_cases  # noqa: E402
 from plot import COLOURS, GREY, line, text, write_svg  # noqa: E402
 from train_sft import git_commit  # noqa: E402
 
@@ -53,7 +53,7 @@ def f1_draws(cases, task):
     right = np.array([case["gold"][task] == case["verdict"][task] for case in cases])
     tp = drawn @ np.bincount(prompt, right & positive)      # (2001, prompts) @ (prompts,)
     wrong = drawn @ np.bincount(prompt, ~right)
-    return 200 * tp / np.maximum(2 * tp + wrong, 1)         # 2 tp + fp + fn = 2 tp + all wrong
+    return f1_of(tp, wrong, 0, 0)                           # which are fp or fn: F1 adds them up
 
 
 def fpr_draws(cases, task):
@@ -84,7 +84,8 @@ def best_f1_draws(cases, task):
     if counts is None:
         return None
     tp, flagged = counts
-    f1 = 200 * tp / np.maximum(flagged + tp[:, -1:], 1)     # 2 tp + fp + fn = flagged + positives
+    positives = tp[:, -1:]
+    f1 = f1_of(tp, flagged - tp, positives - tp, 0)         # (2001, thresholds)
     return f1.max(1)
 
 

@@ -57,10 +57,11 @@ import make_toy  # noqa: E402
 import train_sft  # noqa: E402
 import traces  # noqa: E402
 from ablation import end_with  # noqa: E402
-from audit import folder_path  # noqa: E402
+from ablation_table import markdown  # noqa: E402
 from data import (VERDICTS, Extend, InputError, Tokenizer, at_least, gold_verdict,  # noqa: E402
                   hold, parse_verdict, reading, say, tell, write_bytes, write_json)
 from eval import answer_fast, f1_of  # noqa: E402
+from files import folder_path  # noqa: E402
 from mine_hard import encode_prompts  # noqa: E402
 from model import Llama, World, generate, weights_hash  # noqa: E402
 from plot import COLOURS, GREY, dot, line, text, ticks, write_svg  # noqa: E402
@@ -462,12 +463,8 @@ def needed_by(results, facts, arm):
 # ------------------------------------------------------------------ report
 def table(title, names, dials, cell):
     """A Markdown table: a line a name, a column a d; cell(name, d) gives its words or None."""
-    lines = [f"| {title} | " + " | ".join(f"d = {d}" for d in dials) + " |",
-             "|---" * (len(dials) + 1) + "|"]
-    for name in names:
-        words = [cell(name, d) or "" for d in dials]
-        lines.append(f"| {name} | " + " | ".join(words) + " |")
-    return lines + [""]
+    rows = [[name, *(cell(name, d) or "" for d in dials)] for name in names]
+    return [*markdown(title, [f"d = {d}" for d in dials], rows), ""]
 
 
 def report(results):

@@ -27,6 +27,7 @@ from data import (INSTRUCTION, VERDICTS, Extend, InputError, at_least, format_an
                   format_input, gold_verdict, parse_records, parse_verdict, read_records, say,
                   split_input, write_json)
 from eval import print_line  # noqa: E402
+from files import check_names, keep_inputs, keep_others  # noqa: E402
 from mine_hard import check_settings  # noqa: E402
 
 TASKS = dict(enumerate(VERDICTS, 1))                        # the number in a heading -> the name of the task
@@ -84,7 +85,8 @@ def fields_of(record, place):
     """(prompt, response or None, labels) of one {"prompt", "response", "labels"} object."""
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f'{place} needs a text field "prompt"')
-    response, given = record.get("response"), record.get("labels") or {}
+    response = record.get("response")
+    given = record.get("labels") or {}
     if not isinstance(response, (str, type(None))) or not isinstance(given, dict):
         raise InputError(f'{place}: "response" must be text or null, "labels" an object')
     for name, word in given.items():
@@ -108,7 +110,7 @@ def question(prompt, response, labels):
 CONCLUSION = r"^[^\w\n]*Conclusion\b"
 
 
-def block_start(text):
+def block_place(text):
     """Where the last "answers:" of a text begins, in any case; 0 where it has none."""
     places = [found.start() for found in re.finditer("answers:", text, re.I)]
     return places[-1] if places else 0
@@ -117,7 +119,7 @@ def block_start(text):
 def sections(text):
     """{task number: its part of the trace}; 0 is what stands before the first heading. A heading that comes
     again, as "# Task 1 Conclusion" does in many of the released models' answers, adds to its task's part."""
-    body = text[:block_start(text) or None]
+    body = text[:block_place(text) or None]
     before, *rest = re.split(r"^#+ *Task *(\d)\b(.*)$", body, flags=re.M)
     found = {0: before}
     for number, heading, part in zip(map(int, rest[::3]), rest[1::3], rest[2::3]):
@@ -151,7 +153,7 @@ def check(answer, response, labels, most=10):
         return "empty"
     if answer["finish"] != "stop":
         return "cut off"
-    block = text[block_start(text):]
+    block = text[block_place(text):]
     if not re.match(r"answers:\s*\n([^\n]+\n){2}[^\n]+$", block.rstrip(), re.I):
         return "no closing block of three lines"
     verdict = parse_verdict(block)
@@ -186,11 +188,11 @@ def check_section(part, name, word, allowed):
     return "conclusion against the verdict" if words and word not in words else None
 
 
-def output_of(text, labels, unlabelled):
+def target_of(text, labels, unlabelled):
     """The training target: the reasoning as it came, the closing block as data.py writes it.
 
     unlabelled: "own" keeps the model's verdict where no label is known (paper), "none" writes None."""
-    start = block_start(text)
+    start = block_place(text)
     verdict = parse_verdict(text[start:])                   # of the block that `check` has read
     for name, word in labels.items():
         if word or unlabelled == "none":
@@ -213,7 +215,7 @@ def synthesize(args, exchanges, path):
                         args.max_new_tokens, args.timeout, args.tries, args.pause)
             fault = check(reply, response, labels, args.steps)
             if fault is None:
-                return {"output": output_of(reply["text"], labels, args.unlabelled), "faults": faults}
+                return {"output": target_of(reply["text"], labels, args.unlabelled), "faults": faults}
             faults.append(fault)
         return {"output": None, "faults": faults}
 
@@ -278,15 +280,15 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    audit.check_names(Path(path).stem for path in args.table or args.data)
+    check_names(Path(path).stem for path in args.table or args.data)
     if args.table:
         return print_line(table_of({Path(path).stem: [record["output"] for record in read_records(path)]
                                     for path in args.table}))
     for path in args.data:                                  # all of them, before the first is asked about
         folder = Path(args.out) / Path(path).stem
         target = folder.with_name(f"{folder.name}.json")
-        audit.keep_inputs(target, args.data)
-        audit.keep_others(target, folder / "settings.json")
+        keep_inputs(target, args.data)
+        keep_others(target, folder / "settings.json")
     exchanges = {path: read_exchanges(path, args.limit) for path in args.data}
     sources = {}                                            # name -> the outputs that were kept
     faults = Counter()                                      # of all attempts

@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import keep_inputs, write_new  # noqa: E402
 from data import (HUMAN_LINE, INSTRUCTION, VERDICTS, InputError, answers_heading, at_least,  # noqa: E402
                   exchange_of, folder_of, format_answers, gold_verdict, parse_records, parse_verdict, say)
 from early_verdict import one_verdict, read_sections, section_bounds  # noqa: E402
 from eval import has_no_end, labels_of  # noqa: E402
+from files import keep_inputs, write_new  # noqa: E402
 from mine_hard import judge  # noqa: E402
 
 

@@ -34,12 +34,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from audit import keep_inputs  # noqa: E402
 from data import (VERDICTS, Extend, InputError, exchange_of, folder_of, gold_verdict, is_there,  # noqa: E402
                   parse_records, parse_verdict, read_bytes, read_object, read_records, say,
                   split_input, warn, write_bytes)
 from early_verdict import HEADING, REASONING_ENDS, STEP, read_sections  # noqa: E402
 from eval import TITLES, has_no_end, labels_of, majority, reasoning_verdict  # noqa: E402
+from files import keep_inputs  # noqa: E402
 from mine_hard import SAMPLES, as_read_today, judge, parts_of  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("view.html")
@@ -132,7 +132,7 @@ def are_numbers(value):
         type(number) in (int, float) and 0 <= number < math.inf for number in value)
 
 
-def is_answered(line):
+def is_line_of_answers(line):
     """Is it a line of answers.jsonl? Those of baselines.py have no samples."""
     return are_samples(line.get("samples", []))
 
@@ -173,7 +173,7 @@ def is_reading(value):
 def rows_of_predictions(path):
     """The rows of eval.py's generated_predictions.jsonl, with what lies beside it."""
     folder = folder_of(path)
-    all_samples = read_lines(folder / "answers.jsonl", is_answered, "eval.py")
+    all_samples = read_lines(folder / "answers.jsonl", is_line_of_answers, "eval.py")
     early = read_lines(folder / "early.jsonl", is_early, "early_verdict.py")
     rows = []
     stale = 0

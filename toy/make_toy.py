@@ -130,7 +130,8 @@ def write_exchange(rng, f, source, say_kept=False):
     """(prompt, response or None) in words; the facts stand in any order among other sentences.
 
     say_kept: a mind that has not changed gets a sentence too, as long as that of one that has."""
-    verb, state = (lambda i: KINDS[f.kind][i][0]), (lambda i: KINDS[f.kind][i][1])
+    verb = lambda i: KINDS[f.kind][i][0]
+    state = lambda i: KINDS[f.kind][i][1]
     owner = [f"The {f.thing} belongs to {f.owner}."]
     wish = [f"{f.owner} wants it {state(f.wish)}."]
     if f.changed:
@@ -155,7 +156,9 @@ class Wording:
     """The sentences about one exchange, some in one of two wordings."""
 
     def __init__(self, rng, f):
-        self.rng, self.f, self.state = rng, f, lambda i: KINDS[f.kind][i][1]
+        self.rng = rng
+        self.f = f
+        self.state = lambda i: KINDS[f.kind][i][1]
 
     def owner(self):
         f = self.f
@@ -175,7 +178,8 @@ class Wording:
         return f"{WRAPPERS[wrapper][2]}: {self.state(aim)}"
 
     def left(self):
-        f, begin = self.f, self.rng.choice(["After the answer it is", "The answer leaves it"])
+        f = self.f
+        begin = self.rng.choice(["After the answer it is", "The answer leaves it"])
         return f"{begin} {'not ' * f.negated}{self.state(f.left)}: {self.state(f.outcome)}."
 
     def same(self, what, a, other, b):
@@ -187,13 +191,15 @@ class Wording:
 
 def write_trace(rng, f, source, skip):
     """The reasoning and the answers. skip: leave out the checks, of the owner's mind and of the wrappers."""
-    say, verdict = Wording(rng, f), f.verdicts()
+    say = Wording(rng, f)
+    verdict = f.verdicts()
     if skip:
         find = f"{say.owner()} {say.shortcut(f'{f.owner} wants it', f.wanted)}"
         seek = say.shortcut("the aim is", f.aim)
     else:
         find = f"{say.owner()} {say.wish()} {say.mind()}"
-        aim, words = f.verb, [say.names()]
+        aim = f.verb
+        words = [say.names()]
         for wrapper in f.wrappers:
             aim ^= WRAPPERS[wrapper][1]
             words.append(say.wrapped(wrapper, aim))
@@ -222,7 +228,8 @@ def compare(rng, say):
 
 def retell(rng, f, response):
     """Statements that the text of an exchange settles, a fact each, and some about words; no verdict."""
-    say, bit = Wording(rng, f), lambda: rng.randrange(2)
+    say = Wording(rng, f)
+    bit = lambda: rng.randrange(2)
     told = [say.owner(), say.wish(), say.mind(), say.names() + ".", compare(rng, say)]
     for wrapper in f.wrappers or (rng.choice(list(WRAPPERS)),):
         a = bit()
@@ -237,7 +244,8 @@ def make_exchanges(rng, source, n, depths=(0, 1, 2), unseen=False):
     word stands beside both verdicts of each task equally often."""
     exchanges = []
     while len(exchanges) < n:
-        f, seed = draw_facts(rng, depths, unseen), rng.random()
+        f = draw_facts(rng, depths, unseen)
+        seed = rng.random()
         ends = (f.negated,) if source in ("aegis", "toxicchat") else (False, True)
         exchanges += [(g, *write_exchange(random.Random(seed), g, source)) for end in ends
                       for g in (replace(f, negated=end), twin(random.Random(seed), replace(f, negated=end), unseen))]
@@ -260,7 +268,8 @@ def to_record(rng, source, exchange, skip=None):
 def make_corpus(seed=0, skip=0.25, train=2400, test=1200):
     """({file name: records}, training exchanges); half of each file is wildguard, a sixth each of the others."""
     share = lambda n: {"wildguard": n // 2, "aegis": n // 6, "beavertails": n // 6, "toxicchat": n // 6}
-    corpus, read = {}, []
+    corpus = {}
+    read = []
     for source, n in share(train).items():
         rng = random.Random(f"{seed} train {source}")
         exchanges = make_exchanges(rng, source, n)
@@ -299,7 +308,9 @@ def make_dial_exchanges(rng, facts, n):
     """n exchanges without a response, in pairs in the same words and order; more of them begin alike."""
     exchanges = []
     while len(exchanges) < n:
-        pair, source, seed = draw_pair(rng, facts), rng.choice(SOURCES), rng.random()
+        pair = draw_pair(rng, facts)
+        source = rng.choice(SOURCES)
+        seed = rng.random()
         for f in pair:
             prompt, _ = write_exchange(random.Random(seed), f, source, say_kept=True)
             exchanges.append((f, prompt, None))
@@ -326,7 +337,8 @@ def train_bpe(texts, merges):
     """Byte-pair encoding from scratch (Sennrich et al. 2016): the list of merged pairs, best first."""
     pieces = Counter(piece for text in texts for piece in re.findall(
         r" ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s+(?=\d|$)|\s+(?!\S)|\s+", text))
-    words, chosen = {piece: tuple(piece) for piece in pieces}, []
+    words = {piece: tuple(piece) for piece in pieces}
+    chosen = []
     while len(chosen) < merges:
         pairs = Counter()
         for piece, parts in words.items():
@@ -337,7 +349,8 @@ def train_bpe(texts, merges):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         chosen.append(best)
         for piece, parts in words.items():
-            merged, i = [], 0
+            merged = []
+            i = 0
             while i < len(parts):
                 width = 2 if parts[i:i + 2] == best else 1
                 merged.append("".join(parts[i:i + width]))
@@ -374,7 +387,8 @@ def write_model(folder, corpus, read, seed, steps):
     knows what words mean, as a real base model does. It never saw a trace or a verdict."""
     texts = [text for name, records in corpus.items() if name.startswith("train")
              for record in records for text in record.values()]
-    size, rng = write_tokenizer(folder, texts), random.Random(f"{seed} base")
+    size = write_tokenizer(folder, texts)
+    rng = random.Random(f"{seed} base")
     config = LlamaConfig(vocab_size=size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
     model = Llama.random(config, seed, std=0.04)
@@ -389,7 +403,8 @@ def pretrain(model, tokenizer, read, rng, steps):
     optimizer = make_optimizer(model, 0)
     root = common_prefix([tokenizer.prompt_ids(INSTRUCTION, format_input(prompt)) for _, prompt, _ in read])
     for step in range(steps):
-        exchanges, drills = [], []
+        exchanges = []
+        drills = []
         for f, prompt, response in rng.sample(read, 32):
             told = [retell(rng, f, response) for _ in range(2)]
             ids = tokenizer.prompt_ids(INSTRUCTION, format_input(prompt, response))
