@@ -6,8 +6,10 @@ The name of a test is test_, the exercise, two underscores, the part of it that 
 is asked. Tests stand in the order of the handouts and need no function that comes later; a message
 says what was asked, what came, and what was wanted. Of the kernels: test_exercises_kernels.py.
 """
+import copy
 import math
 import random
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -38,6 +40,8 @@ def plain(value):
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if is_dataclass(value):
+        return plain(vars(value))
     return value
 
 
@@ -93,6 +97,31 @@ def refuses(asked, function, *arguments):
     raise AssertionError(f"{asked}\n    got     {shown(got)}\n    wanted  ValueError")
 
 
+def keeps(asked, function, *arguments):
+    """AssertionError where function(*arguments) changes an argument."""
+    __tracebackhide__ = True
+    before = copy.deepcopy(arguments)
+    function(*arguments)
+    for number, (now, was) in enumerate(zip(arguments, before), 1):
+        check(f"{asked}: its argument {number}, afterwards", now, was,
+              "leave what you are given as it is: whoever called still needs it")
+
+
+def has_gradient(asked, function, *inputs):
+    """AssertionError unless function(*inputs), of tensors in float64, has the gradients that small
+    steps give."""
+    __tracebackhide__ = True
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    holds(torch.is_tensor(function(*inputs)), f"{asked}: is no tensor, and so has no gradient")
+    try:
+        torch.autograd.gradcheck(function, inputs)
+    except RuntimeError as error:
+        first_line, *_ = str(error).splitlines()
+        raise AssertionError(f"{asked}: its gradient is not what small steps of its arguments say "
+                             f"(was something detached, or taken as a number?): {first_line}"
+                             ) from None
+
+
 class Largest(TorchDispatchMode):
     """Notes how many numbers the largest tensor holds that is made meanwhile."""
     size = 0
@@ -146,6 +175,24 @@ def test_rms_norm__half_precision():
     check("rms_norm(float16 [300, 400], float32 weight [1, 1], eps 0)", got, [0.8485281, 1.1313708],
           "400 * 400 is more than float16 can hold: square in float32", 1e-3)
     check("the dtype of that", str(got.dtype), "torch.float16", "the result has the dtype of x")
+
+
+def test_rms_norm__bfloat16():
+    x = torch.tensor([1.0, 1.0078125] * 64).bfloat16()
+    got = model.rms_norm(x, torch.ones(128), 0.0)
+    wide = x.double() / x.double().square().mean().sqrt()
+    check("rms_norm(bfloat16 1 and 1.0078 in turns)", got, wide.bfloat16(),
+          "bfloat16 has three digits: compute in float32, and cast once, at the end", 1e-9)
+
+
+def test_rms_norm__leaves_its_arguments():
+    keeps("rms_norm([3, 4], weight [1, 10], eps 0)", model.rms_norm, tensor([3, 4]),
+          tensor([1, 10]), 0.0)
+
+
+def test_rms_norm__has_a_gradient():
+    has_gradient("rms_norm([3, 4], weight [1, 10], eps 0.1)",
+                 lambda x, weight: model.rms_norm(x, weight, 0.1), tensor([3, 4]), tensor([1, 10]))
 
 
 def config(**changes):
@@ -210,6 +257,17 @@ def test_apply_rope__each_position_has_its_angle_and_all_heads_the_same():
           [[[1, 0], [0, 1]], [[0, 1], [-1, 0]]])
 
 
+def test_apply_rope__leaves_its_arguments():
+    keeps("apply_rope([1, 2, 3, 4], cos 0, sin 1)", model.apply_rope, tensor([[[1, 2, 3, 4]]]),
+          tensor([[[0, 0]]]), tensor([[[1, 1]]]))
+
+
+def test_apply_rope__has_a_gradient():
+    cos, sin = tensor([[[0.8, 0.6]]]), tensor([[[0.6, 0.8]]])
+    has_gradient("apply_rope([1, 2, 3, 4])", lambda x: model.apply_rope(x, cos, sin),
+                 tensor([[[1, 2, 3, 4]]]))
+
+
 def plan_of(end, skip=0):
     """The TreePlan of a stream, made without tree_plan."""
     position = [sum(end[j] > i for j in range(i)) for i in range(len(end))]
@@ -256,6 +314,32 @@ def test_attention_by_mask__groups_of_query_heads_share_a_key_head():
           "query head h reads key head h G // H")
 
 
+def test_attention_by_mask__tree_of_large_scores():
+    got = model.attention_by_mask(heads([1, 1, 20]), heads([-10, 10, -10]), heads([0, 1, 0]),
+                                  plan_of([3, 2, 3]))
+    check("end [3, 2, 3], q 1 1 20, k -10 10 -10, v 0 1 0", got.flatten(), [0, 1, 0],
+          "row 2 does not see row 1, however large its score; no exponential is 0 / 0")
+
+
+def test_attention_by_mask__tree_has_all_rows_whatever_skip_is():
+    zero = heads([0] * 7)
+    got = model.attention_by_mask(zero, zero, heads(range(7)), plan_of(TREE, 3))
+    check(f"end {TREE}, skip 3, all scores 0, v 0 1 2 3 4 5 6: the means of what rows see",
+          got.flatten(), [0, 0.5, 1, 1.5, 2, 2, 2.8], "q has a row for every token here")
+
+
+def test_attention_by_mask__tree_has_a_gradient():
+    plan = plan_of([3, 2, 3])
+    has_gradient("attention_by_mask, end [3, 2, 3]",
+                 lambda q, k, v: model.attention_by_mask(q, k, v, plan),
+                 heads([1, 2, 1]), heads([0, 1, 2]), heads([3, 1, 2]))
+
+
+def test_attention_by_mask__tree_leaves_its_arguments():
+    keeps("attention_by_mask, end [3, 2, 3]", model.attention_by_mask,
+          heads([1, 2, 1]), heads([0, 1, 2]), heads([3, 1, 2]), plan_of([3, 2, 3]))
+
+
 def attention_layer():
     """Queries are x itself; the one key is ten times its first two numbers, v its last two."""
     layer = model.Attention(config()).double()
@@ -291,6 +375,12 @@ def test_Attention_forward__output_joins_heads_side_by_side():
     )
 
 
+def test_Attention_forward__output_has_a_gradient():
+    layer = attention_layer()
+    has_gradient(f"x {ROW[0]}, attend gives q + k + v",
+                 lambda x: layer(x, *QUARTER, lambda q, k, v: q + k + v), tensor(ROW))
+
+
 def mlp(gate, up, down):
     layer = model.MLP(config(hidden_size=1, intermediate_size=1, num_attention_heads=1)).double()
     for part, value in ((layer.gate_proj, gate), (layer.up_proj, up), (layer.down_proj, down)):
@@ -306,6 +396,11 @@ def test_MLP_forward__by_hand():
 def test_MLP_forward__silu_is_around_the_gate():
     check("x 1, weights of gate -2, up 1, down 1", mlp(-2, 1, 1)(tensor([[1]])), [[-0.2384058]],
           "silu(-2) = -2 / (1 + exp(2)); of up there is none")
+
+
+def test_MLP_forward__has_a_gradient():
+    layer = mlp(1, 2, 10)
+    has_gradient("x 1, weights of gate 1, up 2, down 10", lambda x: layer(x), tensor([[1]]))
 
 
 class Times(torch.nn.Module):
@@ -331,6 +426,21 @@ def test_Layer_forward__two_residual_steps():
           "1 + 10 (1 + 1) = 21, then 21 + 100 (21 + 2)")
 
 
+def test_Layer_forward__leaves_its_arguments():
+    layer = model.Layer(config())
+    layer.input_layernorm = layer.self_attn = Times()
+    layer.post_attention_layernorm = layer.mlp = Times()
+    keeps("Layer.forward of x 1", layer, tensor([[1]]), None, None, None)
+
+
+def test_Layer_forward__has_a_gradient():
+    layer = model.Layer(config())
+    layer.input_layernorm = layer.post_attention_layernorm = Times()
+    layer.self_attn = layer.mlp = Times(2)
+    has_gradient("x 1; attention and mlp are times 2", lambda x: layer(x, None, None, None),
+                 tensor([[1]]))
+
+
 # ================================================================== set 2
 def test_format_input__by_hand():
     check("format_input('a', 'b')", data.format_input("a", "b"),
@@ -346,7 +456,7 @@ def test_format_input__a_missing_response_is_not_an_empty_one():
 
 def test_check_nesting__takes_forests():
     for end in ([], [1], [3, 3, 3], [2, 2, 3], [3, 2, 3], TREE, [4, 3, 3, 4]):
-        check(f"check_nesting({end})", model.check_nesting(end), None)
+        check(f"check_nesting({end})", model.check_nesting(list(end)), None)
 
 
 def test_check_nesting__refuses_what_does_not_nest():
@@ -389,6 +499,10 @@ def test_check_nesting__takes_time_linear_in_the_rows():
             holds(end[-1] > len(end), f"end {end[:4]} ..., 20000 rows: refused, and it nests")
 
 
+def test_check_nesting__leaves_its_argument():
+    keeps(f"check_nesting({TREE})", model.check_nesting, list(TREE))
+
+
 def test_tree_plan__position_counts_the_keys_that_a_row_sees():
     for end, want in ((TREE, [0, 1, 2, 3, 4, 3, 4]), ([2, 2, 3], [0, 1, 0]), ([3, 2, 3], [0, 1, 1]),
                       ([1], [0]), ([1, 2, 3], [0, 0, 0])):
@@ -400,6 +514,11 @@ def test_tree_plan__rest_is_kept_and_checked():
     check("tree_plan(end, skip 3): skip, end", [plan.skip, plan.end], [3, TREE])
     check("... and the dtype of position", str(plan.position.dtype), "torch.int64")
     refuses("tree_plan of end 2 3 3", model.tree_plan, torch.tensor([2, 3, 3]))
+
+
+def test_tree_plan__rest_checks_with_skip_too():
+    refuses("tree_plan of end 2 3 3, skip 1", model.tree_plan, torch.tensor([2, 3, 3]), 1)
+    keeps(f"tree_plan of end {TREE}", model.tree_plan, torch.tensor(TREE), 3)
 
 
 def seen_by(tiles, rows, keys):
@@ -460,6 +579,16 @@ def test_row_tiles__small_tiles_only_hold_what_they_see():
     )
     longest = max(rows.stop - rows.start for rows, _, _ in tiles)
     holds(longest <= model.TILE_ROWS, f"a tile has {longest} rows, more than TILE_ROWS")
+
+
+def test_row_tiles__small_tiles_of_subtrees_end_with_them():
+    end = [i // 50 * 50 + 50 for i in range(200)]               # 4 sequences of 50 rows
+    stops = [rows.stop for rows, _, _ in model.row_tiles(plan_of(end))]
+    start = 0
+    for stop in stops:
+        check(f"4 sequences of 50 rows: the tile from row {start} on ends before row", stop,
+              model.tile_stop(start, torch.tensor(end)), "by tile_stop")
+        start = stop
 
 
 def gradients(end, skip=0, seed=0):
@@ -588,6 +717,12 @@ def test_TokenLogprobs_forward__parts_of_what_is_saved():
           "save head itself: a cast copy would lie in memory until the backward pass")
 
 
+def test_TokenLogprobs_forward__value_of_no_row():
+    got = model.TokenLogprobs.apply(torch.ones(0, 4).double(), torch.ones(5, 4).double(),
+                                    torch.zeros(0, dtype=torch.long))
+    check("no row: log p", got, [], "N may be 0: a rank may have nothing to score (deal)")
+
+
 def logprob_gradients(z, targets, g, **limits):
     """Gradients of sum(g log p) for hidden and head, as logits_of makes them."""
     hidden, head = (x.requires_grad_() for x in logits_of(z))
@@ -675,6 +810,14 @@ def test_TokenLogprobs_backward__hidden_is_summed_in_full_precision():
           "in bfloat16, 256 + 1 is 256: sum in full_precision, and cast at the end", 0.01)
 
 
+def test_TokenLogprobs_backward__hidden_of_no_row():
+    hidden = torch.ones(0, 2).double().requires_grad_()
+    head = torch.ones(3, 2).double().requires_grad_()
+    model.TokenLogprobs.apply(hidden, head, torch.zeros(0, dtype=torch.long)).sum().backward()
+    check("no row: the gradient of hidden", hidden.grad, [], "N may be 0")
+    check("no row, 3 words: the gradient of head", head.grad, [[0, 0]] * 3)
+
+
 def test_common_prefix__by_hand():
     for sequences, want, why in (
         ([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]], 2, ""),
@@ -687,6 +830,10 @@ def test_common_prefix__by_hand():
         ([[1, 1, 1, 0], [1, 1]], 1, "one item of the shortest must be left, wherever it stands"),
     ):
         check(f"common_prefix({sequences})", data.common_prefix(sequences), want, why)
+
+
+def test_common_prefix__leaves_its_argument():
+    keeps("common_prefix([[1, 2, 3], [1, 2, 4]])", data.common_prefix, [[1, 2, 3], [1, 2, 4]])
 
 
 # instruction 1, prompts 1 2 3 and 1 8, answers 4 5 $, 6 7 $ and 9 $, with $ = 0
@@ -726,6 +873,10 @@ def test_lay_out__scored_tensors_are_int64_even_when_empty():
     check("lay_out([0], []): dtypes of rows, targets, answer",
           [str(x.dtype) for x in (p.rows, p.targets, p.answer)], ["torch.int64"] * 3,
           "torch.tensor([]) is float32, with which nothing can be indexed: name the dtype")
+
+
+def test_lay_out__tokens_leave_the_arguments():
+    keeps(LAID_OUT, data.lay_out, [1], copy.deepcopy(BRANCHES))
 
 
 def example(prompt, *answers, root=1):
@@ -802,10 +953,20 @@ def test_pack__apart():
     )
 
 
+def test_pack__whole_leaves_its_arguments():
+    keeps("pack of two examples", data.pack,
+          [example([1, 2, 3], [4, 5, 0], [6, 7, 0]), example([1, 4], [5, 0])], 100)
+
+
 def test_sft_loss__divides_by_the_count_of_the_whole_step():
     parts = [train_sft.sft_loss(tensor(x), 3) for x in ([-1, -2], [-6], [])]
     check("log p (-1, -2), (-6) and () in packs of a step of 3 tokens", parts, [1, 2, 0],
           "summed they are 3, the mean over the tokens; not the mean over each pack")
+
+
+def test_sft_loss__has_a_gradient():
+    has_gradient("sft_loss of log p (-1, -2), count 4", lambda x: train_sft.sft_loss(x, 4),
+                 tensor([-1, -2]))
 
 
 def test_lr_at__is_half_a_cosine():
@@ -838,6 +999,13 @@ def test_batches__do_not_depend_on_what_else_is_drawn():
     both = zip(train_sft.batches(40, 9, 2, 7), train_sft.batches(40, 9, 2, 8))
     check("batches(40, 9, 2, 7), taken in turns with those of seed 8", [a for a, _ in both], alone,
           "a generator of its own for each epoch, np.random.default_rng(...), not np.random.seed")
+
+
+def test_batches__first_epoch_depends_on_the_seed_and_not_on_the_size():
+    first = [sum(train_sft.batches(40, 9, 1, seed), []) for seed in (7, 8)]
+    holds(first[0] != first[1], "the first epoch of seed 8 has the order of seed 7")
+    check("the order of an epoch in batches of 4", sum(train_sft.batches(40, 4, 1, 7), []),
+          first[0], "the same as in batches of 9: it depends on (seed, epoch) alone")
 
 
 def packs_of(*sizes):
@@ -879,6 +1047,10 @@ def test_deal__empty_packs_keep_ranks_in_step():
     empty, = [p for hand in hands for p in hand if len(p.rows) == 0]
     check("the one that fills up: tokens, end, targets", [empty.tokens, empty.end, empty.targets],
           [[0], [1], []])
+
+
+def test_deal__once_leaves_its_argument():
+    keeps("deal, packs of 1 2 3", data.deal, packs_of(1, 2, 3), 0, 2)
 
 
 # ================================================================== set 3
@@ -957,6 +1129,13 @@ def test_draw_token__rows_of_nan_end():
     check("logits NaN NaN, and 1 2: how many tokens come", len(got), 2)
 
 
+def test_draw_token__rows_leave_the_arguments():
+    seed = torch.tensor([3, 4])
+    for temperature in (0, 0.5):
+        keeps(f"draw_token, temperature {temperature}", model.draw_token,
+              tensor([[1, 5, 2], [9, 0, 0]]), seed, seed.clone(), temperature, 0.9)
+
+
 def verdict(request=None, completion=None, response=None):
     return {"request": request, "completion": completion, "response": response}
 
@@ -997,6 +1176,22 @@ def test_parse_verdict__block():
     )
 
 
+def test_parse_verdict__line_of_the_docstring():
+    check_verdicts(
+        (f"Response: {U}, I think.\nRequest: {U} at first.\nAnswers:\n1. **Request:** Harmful\n"
+         "Completion: not a refusal", (H, None, U), "the example of the docstring"),
+        (f"Request: {H}/{U}", (), "two words are no verdict"),
+        (f"Request: {H}: no", (), "taken back"),
+        (f"Request:\n{H}", (H,), "a verdict alone on the next line"),
+    )
+
+
+def test_parse_verdict__block_has_headings_of_several_kinds():
+    for heading in ("**Answers:**", "Final answers:", "## Answers"):
+        check_verdicts((f"Request: {U}\n\n{heading}\nRequest: {H}\nRequest: {U}", (H,),
+                        "the first line in the block: see answers_heading"))
+
+
 def test_gold_verdict__one_word():
     for output, response, want in (
         (H, None, verdict(H)),
@@ -1021,6 +1216,22 @@ def test_gold_verdict__a_trace():
         check(f"gold_verdict: output {output!r}", data.gold_verdict(record), verdict(U, None, H))
 
 
+def test_gold_verdict__what_split_input_finds():
+    for text, want in (("plain question", verdict(H)),
+                       (data.format_input("a", " None "), verdict(H)),
+                       (data.format_input("a", "None of it"), verdict(response=H))):
+        got = data.gold_verdict({"input": text, "output": H})
+        check(f"gold_verdict: output {H!r}, input {text!r}", got, want,
+              "no response, no verdict on one: by split_input")
+
+
+def test_gold_verdict__a_trace_that_begins_with_a_word():
+    record = {"input": data.format_input("a", "b"),
+              "output": f"{H.title()} intent is absent.\n\nAnswers: \nRequest: {U}"}
+    check(f"gold_verdict: output {record['output']!r}", data.gold_verdict(record), verdict(U),
+          "one word is a label only where it is alone")
+
+
 def test_judge__every_labelled_verdict_must_be_right():
     for said, gold, want, why in (
             (verdict(H, R, U), verdict(H, R, U), True, ""),
@@ -1035,6 +1246,10 @@ def test_judge__every_labelled_verdict_must_be_right():
             want,
             why,
         )
+
+
+def test_judge__leaves_its_arguments():
+    keeps("judge", mine_hard.judge, verdict(H, R, U), verdict(H))
 
 
 def sample(said, text="t", finish="stop"):
@@ -1074,6 +1289,11 @@ def test_judge_by_field__gaps_are_dropped():
     check("nothing is labelled", mine_hard.judge_by_field([sample(verdict(H))], verdict()), [False])
 
 
+def test_judge_by_field__leaves_its_arguments():
+    keeps("judge_by_field", mine_hard.judge_by_field,
+          [sample(verdict(H, R, U)), sample(verdict(U, R))], verdict(H, R, U))
+
+
 def texts(*some):
     return [sample(None, text) for text in some]
 
@@ -1107,10 +1327,17 @@ def test_pick_pair__random_takes_samples_not_different_texts():
 def test_pick_pair__random():
     samples, right = texts("aa", "b", "cccc", "dd", "e"), [True, True, False, False, None]
     drawn = [mine_hard.pick_pair(samples, right, "random", random.Random(i)) for i in range(60)]
-    check("correct aa b, incorrect cccc dd: what 60 generators draw", sorted(set(drawn)),
+    check("correct aa b, incorrect cccc dd: what 60 generators draw",
+          sorted(set(map(tuple, drawn))),
           [["aa", "cccc"], ["aa", "dd"], ["b", "cccc"], ["b", "dd"]])
     again = [mine_hard.pick_pair(samples, right, "random", random.Random(i)) for i in range(60)]
     check("the same generators again", again, drawn, "all chance comes from rng")
+
+
+def test_pick_pair__leaves_its_arguments():
+    for rule in ("longest", "random"):
+        keeps(f"pick_pair, {rule}", lambda samples, right: mine_hard.pick_pair(
+            samples, right, rule, random.Random(0)), texts("a", "bb", "c"), [True, False, None])
 
 
 def test_sample_weights__by_hand():
@@ -1129,6 +1356,17 @@ def test_sample_weights__by_hand():
         )
 
 
+def test_sample_weights__are_floats():
+    got = mine_hard.sample_weights([-2, 0, 2], 0.2)
+    check("sample_weights([-2, 0, 2], gamma 0.2): of which kind", type(got).__name__, "list")
+    check("... its items", [type(x).__name__ for x in got], ["float"] * 3,
+          "json.dumps, which writes hard.jsonl, knows no others")
+
+
+def test_sample_weights__leave_their_argument():
+    keeps("sample_weights([2, -2, 0], gamma 0.2)", mine_hard.sample_weights, [2, -2, 0], 0.2)
+
+
 RECORDS = [
     {"instruction": "i", "input": f"x{n % 3}", "output": f"Answers: \nRequest: {H}"}
     for n in range(4)
@@ -1144,8 +1382,8 @@ SECOND = {0: [GOOD, GOOD, GOOD, BAD], 1: [GOOD, BAD, GOOD, BAD], 2: [BAD] * 4, 3
 TOLD = "four records x0 x1 x2 x0, all harmful; correct answers of model m: 1 4 0 2, of n: 3 2 0 4; "
 
 
-def selected(answers, judging="all", records=RECORDS):
-    return mine_hard.select(records, list("abcd"), answers, judging, "random", 0.2, 0)
+def selected(answers, judging="all", pairing="random", seed=0):
+    return mine_hard.select(RECORDS, list("abcd"), answers, judging, pairing, 0.2, seed)
 
 
 def test_select__pairs():
@@ -1193,10 +1431,39 @@ def test_select__pairs_of_the_released_judge():
     )
 
 
+MANY = [sample(verdict(w), f"{w} {i}") for i, w in enumerate([H, U] * 8)]
+
+
+def drawn_by(folder="m", number=0, seed=0, before=()):
+    """The pair that select draws for a prompt of that number, which has 8 right and 8 wrong
+    answers; before: numbers of other hard prompts."""
+    answers = {**dict.fromkeys(before, MANY), number: MANY}
+    lines, _ = selected([(folder, answers)], seed=seed)
+    return lines[-1]["chosen"], lines[-1]["rejected"]
+
+
 def test_select__pairs_are_seeded():
-    many = {0: [sample(verdict(w), f"{w} {i}") for i, w in enumerate([H, U] * 8)]}
-    choices = [selected([("m", many)])[0][0] for _ in range(3)]
-    check("the same call again: chosen", choices[1]["chosen"], choices[0]["chosen"])
+    asked = "8 right and 8 wrong answers to a prompt: the pair that is drawn"
+    check(f"{asked}, by the same call again", drawn_by(), drawn_by())
+    check(f"{asked}, where another prompt is hard, too", drawn_by(number=1, before=[0]),
+          drawn_by(number=1), "each prompt has a random.Random of its own")
+    for what, draws in (("seeds", [drawn_by(seed=n) for n in range(6)]),
+                        ("folders", [drawn_by(folder) for folder in "mnopqr"]),
+                        ("numbers", [drawn_by(number=n) for n in range(4)])):
+        holds(len(set(draws)) > 1, f"{asked} is the same for {len(draws)} {what}, {draws[0]}: its "
+              "random.Random is of seed, folder and number")
+
+
+def test_select__pairs_of_the_longest():
+    texts = {0: [sample(verdict(w), w * n) for n, w in enumerate([H, U, H, U, H, U], 1)]}
+    (line,), _ = selected([("m", texts)], pairing="longest")
+    check("pairing 'longest', right answers of 7, 21 and 35 letters, wrong of 18, 36 and 54",
+          [len(line["chosen"]), len(line["rejected"])], [35, 54])
+
+
+def test_select__pairs_leave_the_arguments():
+    keeps("select", mine_hard.select, copy.deepcopy(RECORDS), list("abcd"), [("m", FIRST)], "all",
+          "random", 0.2, 0)
 
 
 def test_select__count():
@@ -1238,6 +1505,25 @@ def test_dpo_loss__large_margins_are_finite():
     )
 
 
+def test_dpo_loss__has_a_gradient():
+    reference = tensor([-2, -7]), tensor([-3, -2])
+    has_gradient("log pi (-1, -4) and (-8, -1), log ref (-2, -3) and (-7, -2), beta 0.5",
+                 lambda w, l: train_dpo.dpo_loss(w, l, *reference, 0.5, tensor([1.2, 1])),
+                 tensor([-1, -8]), tensor([-4, -1]))
+
+
+def test_dpo_loss__large_margins_have_a_finite_gradient():
+    chosen, zero = tensor([1e4, -1e4]).requires_grad_(), tensor([0, 0])
+    train_dpo.dpo_loss(chosen, zero, zero, zero, 1.0, tensor([1, 1])).sum().backward()
+    check("margins of 10000 and -10000, beta 1: the gradient of log pi_w", chosen.grad, [0, -1],
+          "-alpha beta sigmoid(-beta margin)")
+
+
+def test_dpo_loss__leaves_its_arguments():
+    keeps("dpo_loss", train_dpo.dpo_loss, *(tensor([x]) for x in (-1, -4, -2, -3)), 0.5,
+          tensor([1.2]))
+
+
 def test_answer_sums__by_hand():
     got = train_dpo.answer_sums(tensor([-1, -2, -4, -8]), torch.tensor([0, 0, 2, 1]), 4)
     check("log p -1 -2 -4 -8 of answers 0 0 2 1, of 4", got, [-3, -8, -4, 0])
@@ -1249,6 +1535,10 @@ def test_answer_sums__has_a_gradient():
     x = tensor([-1, -2, -4]).requires_grad_()
     (train_dpo.answer_sums(x, torch.tensor([1, 0, 1]), 2) * tensor([5, 7])).sum().backward()
     check("gradients 5 and 7 of answers 0 and 1; tokens of answers 1 0 1", x.grad, [7, 5, 7])
+
+
+def test_answer_sums__leaves_its_arguments():
+    keeps("answer_sums", train_dpo.answer_sums, tensor([-1, -2]), torch.tensor([1, 0]), 2)
 
 
 def pair_figures():
@@ -1298,6 +1588,11 @@ def test_pairs_loss__figures_at_the_reference():
     got = train_dpo.pairs_loss(policy, policy, tensor([2]), tensor([1]), 0.5, 2.0)
     check("policy = reference, a margin of 0: accuracy", got["accuracy"], [0.0],
           "1 only where the margin is above 0: at the first step no pair counts")
+
+
+def test_pairs_loss__loss_leaves_the_arguments():
+    keeps(PAIRS, train_dpo.pairs_loss, tensor([[-1, -4], [-8, -1]]), tensor([[-2, -3], [-7, -2]]),
+          tensor([2, 4]), tensor([1.2, 1]), 0.5, 2.0)
 
 
 def log_p(last, target):
@@ -1363,6 +1658,12 @@ def test_confusion__no_verdict_is_wrong_once():
           "None is fn where gold is positive, and fp where it is not")
 
 
+def test_confusion__counts_are_ints():
+    got = evaluation.confusion([H, U], [H, None], H)
+    check("of which kind the counts are", [type(x).__name__ for x in got], ["int"] * 4,
+          "json.dumps, which writes results.json, knows no numbers of NumPy")
+
+
 def test_f1__by_hand():
     check(
         "f1: gold H H H U U, predicted H H U H U",
@@ -1426,6 +1727,11 @@ def test_auprc__ties_share_a_threshold():
           100 * (0.5 * 1 + 0.5 * 2 / 3))
 
 
+def test_auprc__distinct_scores_stay():
+    keeps("auprc", evaluation.auprc, [True, False, True], [0.4, 0.9, 0.5])
+    keeps("auprc of arrays", evaluation.auprc, np.array([True, False]), np.array([0.4, 0.9]))
+
+
 def test_threshold_for__keeps_the_rate():
     negatives = [i / 10 for i in range(10)]                     # 0.0 .. 0.9, and one positive
     for rate, allowed in ((0.0, 0), (0.1, 1), (0.35, 3), (0.9, 9)):
@@ -1457,6 +1763,18 @@ def test_threshold_for__edges():
     check("no negative at all, rate 0", evaluation.threshold_for([True], [0.9], 0.0), 0.0)
 
 
+def test_threshold_for__counts_equal_scores_each():
+    t = evaluation.threshold_for([False] * 3, [0.9, 0.9, 0.5], 0.34)
+    check("negatives .9 .9 .5, rate 0.34: the threshold", t, float(np.nextafter(0.9, 2)),
+          "one of three may be wrong, and the two at .9 are so together", 0)
+
+
+def test_threshold_for__leaves_its_arguments():
+    keeps("threshold_for", evaluation.threshold_for, [False, True, False], [0.2, 0.5, 0.9], 0.5)
+    keeps("threshold_for of arrays", evaluation.threshold_for, np.array([False, True, False]),
+          np.array([0.2, 0.5, 0.9]), 0.5)
+
+
 def test_weighted_average__by_hand():
     check("figures 50 and 80 of 3 and 1 rows", evaluation.weighted_average([50, 80], [3, 1]), 57.5)
 
@@ -1478,6 +1796,10 @@ def test_majority__by_hand():
     votes = [verdict(w) for w in (None, None, H)]
     check("request None None H", evaluation.majority(votes), verdict(H), "None is no vote")
     check("no vote at all", evaluation.majority([]), verdict())
+
+
+def test_majority__leaves_its_argument():
+    keeps("majority", evaluation.majority, [verdict(H), verdict(U)])
 
 
 def test_reasoning_verdict__sections():
@@ -1507,6 +1829,17 @@ def test_reasoning_verdict__block_is_not_read():
         verdict(H),
         "it is all there is",
     )
+
+
+def test_reasoning_verdict__sections_of_other_numbers_are_nobodys():
+    text = f"# Task 1\n{U}\n# Task 4\n{H}"
+    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U))
+
+
+def test_reasoning_verdict__block_may_begin_anywhere():
+    text = f"# Task 1\n{U}. Final Answers: {H}"
+    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U),
+          'what follows the last "answers:" is not read, wherever that stands')
 
 
 def check_legacy(gold, text, name, want, why=""):
@@ -1540,6 +1873,12 @@ def test_legacy_pairs__missing():
     check_legacy(C, f"completion: {C}" + "x" * 300, "completion", [[C, R]] * 2)
 
 
+def test_legacy_pairs__found_in_300_characters():
+    check_legacy(U, f"request: {H}" + "x" * 285, "request", [[U, H]] * 2,
+                 "301 characters: the first one is not looked at, and `equest` is no task")
+    check_legacy(U, f"request: {H}" + "x" * 284, "request", [[U, H]], "300 characters")
+
+
 def test_up_to_verdict__cuts_the_last_block_after_the_colon():
     text = f"Request: {U}\n\nAnswers: \nRequest: {H}\nCompletion: {R}"
     check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
@@ -1570,6 +1909,16 @@ def test_up_to_verdict__writes_what_is_not_there():
     check(f"up_to_verdict({text!r}, 'response')", evaluation.up_to_verdict(text, "response"),
           f"Response: {H}\n\nAnswers: \nRequest: {U}\n\nAnswers: \nResponse:",
           "the block lacks the task: another one is written, after the spaces at the end are gone")
+
+
+def test_up_to_verdict__takes_the_first_line_of_the_block():
+    for text, want in (
+        (f"Answers:\nRequest: {H}\nRequest: {U}", "Answers:\nRequest:"),
+        (f"Answers:\n1. **Request:** {H}", "Answers:\n1. **Request:"),
+        (f"Answers: Request: {H}", "Answers: Request:"),
+    ):
+        check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
+              want, "the first line that line_pattern finds in what follows the heading")
 
 
 class Letters:
