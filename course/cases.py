@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import test_exercises
-from test_exercises import Largest, Products, Watched
+from test_exercises import Largest, Products, Watched, has_gradient, keeps
 
 H, U, R, C = "harmful", "unharmful", "refusal", "compliance"
 FIELDS = {"request": (H, U), "completion": (R, C), "response": (H, U)}
@@ -150,6 +150,13 @@ def _(rng):
     got = rms_norm(large, torch.ones(512), 1e-5)
     close(got, numbers(large) / np.sqrt((numbers(large) ** 2).mean(-1, keepdims=True)),
           "mean in at least float32", 2e-3)
+    x = tensor(rng, 16, 64).bfloat16()
+    exact = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    off = rms_norm(x, torch.ones(64), 0.0) != exact.bfloat16()
+    holds(off.double().mean() < 0.02, "bfloat16: widen to float32, and cast once, at the end")
+    x, weight = tensor(rng, 3, 8), tensor(rng, 8)
+    keeps("rms_norm", rms_norm, x, weight, 0.1)
+    has_gradient("rms_norm", lambda x, weight: rms_norm(x, weight, 0.1), x, weight)
 
 
 def check_rope(rng, scaled):
@@ -194,15 +201,18 @@ def _(rng):
     for T, heads, E in ((1, 1, 2), (9, 3, 8), (5, 2, 64)):
         x, angle = tensor(rng, T, heads, E), tensor(rng, T, 1, E // 2) * 5
         close(apply_rope(x, angle.cos(), angle.sin()), turned(x, angle[:, 0]), "apply_rope")
+    x, angle = tensor(rng, 3, 2, 4), tensor(rng, 3, 1, 2)
+    keeps("apply_rope", apply_rope, x, angle.cos(), angle.sin())
+    has_gradient("apply_rope", lambda x: apply_rope(x, angle.cos(), angle.sin()), x)
 
 
-def check_by_mask(rng, ends, heads, groups):
+def check_by_mask(rng, ends, heads, groups, scale=2, skip=0):
     from model import attention_by_mask
     for end in ends:
         T = len(end)
-        q, k, v = (2 * tensor(rng, T, heads, 4), 2 * tensor(rng, T, groups, 4),
+        q, k, v = (scale * tensor(rng, T, heads, 4), scale * tensor(rng, T, groups, 4),
                    tensor(rng, T, groups, 4))
-        close(attention_by_mask(q, k, v, plan_of(end)), attend_by_hand(q, k, v, end),
+        close(attention_by_mask(q, k, v, plan_of(end, skip)), attend_by_hand(q, k, v, end),
               f"attention_by_mask of {T} tokens, {heads} heads, {groups} groups")
 
 
@@ -213,7 +223,14 @@ def _(rng):
 
 @case("attention_by_mask", "tree")
 def _(rng):
-    check_by_mask(rng, [forest(rng, 0, 50) for _ in range(3)], 1, 1)
+    from model import attention_by_mask
+    forests = [forest(rng, 0, 50) for _ in range(3)]
+    check_by_mask(rng, forests, 1, 1)
+    check_by_mask(rng, forests, 1, 1, scale=40)             # scores of thousands
+    check_by_mask(rng, forests, 1, 1, skip=int(rng.integers(1, 50)))    # all rows ask here
+    plan, xs = plan_of(forest(rng, 0, 6)), [tensor(rng, 6, 1, 2) for _ in range(3)]
+    keeps("attention_by_mask", attention_by_mask, *xs, plan)
+    has_gradient("attention_by_mask", lambda *xs: attention_by_mask(*xs, plan), *xs)
 
 
 @case("attention_by_mask", "groups")
@@ -254,6 +271,12 @@ def _(rng):
 def _(rng):
     _, _, got, joined = asked_of_attention(rng)
     close(got, joined, "Attention.forward")
+    from model import Attention, rope_tables
+    c = config(hidden_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=2)
+    layer, x = Attention(c).double(), tensor(rng, 3, 4)
+    tables = rope_tables(c, torch.arange(3), x.dtype)
+    has_gradient("Attention.forward, where attend gives q + k + v",
+                 lambda x: layer(x, *tables, lambda q, k, v: q + k + v), x)
 
 
 @case("MLP.forward")
@@ -265,6 +288,7 @@ def _(rng):
     )
     a = numbers(x) @ gate
     close(layer(x), (a / (1 + np.exp(-a)) * (numbers(x) @ up)) @ down, "MLP.forward")
+    has_gradient("MLP.forward", lambda x: layer(x), x[:2])
 
 
 @case("Layer.forward")
@@ -279,6 +303,8 @@ def _(rng):
     middle = x + layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
     close(layer(x, cos, sin, attend), middle + layer.mlp(layer.post_attention_layernorm(middle)),
           "Layer.forward")
+    keeps("Layer.forward", lambda x: layer(x, cos, sin, attend), x)
+    has_gradient("Layer.forward", lambda x: layer(x, cos[:2], sin[:2], attend), x[:2])
 
 
 # ------------------------------------------------------------------ set 2
@@ -318,6 +344,8 @@ def _(rng):
         holds(says == nests(end), f"check_nesting({end}): {'accepted' if says else 'refused'}, "
               f"and it {'nests' if nests(end) else 'does not nest'}")
         seen[says] += 1
+        if says:
+            keeps(f"check_nesting({end})", check_nesting, end)
     holds(min(seen.values()) > 30, "too few of one kind in this draw; take another seed")
     for end in ([10 ** 5] * 10 ** 5, forest(rng, 0, 10 ** 5)):
         watched = Watched(end)
@@ -341,12 +369,14 @@ def _(rng):
     plan = tree_plan(torch.tensor(end), skip)
     holds(plan.skip == skip and plan.end.tolist() == end, "a plan keeps end and skip")
     a = int(rng.integers(1, 6))
+    keeps("tree_plan", tree_plan, torch.tensor(end), skip)
     for bad in ([a + 2] + [a + 3] * (a + 2), [a + 1] * a, list(range(a)), [2, 2, 3, 3, 5, 4]):
-        try:
-            tree_plan(torch.tensor(bad))
-        except ValueError:
-            continue
-        raise AssertionError(f"end = {bad} does not nest: ValueError expected")
+        for skip in (0, 1):
+            try:
+                tree_plan(torch.tensor(bad), skip)
+            except ValueError:
+                continue
+            raise AssertionError(f"end = {bad} does not nest: ValueError expected, skip {skip}")
 
 
 @case("row_tiles", "right")
@@ -372,6 +402,13 @@ def _(rng):
         made <= (80 * size) ** 2 // 7,
         f"{made} scores for 80 sequences of {size}: most are of keys that no row of the tile sees",
     )
+    from model import tile_stop
+    end, start = torch.tensor([i // 50 * 50 + 50 for i in range(50 * size)]), 0
+    for rows, _, _ in row_tiles(plan_of(end.tolist())):
+        stop = tile_stop(start, end)
+        holds(rows.stop == stop, f"{size} sequences of 50: the tile from row {start} on ends before "
+              f"row {rows.stop}, by tile_stop before {stop}")
+        start = stop
 
 
 def attention_gradients(q, k, v, g, end):
@@ -473,7 +510,7 @@ def check_logprobs(rng, what, N, D, V, scale=1):
     return largest.size
 
 
-SIZES = ((1, 3, 5, 1), (70, 8, 50, 1), (37, 8, 50, 300))
+SIZES = ((0, 3, 5, 1), (1, 3, 5, 1), (70, 8, 50, 1), (37, 8, 50, 300))
 
 
 @case("TokenLogprobs.forward", "value")
@@ -547,6 +584,7 @@ def _(rng):
         some = [start + x for x in some]
         want = max(n for n in range(min(map(len, some))) if len({tuple(x[:n]) for x in some}) == 1)
         holds(common_prefix(some) == want, f"common_prefix({some}) is {want}")
+        keeps(f"common_prefix({some})", common_prefix, some)
 
 
 def random_examples(rng, roots=1, n=8):
@@ -599,8 +637,11 @@ def laid_out(rng):
 
 @case("lay_out", "tokens")
 def _(rng):
+    from data import lay_out
     for p, _, tokens in laid_out(rng):
         holds(p.tokens.tolist() == tokens, f"tokens {p.tokens.tolist()}, wanted {tokens}")
+    ids = rng.integers(0, 9, 6).tolist()
+    keeps("lay_out", lay_out, ids[:2], [(ids[:4], [(0, ids[3:]), (1, ids[2:])])])
 
 
 @case("lay_out", "end")
@@ -663,8 +704,10 @@ def check_packs(packs, answers, wanted, share, maximum):
 
 @case("pack", "whole")
 def _(rng):
+    from data import pack
     for maximum in (1, 45, 90, 10 ** 6):
         check_packs(*packs_of(rng, True, maximum), True, maximum)
+    keeps("pack", pack, random_examples(rng, roots=2, n=6), 60)
 
 
 @case("pack", "apart")
@@ -723,6 +766,7 @@ def _(rng):
     for n in (0, 1, 30):
         x, count = -tensor(rng, n).abs(), int(rng.integers(31, 99))
         close(sft_loss(x, count), sum(-v for v in x.tolist()) / count, "sft_loss")
+    has_gradient("sft_loss", lambda x: sft_loss(x, count), tensor(rng, 3))
 
 
 @case("lr_at")
@@ -746,7 +790,8 @@ def _(rng):
     holds(all(sorted(e) == list(range(n)) for e in epochs), "every example once an epoch")
     holds(epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]), "another order in each epoch")
     holds(list(batches(n, size, 1, seed)) == got[:a], "the order depends on (seed, epoch) alone")
-    holds(list(batches(n, size, 2, seed + 1)) != got, "another seed, another order")
+    holds(list(batches(n, size, 1, seed + 1)) != got[:a], "another seed, another order")
+    holds(sum(batches(n, size + 1, 1, seed), []) == epochs[0], "the order depends on the size")
     both = zip(batches(n, size, 2, seed), batches(n, size, 2, seed + 1))
     holds([one for one, _ in both] == got, "what another generator draws changes the order")
 
@@ -759,7 +804,9 @@ def dealt(rng):
         sizes = rng.choice(3000, int(rng.integers(1, 20)), replace=False) + 1
         sizes[0] += 100_000                                 # longer than all others together
         packs = [Pack(zeros(n), zeros(n) + n, scored, scored, scored) for n in sizes.tolist()]
-        yield packs, [deal(packs, rank, ranks) for rank in range(ranks)], ranks
+        hands = [deal(packs, rank, ranks) for rank in range(ranks)]
+        holds([len(p.tokens) for p in packs] == sizes.tolist(), "deal changes the list of packs")
+        yield packs, hands, ranks
 
 
 @case("deal", "once")
@@ -841,6 +888,7 @@ def _(rng):
     alone = [draw_token(many[i:i + 1], seed[i:i + 1], position[i:i + 1], 0.9, 0.9).item()
              for i in range(20)]
     holds(together.tolist() == alone, "what a row draws depends on the other rows")
+    keeps("draw_token", draw_token, many, seed, position, 0.9, 0.9)
     bad = many.clone()
     bad[int(rng.integers(20))] = math.nan
     with patch("model.uniform", at_most(2000, "a row of NaN: no token after 2000 draws")):
@@ -907,6 +955,15 @@ def check_verdicts(rng, block):
         want = verdict_by_hand(text)
         got = parse_verdict(text)
         holds(got == want, f"parse_verdict({text!r}) is {want}, not {got}")
+    headings = ["**Answers:**", "Final answers:", "## Answers", "Answers: "] if block else ["So:"]
+    for name, (word, other) in FIELDS.items():
+        title = name.capitalize()
+        for line, want in ((f"1. **{title}:** {word.title()}", word), (f"{title}:\n{word}", word),
+                           (f"{title}: not {word}", None), (f"{title}: {word}/{other}", None),
+                           (f"{title}: {word}: no", None)):
+            text = f"{name}: {other}\n\n{rng.choice(headings)}\n{line}\n"
+            got = parse_verdict(text)[name]
+            holds(got == want, f"parse_verdict({text!r}) says of the {name} {want}, not {got}")
 
 
 @case("parse_verdict", "line")
@@ -931,9 +988,12 @@ def _(rng):
                "response": format_input("x", response)}
         got = gold_verdict({"input": one[name], "output": f" {word.capitalize()}\n"})
         holds(got == {**empty, name: word}, f"one word, {word}, is about the {name}")
+        bare = str(rng.choice(["plain", format_input("x", " None ")]))
+        got = gold_verdict({"input": bare, "output": FIELDS["request"][rng.integers(2)]})
+        holds(got["request"] and not got["response"], f"input {bare!r} has no response")
         verdict = {n: [None, *words][rng.integers(3)] for n, words in FIELDS.items()}
         got = gold_verdict({"input": one[name],
-                            "output": "# Task 1\nA reason.\n\n" + format_answers(**verdict)})
+                            "output": f"{word} is a word.\n\n" + format_answers(**verdict)})
         holds(got == verdict, "a block of answers is read by parse_verdict")
 
 
@@ -1001,21 +1061,23 @@ def _(rng):
     rng.shuffle(right)
     part = lambda value: {s["text"] for s, ok in zip(samples, right) if ok is value}
     longest = tuple(max(part(value), key=len) for value in (True, False))
-    holds(pick_pair(samples, right, "longest", random.Random(0)) == longest, "longest")
+    pick = lambda *asked: tuple(pick_pair(*asked))          # a list will do
+    holds(pick(samples, right, "longest", random.Random(0)) == longest, "longest")
     n = int(rng.integers(3, 9))
     wide = [{"text": text} for text in ("é" * n, "e" * (n + 1), "é" * n, "e" * (n + 1))]
-    holds(pick_pair(wide, [True, True, False, False], "longest", random.Random(0))
+    holds(pick(wide, [True, True, False, False], "longest", random.Random(0))
           == ("e" * (n + 1),) * 2, f"{n} times é, {n + 1} times e: the longest by characters")
     twice = [{"text": text} for text in "aaaab"] + [{"text": text} for text in "cdddd"]
-    drawn = Counter(pick_pair(twice, [True] * 5 + [False] * 5, "random", random.Random(i))
+    drawn = Counter(pick(twice, [True] * 5 + [False] * 5, "random", random.Random(i))
                     for i in range(600))
     holds(drawn["a", "d"] > 600 * 0.5, "random: each sample is as likely, also of equal texts")
-    drawn = Counter(pick_pair(samples, right, "random", random.Random(i)) for i in range(600))
+    drawn = Counter(pick(samples, right, "random", random.Random(i)) for i in range(600))
     holds(set(drawn) == {(a, b) for a in part(True) for b in part(False)},
           "random: every correct with every incorrect sample")
     holds(min(drawn.values()) > 600 / 9 / 3, "random: all pairs about equally often")
-    again = [pick_pair(samples, right, "random", random.Random(5)) for _ in range(20)]
+    again = [pick(samples, right, "random", random.Random(5)) for _ in range(20)]
     holds(len(set(again)) == 1, "random: the given generator decides")
+    keeps("pick_pair", lambda *given: pick(*given, "random", random.Random(1)), samples, right)
 
 
 @case("sample_weights")
@@ -1024,8 +1086,10 @@ def _(rng):
     for n in (2, 5, 40):
         d, gamma = rng.integers(-4, 5, n).tolist(), float(rng.uniform(0.05, 0.9))
         d[:2] = [-5, 6]
-        close(sample_weights(d, gamma), np.interp(d, [-5, 6], [1 - gamma, 1 + gamma]),
-              f"sample_weights({d}, {gamma})")
+        got = sample_weights(d, gamma)
+        close(got, np.interp(d, [-5, 6], [1 - gamma, 1 + gamma]), f"sample_weights({d}, {gamma})")
+        holds(type(got) is list and {*map(type, got)} == {float}, "weights are a list of floats")
+        keeps("sample_weights", sample_weights, d, gamma)
     holds(
         list(sample_weights([3, 3], 0.2)) == [1, 1] and list(sample_weights([], 0.2)) == [],
         "all equal: 1",
@@ -1088,6 +1152,35 @@ def _(rng):
                   "what the judge drops (None) counts for neither side")
     again, _ = select_hard(records, answers)
     holds([p["chosen"] for p in again] == [p["chosen"] for p in hard], "seeded")
+    check_draws(rng)
+
+
+def check_draws(rng):
+    """What a pair is drawn by: seed, folder and number, each prompt's own, and --pair."""
+    from data import format_answers
+    from mine_hard import select
+    n, first = 20, int(rng.integers(5))
+    records = [{"instruction": "i", "input": f"x{i}", "output": format_answers(request=H)}
+               for i in range(n)]
+    samples = [{"text": "x" * int(length), "finish": "stop", "tokens": 3,
+                "verdict": {**dict.fromkeys(FIELDS), "request": (H, U)[i % 2]}}
+               for i, length in enumerate(rng.permutation(40) + 1)]
+
+    def drawn(folder="m", number=first, seed=0, before=(), pairing="random"):
+        answers = [(folder, {i: samples for i in (*before, number)})]
+        line = select(records, ["s"] * n, answers, "all", pairing, 0.2, seed)[0][-1]
+        return line["chosen"], line["rejected"]
+
+    holds(drawn(number=n - 1, before=range(first, n - 1)) == drawn(number=n - 1),
+          "what one prompt draws depends on which others are hard")
+    for what, draws in (("seeds", [drawn(seed=s) for s in range(9)]),
+                        ("folders", [drawn(f"m{i}") for i in range(9)]),
+                        ("numbers", [drawn(number=i) for i in range(9)])):
+        holds(len(set(draws)) > 3, f"nine {what} draw nearly the same of 400 pairs")
+    longest = tuple("x" * max(len(s["text"]) for s in samples[i::2]) for i in range(2))
+    holds(drawn(pairing="longest") == longest, "pairing 'longest': by pick_pair")
+    keeps("select", lambda records: select(records, ["s"] * n, [("m", {0: samples})], "all",
+                                           "random", 0.2, 0), records)
 
 
 @case("select", "count")
@@ -1114,8 +1207,14 @@ def _(rng):
     margin = numbers((x[0] - x[2]) - (x[1] - x[3]))
     close(dpo_loss(*x, beta, weight), numbers(weight) * np.logaddexp(0, -beta * margin), "dpo_loss")
     far = torch.tensor([1e4, -1e4], dtype=torch.float64)  # exp of these is 0 or infinite
-    close(dpo_loss(far, 0 * far, 0 * far, 0 * far, 1.0, torch.ones(2)), [0, 1e4],
-          "dpo_loss of margins of 10000")
+    far.requires_grad_()
+    zero = torch.zeros(2).double()
+    got = dpo_loss(far, zero, zero, zero, 1.0, torch.ones(2).double())
+    close(got, [0, 1e4], "dpo_loss of margins of 10000")
+    got.sum().backward()
+    close(far.grad, [0, -1], "dpo_loss of margins of 10000: the gradient of log pi_w")
+    keeps("dpo_loss", dpo_loss, *x, beta, weight)
+    has_gradient("dpo_loss", lambda w, l: dpo_loss(w, l, *x[2:, :4], beta, weight[:4]), *x[:2, :4])
 
 
 @case("answer_sums")
@@ -1127,6 +1226,8 @@ def _(rng):
     got = answer_sums(x, answer, 8)
     holds(got.dtype == x.dtype, f"answer_sums of float64 is {got.dtype}; new_zeros keeps the dtype")
     close(got, want, "answer_sums")
+    keeps("answer_sums", answer_sums, x, answer, 8)
+    has_gradient("answer_sums", lambda x: answer_sums(x, answer, 8), x)
 
 
 NAMES = ["loss", "preference", "accuracy", "margin", "chosen_logprob", "rejected_logprob"]
@@ -1232,6 +1333,7 @@ def _(rng):
         gold, predicted = labels(rng, n), labels(rng, n, 0.2)
         holds(tuple(confusion(gold, predicted, H)) == cells_by_hand(gold, predicted),
               f"confusion({gold}, {predicted})")
+        holds({*map(type, confusion(gold, predicted, H))} == {int}, "counts are ints")
 
 
 @case("f1")
@@ -1281,6 +1383,7 @@ def check_auprc(rng, digits):
         tp, n = (hit & (score >= t)).sum(), (score >= t).sum()
         want, before = want + (tp - before) / hit.sum() * tp / n, tp
     close(auprc(hit.tolist(), score.tolist()), 100 * want, "auprc")
+    keeps("auprc of arrays", auprc, hit, score)
 
 
 @case("auprc", "distinct")
@@ -1296,13 +1399,16 @@ def _(rng):
 @case("threshold_for")
 def _(rng):
     from eval import threshold_for
-    hit, score = rng.random(80) < 0.4, rng.random(80)
+    hit, exact = rng.random(80) < 0.4, rng.random(80)
     wrong = lambda t: int((score[~hit] >= t).sum())
-    for rate in (0.0, *rng.uniform(0.02, 0.98, 4)):
-        t, allowed = threshold_for(hit.tolist(), score.tolist(), float(rate)), rate * (~hit).sum()
-        holds(wrong(t) <= allowed, f"rate {rate}: {wrong(t)} negatives at or above the threshold")
-        holds(wrong(np.nextafter(t, 0)) > allowed,
-              f"rate {rate}: a lower threshold keeps the rate too")
+    for score in (exact, exact.round(1)):                   # the second with many ties
+        for rate in (0.0, *rng.uniform(0.02, 0.9, 4)):
+            t = threshold_for(hit.tolist(), score.tolist(), float(rate))
+            allowed = rate * (~hit).sum()
+            holds(wrong(t) <= allowed, f"rate {rate}: {wrong(t)} negatives at or above it")
+            holds(wrong(np.nextafter(t, 0)) > allowed,
+                  f"rate {rate}: a lower threshold keeps the rate too")
+        keeps("threshold_for of arrays", threshold_for, hit, score, 0.3)
     holds(wrong(threshold_for(hit.tolist(), score.tolist(), 1.0)) == (~hit).sum(),
           "rate 1: everything may be above")
     hundred = rng.permutation(np.arange(100) / 100)
@@ -1347,7 +1453,9 @@ def check_reasoning(rng, block):
                 text += f"# Task {number}\n## Reasoning Step 1: {' '.join(said)}.\n\n"
                 found = [w.lower() for w in said if w.lower() in words]
                 want[name] = found[-1] if found else None
+        text += f"# Task 4\n{H}, {R}.\n" if rng.random() < 0.2 else ""
         if block:
+            text += str(rng.choice(["", "So, final ", "**"]))
             text += f"Answers: \nRequest: {H}\nCompletion: {R}\nResponse: {H}"
         holds(reasoning_verdict(text) == want, f"reasoning_verdict({text!r}) is {want}")
 
@@ -1369,20 +1477,21 @@ def check_legacy(rng, kinds):
         for _ in gold:
             first, second = (f"{name}:{' ' * int(rng.integers(3))}{rng.choice([positive, other])}\n"
                              for _ in range(2))
+            edge = first + "x" * (300 - len(first) + int(rng.integers(2)))  # 300 or 301 characters
             texts.append(["nothing", first + "x" * 300, "x" * 400 + first.upper(),
-                          first.title() + second][rng.choice(kinds)])
+                          first.title() + second, edge][rng.choice(kinds)])
         got, want = legacy_pairs(gold, texts, name), legacy_by_hand(gold, texts, name)
         holds([list(x) for x in got] == [list(x) for x in want], f"legacy_pairs for {name}")
 
 
 @case("legacy_pairs", "found")
 def _(rng):
-    check_legacy(rng, [2, 3])
+    check_legacy(rng, [2, 3, 4])
 
 
 @case("legacy_pairs", "missing")
 def _(rng):
-    check_legacy(rng, [0, 1, 2, 3])
+    check_legacy(rng, [0, 1, 2, 3, 4])
 
 
 def legacy_by_hand(gold, texts, name):
@@ -1408,7 +1517,9 @@ def _(rng):
         shown = [n for n in FIELDS if rng.random() < 0.7]
         prose = f"The {name} is odd: so\n" if rng.random() < 0.3 else ""
         block = f"Answers: \n{prose}"
-        block += "".join(f"{n.capitalize()}: {FIELDS[n][0]}\n" for n in shown)
+        bullet = str(rng.choice(["", "1. ", "- "]))
+        lines = [f"{bullet}{n.capitalize()}: {FIELDS[n][0]}\n" for n in shown]
+        block += "".join(lines * int(rng.integers(1, 3)))   # a block may say it twice
         field = f"{name.capitalize()}:"
         want = (lead + block).rstrip() + f"\n\nAnswers: \n{field}"
         if name in shown:

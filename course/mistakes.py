@@ -7,6 +7,9 @@ says which piece is no longer there when our code changes.
 
 MISTAKES = {
     "rms_norm": [
+        ("mean = wide.square()", "mean = wide.detach().square()"),
+        ("unit = wide * ", "unit = wide.mul_"),
+        ("full_precision(x)", "(x.float() if x.dtype == torch.float16 else x)"),
         ("torch.rsqrt(mean + eps)", "1 / (mean.sqrt() + eps)"),
         ("full_precision(x)", "x"),
         (".mean(-1, keepdim=True)", ".mean()"),
@@ -22,16 +25,19 @@ MISTAKES = {
         ("(2 * math.pi)", "1"),
     ],
     "apply_rope": [
+        ("x.chunk(2, -1)", "x.detach().chunk(2, -1)"),
         ("a * cos - b * sin", "a * cos + b * sin"),
         ("x.chunk(2, -1)", "(x[..., ::2], x[..., 1::2])"),
         ("b * cos + a * sin", "b * cos - a * sin"),
     ],
     "attention_by_mask": [
+        ("(i < end)", "(i < end) & (i >= plan.skip)"),
         ("& (i < end)", ""),
         ("(j <= i)", "(j < i) | (j == 0)"),
         ("enable_gqa=True", "enable_gqa=True, scale=1.0"),
     ],
     "Attention.forward": [
+        ("attend(q, k, v)", "attend(q.detach(), k, v)"),
         ("    k = rope(k, cos, sin)\n", ""),
         ("    q = rope(q, cos, sin)\n", ""),
         ("out.flatten(1)", "out.transpose(1, 2).flatten(1)"),
@@ -42,6 +48,7 @@ MISTAKES = {
         ("recomputed(self.down, gate, up)", "self.down_proj(gate.sigmoid() * up)"),
     ],
     "Layer.forward": [
+        ("x = x + self.self_attn", "x += self.self_attn"),
         ("self.mlp(self.post_attention_layernorm(x))", "self.mlp(self.input_layernorm(x))"),
         ("return x + self", "return self"),
     ],
@@ -50,6 +57,7 @@ MISTAKES = {
         ("{shown}\\n\\n", "{shown}\\n"),
     ],
     "check_nesting": [
+        ("enumerate(end)", "enumerate([end.pop(0) for _ in end[:]])"),
         ("i < stop", "i <= stop"),
         ("<= open_ends[-1]:", "<= len(end):"),
         ("while open_ends[-1] <= i", "while open_ends[-1] < i"),
@@ -60,12 +68,14 @@ def check_nesting(end):
             raise ValueError''',
     ],
     "tree_plan": [
+        ("    check_nesting(", "    skip or check_nesting("),
         ("torch.arange(T) - closed", "torch.arange(T)"),
         (".cumsum(0)[:T]", ".cumsum(0)[1:]"),
         ("    check_nesting(end.tolist())\n", ""),
         ("device), skip)", "device), 0)"),
     ],
     "row_tiles": [
+        ("tile_stop(start, end)", "min(start + TILE_ROWS, len(end))"),
         ("(i >= end[by_some])", "False"),
         ("(by_some > i) | ", ""),
         ("j = j[end[:stop] > start]", "j = j"),
@@ -92,6 +102,7 @@ def check_nesting(end):
         ),
     ],
     "TokenLogprobs.backward": [
+        ("max(1, len(hidden))", "len(hidden)"),
         ("targets - start", "targets"),
         ("d_hidden += dz", "d_hidden = dz"),
         ("dz.T @ hidden", "-dz.T @ hidden"),
@@ -100,6 +111,7 @@ def check_nesting(end):
         ("full_precision(torch.zeros_like(hidden))", "torch.zeros_like(hidden)"),
     ],
     "common_prefix": [
+        ("    first = min(", "    for s in sequences: s.sort()\n    first = min("),
         ("min(sequences)", "sequences[0]"),
         ("return len(first) - 1", "return len(first)"),
         ("            return place", "            return place + 1"),
@@ -113,6 +125,7 @@ def common_prefix(sequences):
     return min(n, len(sequences[0]) - 1)''',
     ],
     "lay_out": [
+        ("tokens = list(root)", "tokens = root"),
         ("fed = ids[:-1]", "fed = ids"),
         ("end += [after] * len(own)", "end += [T] * len(own)"),
         (" in lists))", " in lists[:2]), *map(torch.tensor, lists[2:]))"),
@@ -127,13 +140,20 @@ def common_prefix(sequences):
         ("(bin for bin in bins", "(bin for bin in sorted(bins, key=lambda bin: -bin.size)"),
         ("-(len(bin.root) + bin.size)", "-bin.size"),
     ],
-    "sft_loss": [("logprobs.sum() / count", "logprobs.mean()"), ("-logprobs", "logprobs")],
+    "sft_loss": [
+        ("logprobs.sum() / count", "logprobs.mean()"),
+        ("-logprobs", "logprobs"),
+        ("-logprobs.sum()", "-sum(logprobs.tolist())"),
+        ("-logprobs", "-logprobs.detach()"),
+    ],
     "lr_at": [
         ("step / steps", "(step + 1) / steps"),
         ("0.5 * (1 +", "(0 +"),
         ("math.cos(math.pi * step / steps)", "(1 - 2 * step / steps)"),
     ],
     "batches": [
+        ("((seed, epoch))", "(seed * epoch)"),
+        ("((seed, epoch))", "((seed, epoch, size))"),
         ("((seed, epoch))", "(seed)"),
         ("range(0, n, size)", "range(0, n - size + 1, size)"),
         (".permutation(n).tolist()", ".integers(0, n, n).tolist()"),
@@ -146,6 +166,8 @@ def batches(n, size, epochs, seed):
             yield order[start:start + size]''',
     ],
     "deal": [
+        ("for p in sorted(packs, key=lambda p: -len(p.tokens)):",
+         "packs.sort(key=lambda p: -len(p.tokens))\n    for p in packs:"),
         ("-len(p.tokens))", "len(p.tokens))"),
         ("if len(hand) < most]", "if True]"),
         ("append(lay_out([0], []))", "append(packs[0])"),
@@ -170,12 +192,16 @@ def batches(n, size, epochs, seed):
         ),
     ],
     "parse_verdict": [
+        ("line_pattern(name)", "re.compile(rf'(?im)^[^\\w\\n]*({name}[*\\s]*:[^\\w\\n]*[\\w-]*)')"),
         ("in_block[:1]", "in_block[-1:]"),
         ("findall(text)[-1:]", "findall(text)[:1]"),
         ("text[heading.end():]", "text[:heading.start()]"),
         ("in_block[:1] or line.findall(text)[-1:]", "in_block[:1]"),
     ],
     "gold_verdict": [
+        ("split_input(record[\"input\"])",
+         "None, None if record['input'].rstrip().endswith('AI assistant:\\nNone') else ''"),
+        (".strip().lower()", ".lower().split()[0].strip('.')"),
         ("response is None else", "response is not None else"),
         ("response is None else", "not response else"),
         (".strip().lower()", ".strip()"),
@@ -204,18 +230,28 @@ def batches(n, size, epochs, seed):
         ("return rng.choice(correct), rng.choice(incorrect)", "return correct[0], incorrect[0]"),
     ],
     "sample_weights": [
+        ("return [1 + gamma * (2 * (d - low) / (high - low) - 1) for d in differences]",
+         "return tuple(1 + gamma * (2 * (d - low) / (high - low) - 1) for d in differences)"),
         ("2 * (d - low) / (high - low) - 1", "(d - low) / (high - low)"),
         ("1 + gamma", "1 - gamma"),
         ("if low == high", "if not differences"),
         ("(2 * (d - low) / (high - low) - 1)", "d / max(map(abs, differences))"),
     ],
     "select": [
+        ('random.Random(f"{seed} {folder} {number}")', "random.Random(seed)"),
+        ('random.Random(f"{seed} {folder} {number}")', 'random.Random(f"{folder} {number}")'),
+        ('random.Random(f"{seed} {folder} {number}")', 'random.Random(f"{seed} {number}")'),
+        ("pick_pair(samples, right, pairing, rng)", 'pick_pair(samples, right, "random", rng)'),
         ('or record["input"] in hard', ""),
         ('pair["k_incorrect"] - pair["k_correct"]', 'pair["k_correct"] - pair["k_incorrect"]'),
         ("not any(s", "not all(s"),
         ("k_incorrect = right.count(False)", "k_incorrect = len(right) - k_correct"),
     ],
     "dpo_loss": [
+        ("(chosen - ref_chosen)", "(chosen.detach() - ref_chosen)"),
+        ("(chosen - ref_chosen)", "chosen.sub_(ref_chosen)"),
+        ("functional.logsigmoid(beta * margin)",
+         "-torch.where(margin < -30, -beta * margin, torch.log1p(torch.exp(-beta * margin)))"),
         ("functional.logsigmoid(beta * margin)", "torch.log(torch.sigmoid(beta * margin))"),
         ("(rejected - ref_rejected)", "(rejected + ref_rejected)"),
         ("-weight * ", "-"),
@@ -244,6 +280,7 @@ def answer_sums(logprobs, answer, n):
         ("not args.no_share", "True"),
     ],
     "confusion": [
+        ("return (cells[True, True]", "return (np.int64(cells[True, True])"),
         ("if p is None:", "if False:"),
         ("cells[False, True],\n", "cells[True, False],\n"),
         ("is_positive = g == positive", "is_positive = p == positive"),
@@ -265,6 +302,7 @@ def answer_sums(logprobs, answer, n):
         ("return 100 *", "return"),
     ],
     "threshold_for": [
+        ("np.sort(negatives)", "np.unique(negatives)"),
         ("falling[allowed], 2", "falling[max(allowed - 1, 0)], 2"),
         ("np.nextafter(falling[allowed], 2)", "falling[allowed]"),
         ("int(rate * len(falling) + 1e-9)", "int(np.ceil(rate * len(falling)))"),
@@ -277,6 +315,7 @@ def answer_sums(logprobs, answer, n):
     ],
     "majority": [("if verdict[task])", ")"), ("key=votes.get, ", ""), ("max(votes", "min(votes")],
     "reasoning_verdict": [
+        ("text.rpartition(\"answers:\")", "text.rpartition(\"\\nanswers:\")"),
         ("found[-1]", "found[0]"),
         (r"\b({", "({"),
         ("reasoning, _, _ = ", "_, _, reasoning = "),
@@ -284,6 +323,7 @@ def answer_sums(logprobs, answer, n):
         ("text.lower()", "text"),
     ],
     "legacy_pairs": [
+        ("text[-300:]", "text[-301:]"),
         ("text[-300:]", "text"),
         ("found[0]", "found[-1]"),
         ("[(label, wrong)] * 2", "[(label, wrong)]"),
@@ -291,6 +331,7 @@ def answer_sums(logprobs, answer, n):
         (r":\s*(", ": ("),
     ],
     "up_to_verdict": [
+        ('line_pattern(task, "").search(', 're.compile(rf"(?im)^{task}:").search('),
         ("text.rstrip()", "text"),
         ("heading.end() + line.end()", "heading.end() + line.end() - 1"),
         ("text[heading.end():]", "text"),

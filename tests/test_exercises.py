@@ -1764,9 +1764,10 @@ def test_threshold_for__edges():
 
 
 def test_threshold_for__counts_equal_scores_each():
-    t = evaluation.threshold_for([False] * 3, [0.9, 0.9, 0.5], 0.34)
-    check("negatives .9 .9 .5, rate 0.34: the threshold", t, float(np.nextafter(0.9, 2)),
-          "one of three may be wrong, and the two at .9 are so together", 0)
+    for negatives, rate in (([0.9, 0.9, 0.5], 0.34), ([0.9, 0.9, 0.9, 0.5], 0.5)):
+        t = evaluation.threshold_for([False] * len(negatives), negatives, rate)
+        check(f"negatives {negatives}, rate {rate}: the threshold", t, float(np.nextafter(0.9, 2)),
+              "those at .9 are wrong together, and they are too many", 0)
 
 
 def test_threshold_for__leaves_its_arguments():
