@@ -661,7 +661,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets):
         """hidden (N, D), head (V, D), which is cast to hidden's dtype, targets (N,) -> log p, (N,)
-        in at least float32. Rows are taken `step` at a time, as many as have step V <=
+        in at least float32; N may be 0. Rows are taken `step` at a time, as many as have step V <=
         logits_in_part, but at least one. Saves hidden, head, targets and log sum exp(z), (N,)."""
         picked = full_precision(hidden.new_empty(len(hidden)))      # z[target]
         log_sum = torch.empty_like(picked)                          # log sum exp(z)

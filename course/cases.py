@@ -58,11 +58,12 @@ def numbers(x):
 def close(got, want, what, tolerance=1e-9):
     """AssertionError that says by how much `got` misses `want`, relative to the largest number, or
     to 1."""
+    is_tensor = torch.is_tensor(got)
     got, want = numbers(got), numbers(want)
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     worst = np.abs(got - want).max(initial=0)
     size = max(1, np.abs(want).max(initial=0))
-    is_rounded = tolerance < 1e-8 and worst < 1e-5 * size
+    is_rounded = is_tensor and tolerance < 1e-8 and worst < 1e-5 * size
     why = ": as if in float32; the inputs are float64, so keep their dtype" if is_rounded else ""
     assert worst <= tolerance * size, f"{what}: off by {worst:.3g}{why}"
 

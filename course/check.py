@@ -110,7 +110,7 @@ def slip_in(file):
     except UnicodeDecodeError as error:
         return f"{file} is not UTF-8 at byte {error.start}: save it as UTF-8 in your editor"
     except (ValueError, MemoryError, RecursionError) as error:
-        return f"{file} cannot be read: {error or 'it is nested too deep'}"
+        return f"{file} cannot be read: {str(error) or 'it is nested too deep'}"
     return ""
 
 
@@ -118,7 +118,10 @@ def state(exercise):
     """("done", "blank", "wrong" or "refused", lines to show)."""
     source = read(exercise.file)
     node = find(parse(source), exercise.name)
-    if node is None or is_blank(node):
+    if node is None:
+        return "blank", [f"{exercise.file} has no `def` of {exercise.name}: put its name and arguments "
+                         "back as they were handed out"]
+    if is_blank(node):
         return "blank", [f"{exercise.name} in {exercise.file} is not written yet"]
     text = lines_of(source, exercise.name)
     against = refusals([text, *extras(known_names(exercise.file), source, text)],

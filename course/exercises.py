@@ -254,13 +254,19 @@ def lines_by_indentation(lines, name):
 
 
 def bound(node):
-    """The names that a statement at top level binds."""
+    """The names that a statement at top level binds, also within an if, try or loop, and those of
+    which it sets an item or an attribute."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-    return {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    names = set()
+    for part in ast.walk(node):
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+            names.add(part.name)
+        elif isinstance(part, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in part.names}
+        elif isinstance(getattr(part, "ctx", None), ast.Store):
+            names |= used(part)
+    return names
 
 
 def used(node):
@@ -295,13 +301,12 @@ def parse_the_rest(source):
 def extras(known, theirs, text):
     """What a student's function needs beside itself, as text: the statements at top level of their
     file that bind a name which is not known (of our file: top_names), and which `text`, or another
-    of these, reads."""
+    of these, reads. (A call alone binds nothing, and stays behind.)"""
     tree = parse(theirs) or parse_the_rest(theirs)
     function = parse(text)
     if tree is None or function is None:
         return []
-    kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-    own = [node for node in tree.body if isinstance(node, kinds) and bound(node) - known]
+    own = [node for node in tree.body if bound(node) - known]
     binds = {}                                              # name -> the statements that bind it
     for node in own:
         for name in bound(node):

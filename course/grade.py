@@ -17,6 +17,7 @@ plain files are read, and what goes wrong with one hand-in costs no other studen
 In FILE of --table and --json the rows of students who are not graded now are kept.
 """
 import argparse
+import ast
 import contextlib
 import csv
 import fcntl
@@ -132,8 +133,9 @@ def attempt(exercise, functions, seed, seconds):
     """({part: what is wrong, or ""}, what it printed) of these functions, {(file, name): (text,
     helpers)}, among our others."""
     for text, helpers in functions.values():
-        if parse(text) is None:
-            return dict.fromkeys(exercise.parts, "a mistake in syntax"), ""
+        slip = slip_in(text)
+        if slip:
+            return dict.fromkeys(exercise.parts, slip), ""
         against = refusals([text, *helpers], exercise.forbidden)
         if against:
             return dict.fromkeys(exercise.parts, "refused: " + "; ".join(against)), ""
@@ -141,6 +143,18 @@ def attempt(exercise, functions, seed, seconds):
         folder = Path(scratch).resolve() / "copy"
         graded_copy(folder, exercise, functions)
         return sandbox.run(folder, exercise, seed, seconds)
+
+
+def slip_in(text):
+    """What keeps this Python from reading a function, as a line; "" where nothing does."""
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        version = "Python {}.{}".format(*sys.version_info)
+        return f"a mistake in syntax (of {version}), line {error.lineno} of it: {error.msg}"
+    except (ValueError, MemoryError, RecursionError) as error:
+        return f"a mistake in syntax: {str(error) or 'it is nested too deep'}"
+    return ""
 
 
 def student_function(exercise_file, name, read):
@@ -161,7 +175,7 @@ def grade_one(exercise, read, seed, seconds):
     start = time.time()
     mine = student_function(exercise.file, exercise.name, read)
     if mine is None:
-        return Result(0, dict.fromkeys(exercise.parts, "not attempted"))
+        return Result(0, dict.fromkeys(exercise.parts, why_none(exercise, read)))
     functions = {(exercise.file, exercise.name): mine}
     remarks, log = attempt(exercise, functions, seed, seconds)
     partners = {(exercise.file, name): student_function(exercise.file, name, read)
@@ -172,6 +186,14 @@ def grade_one(exercise, read, seed, seconds):
         remarks = {part: wrong and again[part] and wrong for part, wrong in remarks.items()}
     points = sum(points for part, points in exercise.parts.items() if not remarks[part])
     return Result(points, remarks, time.time() - start, log)
+
+
+def why_none(exercise, read):
+    """Why there is no function to grade."""
+    source = read(exercise.file)
+    if source and lines_of(source, exercise.name):
+        return "not attempted"
+    return f"not attempted: no `def` of {exercise.name} in {exercise.file}"
 
 
 def grade_one_or_say_why(exercise, read, seed, seconds):
@@ -234,7 +256,7 @@ def feedback(name, results, exercises, seed):
         lines.append("")
         for e in some:
             for part, wrong in results[e.name].remarks.items():
-                if wrong and wrong != "not attempted":
+                if wrong and not wrong.startswith("not attempted"):
                     title = f"`{e.name}`" + (f", {part}" if part else "")
                     lines += [f"**{title}**", "", "```", wrong[:1500], "```", "",
                               f"Next: `python course/check.py {e.name}`, and `--hint 1`.", ""]

@@ -118,6 +118,7 @@ def readme(sets):
     some = exercises_of(sets)
     text = text.replace("OVERVIEW\n", overview(sets)).replace("RULES\n", published(some))
     text = text.replace("READ\n", (READ_NOTHING if sets == [0] else READ_ALL) + "\n")
+    text = text.replace("VERSION", "Python {}.{}".format(*sys.version_info))
     text = text.replace("HANDOUT", ", ".join(f"course/set{number}.md" for number in sets))
     return text.replace("FIRST", some[0].name).replace("COUNT", str(len(some)))
 

@@ -18,7 +18,7 @@ MODULES = ("os", "sys", "subprocess", "signal", "shutil", "resource", "importlib
            "multiprocessing", "distributed", "futures", "serialization", "f2py", "ctypeslib")
 # functions that no exercise needs
 NAMES = ("open", "exec", "eval", "compile", "input", "breakpoint", "exit", "quit", "globals",
-         "locals", "vars", "getattr", "setattr", "delattr", "attrgetter", "methodcaller",
+         "locals", "vars", "hash", "getattr", "setattr", "delattr", "attrgetter", "methodcaller",
          "get_type_hints", "singledispatch", "singledispatchmethod", "make_dataclass", "time",
          "Path", "read_text", "read_json", "parse_json", "parse_records", "parse_lines",
          "read_records", "read_vocabulary", "read_tensors", "safe_open", "save_file", "write_json",
@@ -39,9 +39,11 @@ def refusals(texts, forbidden=()):
     """Why code is refused: ["line 3: `open` is not allowed"], [] where it is not. texts: a function
     and its helpers, each parsable, the lines counted in each; forbidden: the exercise's own."""
     found = []
-    for text in texts:
-        tree = ast.parse(text)
-        own = own_names(tree)
+    trees = [ast.parse(text) for text in texts]
+    helpers = {node.name for tree in trees for node in tree.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for tree in trees:
+        own = own_names(tree) | helpers
         for node in ast.walk(tree):
             reason = reason_against(node, forbidden, own)
             if reason:

@@ -10,6 +10,7 @@ it may start a process that outlives it. Grade strangers in a container.
 import builtins
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import multiprocessing
@@ -209,6 +210,8 @@ def log_exception():
 def message_of(error):
     """What to say of an exception."""
     text = str(error).strip()[:SAID]
+    if getattr(error, "errno", None) == errno.EFBIG:
+        return f"it prints too much, or writes a file of more than {WRITTEN // 2 ** 20} MB"
     if isinstance(error, AssertionError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -225,7 +228,8 @@ def work_of(pid):
 
 
 def hear(listen, pid, count, seconds):
-    """({part: what is wrong, or ""}, how it ended) of a process that tells of `count` parts."""
+    """({part: what is wrong, or ""}, how it ended) of a process that tells of `count` parts, and may
+    work so many seconds."""
     told = {}
     deadline = time.time() + 10 + 3 * seconds           # the wall may be far behind a busy CPU
     work = work_of(pid)
@@ -235,7 +239,7 @@ def hear(listen, pid, count, seconds):
             try:
                 part, wrong = json.loads(listen.recv_bytes(10 * SAID))
             except (EOFError, OSError):
-                return told, f"ended by itself, or took more than {seconds} s"
+                return told, "ended by itself"
             if part is None:
                 return told, wrong
             told[part] = wrong
@@ -270,4 +274,6 @@ def run(folder, exercise, seed, seconds):
         listen.close()
     log = folder.parent / "log"
     said = log.read_text(errors="replace")[-SAID:] if log.exists() else ""
+    if process.exitcode == -signal.SIGXCPU:
+        ended = f"took more than {seconds} s: an endless loop?"
     return {part: told.get(part, ended) for part in exercise.parts}, said

@@ -372,6 +372,10 @@ def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
     text = 'NOTES = """\\\ndef helper():\n    return 7\n"""\n\n\n'                   # no code, though it looks like it
     found = extras(top_names(SOURCE), text + "@lru_cache(\n    9,\n)\n" + theirs[theirs.index("def helper"):] + "\n\ndef broken(:\n", own)
     assert found == ["@lru_cache(\n    9,\n)\ndef helper():\n    return os, ONE"]
+    table = "try:\n    import math as m\nexcept ImportError:\n    m = None"
+    lines = [table, "TABLE = {}", 'TABLE["one"] = 1', "for n in (2, 3):\n    TABLE[n] = m"]
+    found = extras(top_names(SOURCE), "\n".join(lines) + "\nprint(TABLE)\n", "def plain():\n    return TABLE")
+    assert found == lines
     spliced = splice(SOURCE, "Thing.other", own, more)
     assert "    @staticmethod\n    def other(x):\n        return helper()\n\n\ndef last" in spliced
     assert spliced.index("def helper") < spliced.index("class Thing") and ast.parse(spliced)
@@ -400,6 +404,8 @@ def test_rules_refuse_what_they_publish_and_let_honest_code_pass():
     ):
         assert rules.refusals([text], ("*rms_norm*",)), text
     assert not rules.refusals(["def f(x):\n    return re.compile(x), x._replace(a=type(x))"])
+    helper = "def plain_rms_norm(x):\n    return x"            # their own, whatever it is called
+    assert not rules.refusals(["def f(x):\n    return plain_rms_norm(x)", helper], ("*rms_norm*",))
     printed = rules.published(EXERCISES)
     for word in (*rules.NAMES, *rules.ATTRIBUTES, "*scaled_dot_product*", "enable_grad"):
         assert f"`{word}`" in printed
@@ -448,7 +454,8 @@ def test_a_hand_in_that_is_no_plain_file_costs_its_own_points_only(tmp_path, cap
     assert said["dpo_loss"] == "refused: train_dpo.py is no plain file (a link?)"
     assert said["f1"] == "refused: eval.py is no plain file"
     assert said["judge"] == "refused: mine_hard.py is no plain file"
-    assert said["format_input"] == "a mistake in syntax" and said["sft_loss"] == "not attempted"
+    assert said["format_input"] == "a mistake in syntax: it is nested too deep"
+    assert said["sft_loss"] == "not attempted: no `def` of sft_loss in train_sft.py"
     assert "more than" in said["rms_norm"] and "total 0 of" in capsys.readouterr().out
 
 

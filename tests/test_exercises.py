@@ -59,14 +59,14 @@ def same(got, want, tolerance):
     return is_number and (got == want or abs(got - want) <= tolerance * max(1, abs(want)))
 
 
-def shown(value):
+def shown(value, digits=6):
     """A value as a message shows it: numbers short, nothing longer than a few lines."""
     def short(item):
         if isinstance(item, list):
             return "[" + ", ".join(map(short, item)) + "]"
         if isinstance(item, dict):
             return "{" + ", ".join(f"{key!r}: {short(v)}" for key, v in item.items()) + "}"
-        return f"{item:.6g}" if type(item) is float else repr(item)
+        return f"{item:.{digits}g}" if type(item) is float else repr(item)
 
     text = short(plain(value))
     return text if len(text) < 700 else text[:600] + " ..."
@@ -76,7 +76,9 @@ def check(asked, got, want, why="", tolerance=1e-6):
     """AssertionError unless `got` is `want`; it says what was asked, came, was wanted, and why."""
     __tracebackhide__ = True
     if not same(plain(got), plain(want), tolerance):
-        wrong = f"{asked}\n    got     {shown(got)}\n    wanted  {shown(want)}"
+        digits = 6 if shown(got) != shown(want) else 17
+        wrong = (f"{asked}\n    got     {shown(got, digits)}\n"
+                 f"    wanted  {shown(want, digits)}")
         raise AssertionError(wrong + (f"\n    ({why})" if why else ""))
 
 
