@@ -89,8 +89,8 @@ def format_answers(request=None, completion=None, response=None):
 def parse_verdict(text):
     """The verdicts of a generated text, {"request", "completion", "response"}; None where absent.
 
-    block     what follows the last heading: a line that begins with "answers:" or "final answers:",
-              or has these words alone (ANSWERS)
+    block     what follows the last heading, on its line, too. A heading is a line that begins with
+              "answers:" or "final answers:", or has these words alone (ANSWERS)
     line      of each task: the first one in the block that begins with its name and a colon; where
               the block has none, or there is no block, the last such line of the whole text
     verdict   what verdict_word finds after that colon, spaces and ends of lines left out, up to the

@@ -124,9 +124,10 @@ def weighted_average(values, counts):
 def reasoning_verdict(text):
     """What the reasoning itself concludes: {task: the last of its two verdict words under its
     heading, as a whole word, in any case, given in lower case; or None}. Headings are "# Task 1"
-    (request), 2 (completion) and 3 (response), spaces and case free. What follows the last
-    "answers:", in any case and anywhere, is not read, unless the text begins with it. (Where the
-    block's heading has no colon, the block is read as the last task's.)"""
+    (request), 2 (completion) and 3 (response), spaces and case free; one with another number ends
+    the section before it, and its own is nobody's. What follows the last "answers:", in any case
+    and anywhere, is not read, unless the text begins with it. (Where the block's heading has no
+    colon, the block is read as the last task's.)"""
     text = text.lower()
     reasoning, _, _ = text.rpartition("answers:")           # "" where there is none
     parts = re.split(r"#\s*task\s*(\d)", reasoning or text)
@@ -317,7 +318,7 @@ def verdict_probability(model, tokenizer, prompts, texts, task, world):
 
 def up_to_verdict(text, task):
     """The text as far as the colon of this task's verdict line in its last Answers block: the first
-    that line_pattern finds after answers_heading (see parse_verdict).
+    that line_pattern finds in what follows answers_heading, on its line, too (see parse_verdict).
 
     Where that block lacks the task, or there is no block, the text (without spaces at its end), a
     blank line, "Answers: ", a new line, and the task, capitalized, with a colon."""
@@ -1024,7 +1025,7 @@ def former_results(path):
     try:
         before = parse_json(path, text)
     except InputError as error:
-        if "[\n  {".startswith(begins):                     # empty, or begun as write_json does
+        if "[\n  {".startswith(begins):                     # cut short, as write_json begins
             tell(f"{error}; it will be written anew")
             return []
         before = None

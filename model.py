@@ -572,7 +572,7 @@ def draw_token(logits, seed, position, temperature, top_p):
     scaled = full_precision(logits) / temperature
     p = scaled.softmax(-1)                                  # (B, V)
     if V % BUCKET:
-        # to whole buckets; no token has these zeros: `pick` is clamped to V - 1 below
+        # to whole buckets; these zeros stand for no token: `pick` is clamped to V - 1 below
         p = functional.pad(p, (0, -V % BUCKET))
     in_bucket = p.unflatten(1, (-1, BUCKET)).sum(-1)        # (B, V / 256)
     below = functional.pad(in_bucket.cumsum(-1), (1, 0))    # (B, V / 256 + 1)
@@ -680,8 +680,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """grad (N,) -> gradients of hidden and of head, in their shapes and dtypes, and None for
-        targets: dz head, and dz' hidden. The vocabulary is taken `step` tokens at a time, as many
-        as have N step <= logits_in_part, but at least 16; z is computed again (see
+        targets: dz head, and dz' hidden; N may be 0. The vocabulary is taken `step` tokens at a
+        time, as many as have N step <= logits_in_part, but at least 16; z is computed again (see
         logit_gradients)."""
         hidden, head, targets, log_sum = ctx.saved_tensors
         grad = grad.contiguous()
@@ -1181,7 +1181,7 @@ def row_totals(Z, TARGET, PICKED, LOG_SUM, V, C: constexpr):
     # writes PICKED and LOG_SUM (N,), float32
     n = tl.program_id(0)
     Z += n.to(tl.int64) * V
-    top = float("-inf")                 # may be, unlike in tree_forward: each part has a logit
+    top = float("-inf")                 # unlike in tree_forward: every part has a finite logit
     total = 0.0
     for start in range(0, V, C):
         v = start + tl.arange(0, C)
@@ -1790,7 +1790,7 @@ class Engine:
         youngest may be the very job that asks: it has no slots then and needs nothing."""
         put_back = []
         for job in list(self.jobs):
-            # the last token that decode draws is fed in the next call: its key has its place, too
+            # the last token that decode draws is fed in the next call: its key needs its place now
             need = pages_for(job.drawn + self.capacity.poll)
             while sum(need - len(self.owned[slot]) for slot in job.slots) > len(self.pool.free):
                 youngest = self.jobs[-1]

@@ -7,6 +7,7 @@ The maker, the grader and a student's own check all read this table; it gives no
 """
 import ast
 import re
+import symtable
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
@@ -270,8 +271,21 @@ def bound(node):
 
 
 def used(node):
-    """The names that a piece of code reads."""
+    """All names that stand in a piece of code."""
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def read_from_file(node):
+    """The names that a piece of code looks up in its file: not the arguments and variables of
+    functions in it."""
+    names = set()
+    tables = [symtable.symtable(ast.unparse(node), "", "exec")]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        names |= {symbol.get_name() for symbol in table.get_symbols()
+                  if symbol.is_global() or table.get_type() == "module"}
+    return names
 
 
 def top_names(source):
@@ -301,22 +315,23 @@ def parse_the_rest(source):
 def extras(known, theirs, text):
     """What a student's function needs beside itself, as text: the statements at top level of their
     file that bind a name which is not known (of our file: top_names), and which `text`, or another
-    of these, reads. (A call alone binds nothing, and stays behind.)"""
+    of these, reads. (A call alone binds nothing, and stays behind, as does what depends on
+    __name__.)"""
     tree = parse(theirs) or parse_the_rest(theirs)
     function = parse(text)
     if tree is None or function is None:
         return []
-    own = [node for node in tree.body if bound(node) - known]
+    own = [node for node in tree.body if bound(node) - known and "__name__" not in used(node)]
     binds = {}                                              # name -> the statements that bind it
     for node in own:
         for name in bound(node):
             binds.setdefault(name, []).append(node)
     found = set()
-    waiting = list(used(function))
+    waiting = list(read_from_file(function))
     while waiting:
         for node in binds.pop(waiting.pop(), []):           # each may need another one
             found.add(node)
-            waiting += used(node)
+            waiting += read_from_file(node)
     lines = theirs.split("\n")
     needed = [node for node in own if node in found]
     return ["\n".join(lines[first_line(node) - 1:node.end_lineno]) for node in needed]

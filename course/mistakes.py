@@ -251,6 +251,8 @@ def batches(n, size, epochs, seed):
         ("(chosen - ref_chosen)", "(chosen.detach() - ref_chosen)"),
         ("(chosen - ref_chosen)", "chosen.sub_(ref_chosen)"),
         ("functional.logsigmoid(beta * margin)",
+         "-(torch.relu(-beta * margin) + torch.log1p(torch.exp(-(beta * margin).abs())))"),
+        ("functional.logsigmoid(beta * margin)",
          "-torch.where(margin < -30, -beta * margin, torch.log1p(torch.exp(-beta * margin)))"),
         ("functional.logsigmoid(beta * margin)", "torch.log(torch.sigmoid(beta * margin))"),
         ("(rejected - ref_rejected)", "(rejected + ref_rejected)"),

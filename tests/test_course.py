@@ -376,6 +376,9 @@ def test_a_function_is_found_and_put_in_place_whatever_is_around_it():
     lines = [table, "TABLE = {}", 'TABLE["one"] = 1', "for n in (2, 3):\n    TABLE[n] = m"]
     found = extras(top_names(SOURCE), "\n".join(lines) + "\nprint(TABLE)\n", "def plain():\n    return TABLE")
     assert found == lines
+    tried = ("if __name__ == '__main__':\n    x = 1\n    print(plain(x))\n\n\n"
+             "for y in (1, 2):\n    print(plain(y))\n")
+    assert not extras(top_names(SOURCE), tried, "def plain(x):\n    y = x\n    return [y for z in x]")
     spliced = splice(SOURCE, "Thing.other", own, more)
     assert "    @staticmethod\n    def other(x):\n        return helper()\n\n\ndef last" in spliced
     assert spliced.index("def helper") < spliced.index("class Thing") and ast.parse(spliced)
