@@ -130,7 +130,7 @@ def reasoning_verdict(text):
     colon, the block is read as the last task's.)"""
     text = text.lower()
     reasoning, _, _ = text.rpartition("answers:")           # "" where there is none
-    parts = re.split(r"#\s*task\s*(\d)", reasoning or text)
+    parts = re.split(r"#\s*task\s*(\d+)", reasoning or text)
     sections = dict(zip(parts[1::2], parts[2::2]))
     said = {}
     for number, (task, words) in enumerate(VERDICTS.items(), 1):

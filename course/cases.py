@@ -465,6 +465,12 @@ def check_bfloat16_gradient(rng, n):
 @case("TileAttention.backward", "dq")
 def _(rng):
     check_tile_gradient(rng, 0)
+    from model import TileAttention
+    ctx, xs = SimpleNamespace(), [tensor(rng, 6, 1, 4).bfloat16() for _ in range(4)]
+    ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
+    TileAttention.forward(ctx, *xs[:3], plan_of(forest(rng, 0, 6)))
+    got = TileAttention.backward(ctx, xs[3])
+    holds(all(x.dtype == torch.bfloat16 for x in got[:3]), "gradients have the dtype of q")
 
 
 @case("TileAttention.backward", "dk")
@@ -710,10 +716,17 @@ def _(rng):
     for maximum in (1, 45, 90, 10 ** 6):
         check_packs(*packs_of(rng, True, maximum), True, maximum)
     keeps("pack", pack, random_examples(rng, roots=2, n=6), 60)
+    from data import Example
+    packs = pack([Example([1, n, 3], [[4, 0]], 2) for n in range(3)], 100)
+    holds([len(p.tokens) for p in packs] == [4] * 3, "roots that begin alike are different roots")
 
 
 @case("pack", "apart")
 def _(rng):
+    from data import Example, pack
+    a = int(rng.integers(3, 20))
+    packs = pack([Example([7, n, *range(a)], [[0]], 1) for n in range(4)], 2 * (a + 2), share=False)
+    holds([len(p.tokens) for p in packs] == [2 * (a + 2)] * 2, "share=False: first fit, too")
     for maximum in (1, 45, 90, 10 ** 6):
         check_packs(*packs_of(rng, False, maximum), False, maximum)
 
@@ -966,6 +979,10 @@ def check_verdicts(rng, block):
             text = f"{name}: {other}\n\n{rng.choice(headings)}\n{line}\n"
             got = parse_verdict(text)[name]
             holds(got == want, f"parse_verdict({text!r}) says of the {name} {want}, not {got}")
+        if block:
+            text = f"{name}: {other}\nFinal answers: {name}: {word}\n\nso\n\n{name}: {other}"
+            got = parse_verdict(text)[name]
+            holds(got == word, f"parse_verdict({text!r}): the block begins on its heading's line")
 
 
 @case("parse_verdict", "line")
@@ -1394,6 +1411,12 @@ def check_auprc(rng, digits):
 @case("auprc", "distinct")
 def _(rng):
     check_auprc(rng, 8)
+    from eval import auprc
+    n = int(rng.integers(3, 30))
+    hit = np.arange(n) % 2 == 1
+    want = 100 * (hit * hit.cumsum() / np.arange(1, n + 1)).sum() / hit.sum()
+    got = auprc(hit.tolist(), (1 - 1e-10 * np.arange(n)).tolist())
+    close(got, want, "auprc of scores that nearly agree")
 
 
 @case("auprc", "ties")
@@ -1710,13 +1733,13 @@ def _(rng):
     check_row_gradients(rng, -1)
 
 
-def check_tree_kernels(rng, T, which):
+def check_tree_kernels(rng, T, which, H=2, G=1, E=16):
     """The forward kernel's result, and gradients of `which`; all three kernels run."""
     from model import TreeAttention
     end = forest(rng, 0, T)
     skip = int(rng.integers(0, T // 2))
-    shapes = (T - skip, 2), (T, 1), (T, 1), (T - skip, 2)
-    q, k, v, g = (tensor(rng, *shape, 16).float() for shape in shapes)
+    shapes = (T - skip, H), (T, G), (T, G), (T - skip, H)
+    q, k, v, g = (tensor(rng, *shape, E).float() for shape in shapes)
     xs = [x.clone().requires_grad_() for x in (q, k, v)]
     got = TreeAttention.apply(*xs, plan_of(end, skip))
     close(got, attend_by_hand(q, k, v, end), "attention", 1e-5)
@@ -1733,6 +1756,8 @@ for kernel, result in (("tree_forward", "q"), ("tree_backward_q", "q"),
         @case(kernel, part)
         def _(rng, size=size, result=result):
             check_tree_kernels(rng, int(rng.integers(*size)), result)
+            check_tree_kernels(rng, int(rng.integers(*size)), result, H=4, G=2)
+            check_tree_kernels(rng, int(rng.integers(*size)), result, E=32)
 
 
 def check_pages(rng, filled, w):

@@ -133,6 +133,7 @@ def common_prefix(sequences):
         ("answer += [number] * len(ids)", "answer += [len(set(answer))] * len(ids)"),
     ],
     "pack": [
+        ("and bin.root == forest.root", "and bin.root[:1] == forest.root[:1]"),
         ("-forest.size", "forest.size"),
         ("and bin.root == forest.root", ""),
         ("len(bin.root) + bin.size + forest.size", "bin.size + forest.size"),
@@ -192,6 +193,7 @@ def batches(n, size, epochs, seed):
         ),
     ],
     "parse_verdict": [
+        ("text[heading.end():]", "text[heading.end():].partition('\\n')[2]"),
         ("line_pattern(name)", "re.compile(rf'(?im)^[^\\w\\n]*({name}[*\\s]*:[^\\w\\n]*[\\w-]*)')"),
         ("in_block[:1]", "in_block[-1:]"),
         ("findall(text)[-1:]", "findall(text)[:1]"),
@@ -298,6 +300,8 @@ def answer_sums(logprobs, answer, n):
         ("rates, 2000)", "rates, 100)"),
     ],
     "auprc": [
+        ("    hit = np.asarray(positive",
+         "    score = np.asarray(score, np.float32)\n    hit = np.asarray(positive"),
         ("np.argsort(-np.asarray(score)", "np.argsort(np.asarray(score)"),
         ("np.append(np.diff(score) != 0, True)", "np.ones(len(score), bool)"),
         ("tp / flagged", "flagged / len(hit)"),
@@ -371,18 +375,21 @@ def answer_sums(logprobs, answer, n):
         ("tl.program_id(1) * C + ", ""),
     ],
     "tree_forward": [
+        ("g = h * G // H", "g = h % G"),
         ("out = out * shrink[:, None]", "out = out"),
         ("& (i < end[None])", ""),
         ("lse = top + tl.log2(total)", "lse = tl.log2(total)"),
         ("(row + T - N)", "row"),
     ],
     "tree_backward_q": [
+        ("g = h * G // H", "g = h % G"),
         ("(dp - delta[:, None])", "dp"),
         ("dq = dq * (1 / E ** 0.5)", "dq = dq"),
         ("tl.store(DELTA", "tl.store(DQ"),
         ("(row + T - N)", "row"),
     ],
     "tree_backward_kv": [
+        ("g = h * G // H", "g = h % G"),
         ("(dp - delta[None])", "dp"),
         ("first_tile, stop_tile", "first_tile, first_tile + 1"),
         ("(row + before)", "row"),

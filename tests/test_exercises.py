@@ -240,6 +240,11 @@ def test_rope_frequencies__stretch_is_a_ramp_between_the_two():
     )
 
 
+def test_rope_frequencies__plain_on_the_device_that_is_asked_for():
+    got = model.rope_frequencies(config(), "meta").device.type
+    check("rope_frequencies(config, 'meta'): its device", got, "meta")
+
+
 def test_apply_rope__pairs_are_the_halves_of_a_head():
     angle = tensor([[[1, 0.01]]])
     got = model.apply_rope(tensor([[[1, 1, 0, 0]]]), angle.cos(), angle.sin())
@@ -346,6 +351,21 @@ def test_attention_by_mask__tree_leaves_its_arguments():
           heads([1, 2, 1]), heads([0, 1, 2]), heads([3, 1, 2]), plan_of([3, 2, 3]))
 
 
+def test_attention_by_mask__tree_of_scores_of_a_million():
+    got = model.attention_by_mask(heads([1, 1, 1]), heads([-1e6, 1e6, -1e6]),
+                                  heads([0, 1, 0]), plan_of([3, 2, 3]))
+    check("end [3, 2, 3], q 1 1 1, k -1e6 1e6 -1e6, v 0 1 0", got.flatten(), [0, 1, 0],
+          "row 2 does not see row 1, whatever its score: -inf, not a large number")
+
+
+def test_attention_by_mask__causal_with_several_heads():
+    q, k, v = (tensor(x)[:, None].expand(2, 3, 1).contiguous() for x in ([[1], [1]],
+               [[0], [math.log(3)]], [[0], [4]]))
+    check("three heads of width 1: q 1 1, k 0 log(3), v 0 4",
+          model.attention_by_mask(q, k, v, plan_of([2, 2])), [[[0]] * 3, [[3]] * 3],
+          "E is the width of one head")
+
+
 def attention_layer():
     """Queries are x itself; the one key is ten times its first two numbers, v its last two."""
     layer = model.Attention(config()).double()
@@ -385,6 +405,16 @@ def test_Attention_forward__output_has_a_gradient():
     layer = attention_layer()
     has_gradient(f"x {ROW[0]}, attend gives q + k + v",
                  lambda x: layer(x, *QUARTER, lambda q, k, v: q + k + v), tensor(ROW))
+
+
+def test_Attention_forward__asks_with_heads_of_width_E():
+    layer = model.Attention(config(head_dim=4)).double()
+    shapes = []
+    angle = torch.zeros(3, 1, 2).double()
+    layer(torch.ones(3, 4).double(), angle.cos(), angle.sin(),
+          lambda q, k, v: shapes.extend(list(x.shape) for x in (q, k, v)) or q)
+    check("3 tokens, 2 query heads and 1 key head of width 4: shapes of q, k, v", shapes,
+          [[3, 2, 4], [3, 1, 4], [3, 1, 4]])
 
 
 def mlp(gate, up, down):
@@ -527,6 +557,17 @@ def test_tree_plan__rest_checks_with_skip_too():
     keeps(f"tree_plan of end {TREE}", model.tree_plan, torch.tensor(TREE), 3)
 
 
+def test_tree_plan__position_on_the_device_that_is_asked_for():
+    plan = model.tree_plan(torch.tensor(TREE), 0, "meta")
+    check("tree_plan(end, 0, 'meta'): devices of position and end",
+          [plan.position.device.type, plan.end.device.type], ["meta", "cpu"])
+
+
+def test_tree_plan__position_is_of_all_rows_whatever_skip_is():
+    check(f"the positions of end {TREE}, skip 3", model.tree_plan(torch.tensor(TREE), 3).position,
+          [0, 1, 2, 3, 4, 3, 4])
+
+
 def seen_by(tiles, rows, keys):
     """(rows, keys) of what tiles let rows see: 1, or 0."""
     sees = np.zeros((rows, keys), int)
@@ -595,6 +636,20 @@ def test_row_tiles__small_tiles_of_subtrees_end_with_them():
         check(f"4 sequences of 50 rows: the tile from row {start} on ends before row", stop,
               model.tile_stop(start, torch.tensor(end)), "by tile_stop")
         start = stop
+
+
+def test_row_tiles__right_keys_after_skipped_siblings():
+    (_, keys, masked), = model.row_tiles(plan_of(TREE, 5))
+    check(f"end {TREE}, rows from 5 on: keys, masked", [keys, masked],
+          [[0, 1, 2, 5, 6], [[True], [False]]], "3 and 4 end at row 5: no row here sees them")
+
+
+def test_row_tiles__right_keys_that_all_see_have_no_column():
+    with patch.object(model, "TILE_ROWS", 4):
+        tiles = model.row_tiles(plan_of([9, 9, 5, 5, 5, 9, 9, 9, 9], 2))
+    check("end 9 9 5 5 5 9 9 9 9, rows from 2 on, tiles of 4 rows: keys and masked of the first",
+          tiles[0][1:], [[0, 1, 2, 3, 4], [[True, True], [False, True], [False, False]]],
+          "key 2 is seen by all of rows 2, 3, 4, though it ends before the stream does")
 
 
 def gradients(end, skip=0, seed=0):
@@ -678,6 +733,26 @@ def test_TileAttention_backward__dk_is_summed_in_full_precision():
     check_summed_over_tiles("k")
 
 
+def saved_by_tiles():
+    """A context in which TileAttention.forward has saved, in bfloat16."""
+    xs = [heads([1, 2, 3]).bfloat16() for _ in range(3)]
+    ctx = SimpleNamespace()
+    ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
+    model.TileAttention.forward(ctx, *xs, plan_of([3, 2, 3]))
+    return ctx
+
+
+def test_TileAttention_backward__dk_and_dv_have_the_dtype_of_q():
+    got = model.TileAttention.backward(saved_by_tiles(), heads([1, 2, 3]).bfloat16())
+    check("bfloat16: dtypes of dq, dk, dv", [str(x.dtype) for x in got[:3]], ["torch.bfloat16"] * 3)
+
+
+def test_TileAttention_backward__dq_leaves_what_was_saved():
+    ctx = saved_by_tiles()
+    keeps("TileAttention.backward", lambda do, *saved: model.TileAttention.backward(ctx, do),
+          heads([1, 2, 3]).bfloat16(), *ctx.saved_tensors)
+
+
 def logits_of(z):
     """hidden (N, D) and head (V, D) whose products are these logits (N, V)."""
     return tensor(z), torch.eye(len(z[0])).double()
@@ -727,6 +802,38 @@ def test_TokenLogprobs_forward__value_of_no_row():
     got = model.TokenLogprobs.apply(torch.ones(0, 4).double(), torch.ones(5, 4).double(),
                                     torch.zeros(0, dtype=torch.long))
     check("no row: log p", got, [], "N may be 0: a rank may have nothing to score (deal)")
+
+
+def test_TokenLogprobs_forward__parts_have_one_row_at_least():
+    hidden, head = logits_of([[0, math.log(3)], [0, math.log(3)]])
+    with patch.object(model.TokenLogprobs, "LOGITS", 1):
+        got = model.TokenLogprobs.apply(hidden, head, torch.tensor([0, 1]))
+    check("logits (0, log 3) twice, LOGITS 1, targets 0 and 1", got,
+          [math.log(1 / 4), math.log(3 / 4)], "one row has more logits than a part: still one row")
+
+
+def test_TokenLogprobs_forward__parts_are_of_logits_in_part():
+    hidden, head = torch.ones(60, 4).double(), torch.ones(50, 4).double()
+    with patch.object(model.TokenLogprobs, "logits_in_part", lambda device: 450):
+        with Largest() as largest:
+            got = model.TokenLogprobs.apply(hidden, head, torch.zeros(60, dtype=torch.long))
+    check("60 equal rows, 50 words, 9 rows at a time, the last part shorter: log p", got,
+          [math.log(1 / 50)] * 60)
+    holds(largest.size <= 450, f"logits_in_part is 450, a tensor of {largest.size} was made")
+
+
+def test_TokenLogprobs_forward__parts_have_as_many_rows_as_fit():
+    hidden, head = torch.ones(60, 4).double(), torch.ones(50, 4).double()
+    with patch.object(model.TokenLogprobs, "LOGITS", 500), Products() as products:
+        model.TokenLogprobs.apply(hidden, head, torch.zeros(60, dtype=torch.long))
+    check("60 rows, 50 words, LOGITS 500: products", products.count, 6, "ten rows at a time")
+
+
+def test_TokenLogprobs_forward__value_casts_head_to_the_dtype_of_hidden():
+    hidden, head = torch.ones(1, 1).bfloat16(), torch.tensor([[0.0], [1.00390625 + 0.0001]])
+    got = model.TokenLogprobs.apply(hidden, head, torch.tensor([0]))
+    z = head.bfloat16()[1].item()
+    check("hidden bfloat16, head float32: log p", got, [-math.log(1 + math.exp(z))])
 
 
 def logprob_gradients(z, targets, g, **limits):
@@ -822,6 +929,25 @@ def test_TokenLogprobs_backward__hidden_of_no_row():
     model.TokenLogprobs.apply(hidden, head, torch.zeros(0, dtype=torch.long)).sum().backward()
     check("no row: the gradient of hidden", hidden.grad, [], "N may be 0")
     check("no row, 3 words: the gradient of head", head.grad, [[0, 0]] * 3)
+
+
+def test_TokenLogprobs_backward__parts_leave_the_targets():
+    targets = torch.tensor([0, 39, 20])
+    hidden = torch.ones(3, 2).double().requires_grad_()
+    head = torch.ones(40, 2).double().requires_grad_()
+    with patch.object(model.TokenLogprobs, "LOGITS", 1):
+        model.TokenLogprobs.apply(hidden, head, targets).sum().backward()
+    check("targets 0 39 20, three parts: targets after the backward pass", targets, [0, 39, 20])
+
+
+def test_TokenLogprobs_backward__parts_are_of_logits_in_part():
+    hidden = torch.ones(10, 2).double().requires_grad_()
+    head = torch.ones(160, 2).double().requires_grad_()
+    with patch.object(model.TokenLogprobs, "logits_in_part", lambda device: 320):
+        got = model.TokenLogprobs.apply(hidden, head, torch.zeros(10, dtype=torch.long)).sum()
+        with Products() as products:
+            got.backward()
+    check("10 rows, 160 words, logits_in_part 320: products", products.count, 15)
 
 
 def test_common_prefix__by_hand():
@@ -964,6 +1090,21 @@ def test_pack__whole_leaves_its_arguments():
           [example([1, 2, 3], [4, 5, 0], [6, 7, 0]), example([1, 4], [5, 0])], 100)
 
 
+def test_pack__apart_is_first_fit_too():
+    two = [example([1, 2], [3, 0]), example([1, 4], [5, 0])]
+    check("share=False, two examples of 3 rows, max_tokens 6: rows of the packs",
+          [len(p.tokens) for p in data.pack(two, 6, share=False)], [6])
+    check("share=False, two examples of 3 rows, max_tokens 5: rows of the packs",
+          [len(p.tokens) for p in data.pack(two, 5, share=False)], [3, 3])
+
+
+def test_pack__whole_roots_are_compared_to_their_ends():
+    two = [example([1, 2, 3], [4, 0], root=2), example([1, 5, 3], [4, 0], root=2),
+           example([1, 6], [4, 0], root=1)]
+    check("roots 1 2, 1 5 and 1: tokens", sorted(tokens_of(data.pack(two, 100))),
+          [[1, 2, 3, 4], [1, 5, 3, 4], [1, 6, 4]], "one pack a root")
+
+
 def test_sft_loss__divides_by_the_count_of_the_whole_step():
     parts = [train_sft.sft_loss(tensor(x), 3) for x in ([-1, -2], [-6], [])]
     check("log p (-1, -2), (-6) and () in packs of a step of 3 tokens", parts, [1, 2, 0],
@@ -978,6 +1119,11 @@ def test_sft_loss__has_a_gradient():
 def test_lr_at__is_half_a_cosine():
     check("lr_at of steps 0 .. 4 of 4, peak 2", [train_sft.lr_at(s, 4, 2.0) for s in range(5)],
           [2, 1.70710678, 1, 0.29289322, 0], "peak (1 + cos(pi step / steps)) / 2")
+
+
+def test_lr_at__has_no_warm_up():
+    check("lr_at of steps 0 and 1 of 100, peak 2", [train_sft.lr_at(s, 100, 2.0) for s in (0, 1)],
+          [2, 1 + math.cos(math.pi / 100)])
 
 
 def test_batches__every_number_once_an_epoch():
@@ -1057,6 +1203,13 @@ def test_deal__empty_packs_keep_ranks_in_step():
 
 def test_deal__once_leaves_its_argument():
     keeps("deal, packs of 1 2 3", data.deal, packs_of(1, 2, 3), 0, 2)
+
+
+def test_deal__balance_adds_up_tokens():
+    check("packs of 6 4 3 2 1 1, 2 ranks", dealt(packs_of(6, 4, 3, 2, 1, 1), 2),
+          [[6, 2, 1], [4, 3, 1]], "tokens, not their squares")
+    check("packs of 9 5 5 4 4 3, 2 ranks", dealt(packs_of(9, 5, 5, 4, 4, 3), 2),
+          [[9, 4, 3], [5, 5, 4]], "to the lightest, not in turns there and back")
 
 
 # ================================================================== set 3
@@ -1142,6 +1295,53 @@ def test_draw_token__rows_leave_the_arguments():
               tensor([[1, 5, 2], [9, 0, 0]]), seed, seed.clone(), temperature, 0.9)
 
 
+def drawn_at(numbers, logits, top_p=0.79):
+    """(what draw_token draws of one row at these uniform numbers, how it asked for each)."""
+    asked = []
+
+    def uniform(seed, position, attempt):
+        asked.append([seed.tolist(), position.tolist(), attempt])
+        return torch.full((len(seed),), numbers[len(asked) - 1], dtype=torch.float64)
+
+    with patch.object(model, "uniform", uniform):
+        got = model.draw_token(logits, torch.tensor([3]), torch.tensor([7]), 1.0, top_p)
+    return got, asked
+
+
+def test_draw_token__nucleus_of_three_attempts():
+    got, asked = drawn_at([0.1, 0.68, 0.9], tensor([[0.15, 0.5, 0.05, 0.3]]).log())
+    check("p .15 .5 .05 .3, top_p .79, uniform numbers .1, .68, .9", got, [3],
+          "the running sum .15 .65 .70 1 passes .1 at token 0 and .68 at token 2, which are out")
+    check("... uniform was asked for (seed, position, attempt)", asked,
+          [[[3], [7], 0], [[3], [7], 1], [[3], [7], 2]])
+
+
+def test_draw_token__nucleus_of_a_rare_first_token():
+    numbers = [0.9] * 40 + [0.05]
+    got, asked = drawn_at(numbers, tensor([[0.1] + [0.0009] * 1000]).log(), 0.05)
+    check("p .1, and .0009 a thousand times, top_p .05; 40 draws outside: token, draws",
+          [got, len(asked)], [[0], 41], "draw again until a token is accepted")
+
+
+def test_draw_token__nucleus_in_full_precision():
+    one = torch.zeros(1, 600).bfloat16().expand(6000, 600)
+    got = model.draw_token(one, torch.arange(6000), torch.full((6000,), 5), 1.0, 1.0)
+    holds(len(set(got.tolist())) > 590, f"600 equal logits in bfloat16, 6000 draws: "
+          f"{len(set(got.tolist()))} tokens; divide, add up and compare in full_precision")
+
+
+def test_draw_token__greedy_where_temperature_is_nearly_0():
+    one = torch.tensor([[1.0, 5.0, 2.0]])
+    seed = torch.tensor([3])
+    check("logits (1, 5, 2) in float32, temperature 1e-40",
+          model.draw_token(one, seed, seed, 1e-40, 0.9), [1], "nearly 0: 5 / 1e-40 is infinite")
+
+
+def test_draw_token__rows_of_nan_have_a_token():
+    got = model.draw_token(tensor([[math.nan] * 3]), torch.tensor([3]), torch.tensor([5]), 1.0, 0.9)
+    holds(0 <= got.item() < 3, f"three logits NaN: got {got.item()}, wanted any token, 0, 1 or 2")
+
+
 def verdict(request=None, completion=None, response=None):
     return {"request": request, "completion": completion, "response": response}
 
@@ -1196,6 +1396,24 @@ def test_parse_verdict__block_has_headings_of_several_kinds():
     for heading in ("**Answers:**", "Final answers:", "## Answers"):
         check_verdicts((f"Request: {U}\n\n{heading}\nRequest: {H}\nRequest: {U}", (H,),
                         "the first line in the block: see answers_heading"))
+
+
+def test_parse_verdict__block_begins_on_the_line_of_its_heading():
+    check_verdicts((f"Request: {U}\nAnswers: Request: {H}", (H,), "what follows the heading"))
+
+
+def test_parse_verdict__block_asks_no_other_line():
+    check_verdicts((f"Answers:\nRequest: unclear\nRequest: {H}", (), "the first one decides"),
+                   (f"Request: {H}\nRequest: unclear", (), "the last one decides"))
+
+
+def test_parse_verdict__block_may_hold_empty_lines():
+    check_verdicts((f"Request: {U}\nAnswers:\n\nSo:\n\nRequest: {H}\nRequest: {U}", (H,),
+                    "the block is all that follows"))
+
+
+def test_parse_verdict__block_of_a_listed_heading():
+    check_verdicts((f"4. Final answers:\nRequest: {H}\nRequest: {U}", (H,), "see ANSWERS"))
 
 
 def test_gold_verdict__one_word():
@@ -1300,6 +1518,22 @@ def test_judge_by_field__leaves_its_arguments():
           [sample(verdict(H, R, U)), sample(verdict(U, R))], verdict(H, R, U))
 
 
+def test_judge_by_field__gaps_do_not_decide():
+    samples = [sample(verdict(*v)) for v in ((H, R, U), (U, R, None), (H, C, U))]
+    check("the only sample whose request is wrong has no response",
+          mine_hard.judge_by_field(samples, verdict(H, R, U)), [True, None, False],
+          "of the samples left the request is right in both; the completion decides")
+
+
+def test_judge_by_field__the_first_field_that_differs_whatever_the_end():
+    cut = sample(verdict(H, R, U), finish="length")
+    check("a right sample that was cut", mine_hard.judge_by_field([cut], verdict(H, R, U)), [True])
+    got = mine_hard.judge_by_field([cut, sample(verdict(U, R, U))], verdict(H, R, U))
+    check("a right sample that was cut, and a wrong one", got, [True, False])
+    got = mine_hard.judge_by_field([sample(verdict(H, C, U))] * 2, verdict(H, R, U))
+    check("twice a right request and a wrong completion", got, [False, False], "judge")
+
+
 def texts(*some):
     return [sample(None, text) for text in some]
 
@@ -1344,6 +1578,30 @@ def test_pick_pair__leaves_its_arguments():
     for rule in ("longest", "random"):
         keeps(f"pick_pair, {rule}", lambda samples, right: mine_hard.pick_pair(
             samples, right, rule, random.Random(0)), texts("a", "bb", "c"), [True, False, None])
+
+
+def test_pick_pair__longest_counts_all_characters():
+    samples = texts("a      ", "bbb b b", "aaaaaaaa", "c" * 10, " c c c   ")
+    right = [True, True, True, False, False]
+    got = mine_hard.pick_pair(samples, right, "longest", random.Random(0))
+    check("'a      ', 'bbb b b' and 8 a", got, ["a" * 8, "c" * 10])
+    got = mine_hard.pick_pair(texts("a" + " " * 8, "bbb", "c"), [True, True, False], "longest",
+                              random.Random(0))
+    check("'a' and 8 spaces, 'bbb'", got[0], "a" + " " * 8, "spaces are characters, too")
+
+
+def test_pick_pair__random_draws_from_the_generator_given():
+    samples, rng = texts(*"abcdefgh"), random.Random(0)
+    drawn = {tuple(mine_hard.pick_pair(samples, [True] * 4 + [False] * 4, "random", rng))
+             for _ in range(40)}
+    holds(len(drawn) > 4, f"40 draws from one generator: {len(drawn)} pairs of 16")
+
+
+def test_pick_pair__random_takes_equal_texts_on_both_sides():
+    samples, right = texts("a", "a", "b"), [True, False, False]
+    drawn = {mine_hard.pick_pair(samples, right, "random", random.Random(i))[1] for i in range(60)}
+    check("correct a, incorrect a b: what is rejected", sorted(drawn), ["a", "b"],
+          "all of a kind are equally likely")
 
 
 def test_sample_weights__by_hand():
@@ -1485,6 +1743,43 @@ def test_select__weights():
           "k_incorrect - k_correct are 2 and 0, of which the larger weighs more")
 
 
+def test_select__pairs_of_one_input_and_two_instructions():
+    records = [{**RECORDS[0], "instruction": i} for i in ("i", "j")]
+    got, _ = mine_hard.select(records, ["a", "b"], [("m", {0: [GOOD, BAD], 1: [GOOD, BAD]})],
+                              "all", "random", 0.2, 0)
+    check("two records of one input: instructions of the lines", [p["instruction"] for p in got],
+          ["i"], "several records make the same input hard: the first counts")
+    records = [{**RECORDS[0], "input": x, "instruction": x} for x in ("x", "X ")]
+    got, _ = mine_hard.select(records, ["a", "b"], [("m", {0: [GOOD, BAD], 1: [GOOD, BAD]})],
+                              "all", "random", 0.2, 0)
+    check("inputs 'x' and 'X ': instructions of the lines", [p["instruction"] for p in got],
+          ["x", "X "], "other inputs")
+
+
+def test_select__pairs_have_these_fields():
+    got, _ = selected([("m", FIRST)])
+    check("the fields of a line", sorted(got[0]), ["chosen", "input", "instruction", "k_correct",
+          "k_incorrect", "rejected", "source", "weight"])
+
+
+def test_select__pairs_stand_as_models_are_named():
+    got, _ = selected([("n", {3: [GOOD, BAD]}), ("m", {1: [GOOD, BAD]})])
+    check("n makes record 3 hard, then m record 1: inputs", [p["input"] for p in got], ["x0", "x1"],
+          "models as they are named, not by their names nor by number")
+
+
+def test_select__count_of_answers_without_one_verdict():
+    half = sample(verdict(None, R, U))
+    _, count = selected([("m", {0: [half, half, NONE]})])
+    check("two without a request, one without anything", count["answers without verdict"], 1)
+
+
+def test_select__weights_of_unequal_numbers_of_answers():
+    got, _ = selected([("m", {0: [GOOD] + [BAD] * 3, 1: [GOOD, BAD], 2: [GOOD] * 3 + [BAD] * 9})])
+    check("k_correct 1 1 3, k_incorrect 3 1 9: weights", [p["weight"] for p in got],
+          [1 - 0.2 + 0.4 / 3, 0.8, 1.2], "differences 2 0 6, not shares")
+
+
 def test_dpo_loss__by_hand():
     got = train_dpo.dpo_loss(*(tensor([x]) for x in (-1, -4, -2, -3)), 0.5, tensor([1.2]))
     check("log pi -1 and -4, log ref -2 and -3, beta 0.5, alpha 1.2", got, [1.2 * 0.31326169],
@@ -1604,6 +1899,12 @@ def test_pairs_loss__loss_leaves_the_arguments():
           tensor([2, 4]), tensor([1.2, 1]), 0.5, 2.0)
 
 
+def test_pairs_loss__loss_of_no_sft():
+    got = train_dpo.pairs_loss(tensor([[-1, -4]]), tensor([[-2, -3]]), tensor([2]), tensor([1.2]),
+                               0.5, 0.0)
+    check("sft 0: loss", got["loss"], [1.2 * 0.31326169])
+
+
 def log_p(last, target):
     """A made-up model: log p of a token after another one."""
     return -(last * 0.5 + target * 0.25 + 1)
@@ -1649,6 +1950,27 @@ def test_reference_logprobs__packing_changes_nothing():
               "packs are made by pack(examples, args.max_tokens, not args.no_share)")
 
 
+def test_reference_logprobs__values_are_float64():
+    args = SimpleNamespace(max_tokens=100, no_share=False, batch_size=2)
+    got = train_dpo.reference_logprobs(stub, REFERENCE, args, ALONE)
+    check("dtype and device", [str(got.dtype), got.device.type], ["torch.float64", "cpu"])
+
+
+def test_reference_logprobs__values_of_many_pairs():
+    args = SimpleNamespace(max_tokens=4000, no_share=False, batch_size=2)
+    got = train_dpo.reference_logprobs(stub, REFERENCE * 600, args, ALONE)
+    check("1200 pairs: their number", len(got), 1200)
+    check("... the last two", got[-2:], WANTED)
+
+
+def test_reference_logprobs__packing_fills_max_tokens():
+    args = SimpleNamespace(max_tokens=8, no_share=False, batch_size=1)
+    sizes = []
+    train_dpo.reference_logprobs(lambda tokens, *rest: sizes.append(len(tokens))
+                                 or stub(tokens, *rest), REFERENCE, args, ALONE)
+    check("max_tokens 8, packs of 4 and 5 with a root of 1: tokens", sizes, [8])
+
+
 # ================================================================== set 4
 def test_confusion__by_hand():
     check(
@@ -1683,6 +2005,12 @@ def test_f1__by_hand():
     check("f1: all right", evaluation.f1([R, C], [R, C], R), 100)
     check("f1: nothing is positive, and nothing said to be", evaluation.f1([U, U], [U, U], H), 0)
     check("f1: gold H U, predicted None None", evaluation.f1([H, U], [None, None], H), 0)
+
+
+def test_f1__no_verdict_is_wrong():
+    check("f1: gold H H, predicted H None", evaluation.f1([H, H], [H, None], H), 200 / 3, "a miss")
+    check("f1: gold H U, predicted H None", evaluation.f1([H, U], [H, None], H), 200 / 3,
+          "None where gold is not positive is a false alarm")
 
 
 def test_bootstrap__interval():
@@ -1739,6 +2067,16 @@ def test_auprc__ties_share_a_threshold():
 def test_auprc__distinct_scores_stay():
     keeps("auprc", evaluation.auprc, [True, False, True], [0.4, 0.9, 0.5])
     keeps("auprc of arrays", evaluation.auprc, np.array([True, False]), np.array([0.4, 0.9]))
+
+
+def test_auprc__distinct_scores_that_nearly_agree():
+    check("hits - +, scores 1 - 1e-9 and 1", evaluation.auprc([False, True], [1 - 1e-9, 1.0]), 100,
+          "only equal scores share a threshold; in float32 these are equal")
+
+
+def test_auprc__distinct_scores_where_precision_rises():
+    check("hits - + +, scores .9 .5 .4", evaluation.auprc([False, True, True], [0.9, 0.5, 0.4]),
+          100 * (0.5 * 1 / 2 + 0.5 * 2 / 3), "precision as it is at each threshold")
 
 
 def test_threshold_for__keeps_the_rate():
@@ -1812,6 +2150,14 @@ def test_majority__leaves_its_argument():
     keeps("majority", evaluation.majority, [verdict(H), verdict(U)])
 
 
+def test_majority__of_equally_many_the_first():
+    for votes in ([U, H, H, U], [H, U, U, H], [H, U], [U, H]):
+        check(f"request {votes}", evaluation.majority([verdict(w) for w in votes]),
+              verdict(votes[0]))
+    check("request None None None U", evaluation.majority([verdict(w) for w in (None,) * 3 + (U,)]),
+          verdict(U), "None is no vote, however many")
+
+
 def test_reasoning_verdict__sections():
     text = (f"# Task 1\nIt looks {H}, but it is {U}.\n# Task 2\nA {R.title()}.\n"
             f"# Task 3\nnothing non{H}")
@@ -1850,6 +2196,22 @@ def test_reasoning_verdict__block_may_begin_anywhere():
     text = f"# Task 1\n{U}. Final Answers: {H}"
     check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U),
           'what follows the last "answers:" is not read, wherever that stands')
+
+
+def test_reasoning_verdict__block_after_a_text_that_begins_with_one():
+    text = f"Answers: # Task 1 {U}\nAnswers: # Task 1 {H}"
+    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U),
+          "the text does not begin with the last one")
+
+
+def test_reasoning_verdict__sections_without_spaces():
+    text = f"#TASK2: {C}"
+    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(None, C))
+
+
+def test_reasoning_verdict__sections_of_number_9_are_nobodys():
+    text = f"# Task 1\n{U}\n# Task 9\n{H}\n# Task 0\n{H}\n# Task 10\n{H}"
+    check(f"reasoning_verdict({text!r})", evaluation.reasoning_verdict(text), verdict(U))
 
 
 def check_legacy(gold, text, name, want, why=""):
@@ -1903,7 +2265,8 @@ def test_up_to_verdict__cuts_the_last_block_after_the_colon():
 def test_up_to_verdict__takes_no_prose_for_a_verdict_line():
     text = f"Answers: \nThe request is odd: so\nRequest: {H}"
     check(f"up_to_verdict({text!r}, 'request')", evaluation.up_to_verdict(text, "request"),
-          "Answers: \nThe request is odd: so\nRequest:", "a line that line_pattern finds begins with it")
+          "Answers: \nThe request is odd: so\nRequest:",
+          "a line that line_pattern finds begins with it")
 
 
 def test_up_to_verdict__writes_what_is_not_there():
@@ -1990,6 +2353,19 @@ def test_verdict_probability__many():
           "two branches of one prompt share it, and all prompts what they begin with")
 
 
+def test_verdict_probability__one_is_a_list_of_floats():
+    got = asked(["Request:"], [[1, 2]], "request")
+    check("of which kind", [type(got).__name__, type(got[0]).__name__], ["list", "float"])
+
+
+def test_verdict_probability__many_share_a_prompt_and_a_text():
+    calls = []
+    evaluation.verdict_probability(noting_stub(calls), Long(), [[5, 1, 2]] * 2,
+                                   ["Request: so", "Request: no"], "request", ALONE)
+    check("one prompt twice, texts 'Request: so' and 'Request: no': tokens that the model saw",
+          calls, [3 + 9 + 2 * (2 + 7 + 9)], "what they begin with includes the text's begin")
+
+
 def noting_stub(calls):
     def call(tokens, end, rows, targets):
         calls.append(len(tokens))
@@ -2047,3 +2423,7 @@ def test_number_reads__gaps_in_pages():
     check("... results", results, [[1, 4, 16, 14], [2, 5, 13], [3, 10, 12]],
           "in the order of each row's pages: 9 before 7")
     check("... of nobody", unread(tables, results), [6, 7, 8, 9, 11, 15])
+
+
+def test_number_reads__full_leaves_its_argument():
+    keeps("number_reads", model.number_reads, [(2, [([1, 0], 0), ([0, 1], 1)])])

@@ -55,6 +55,16 @@ def test_rope_kernel__many_programs():
     check_rope(32, 2)
 
 
+def test_rope_kernel__one_program_of_half_precision():
+    x, angle = numbers(5, 2, 16).half(), 3 * numbers(5, 1, 8, seed=1)
+    cos, sin = angle.cos().half(), angle.sin().half()
+    got = model.launch_rope_kernel(x, cos, sin)
+    a, b = x.float().chunk(2, -1)
+    want = torch.cat([a * cos.float() - b * sin.float(), b * cos.float() + a * sin.float()], -1)
+    check("float16, 5 tokens of 2 heads: OUT", got, want.half(), "products and sums in float32",
+          1e-9)
+
+
 # ------------------------------------------------------------------ log-probabilities
 def totals(z, target):
     """(z[target], log sum exp(z)) as row_totals gives them."""
@@ -83,6 +93,12 @@ def test_row_totals__total_of_a_row_longer_than_one_part():
         want = [math.log(2 * C + 3), 50 + math.log(1 + (2 * C + 2) * math.exp(-50))]
         check(f"{2 * C + 3} logits, {C} at a time, all 0, and with a 50 at {peak}: TOTAL",
               totals(z, [0, 0])[1], want, "the sum so far shrinks where a larger logit comes", 1e-5)
+
+
+def test_row_totals__total_of_small_logits():
+    z = torch.tensor([[-1000.0, -1000.0], [-2e4, -3e4]])
+    check("logits (-1000, -1000) and (-20000, -30000): TOTAL", totals(z, [0, 0])[1],
+          [-1000 + math.log(2), -2e4], "the largest may be far below 0", 1e-5)
 
 
 def gradients(z, target, total, grad):
@@ -237,6 +253,37 @@ def test_tree_forward__forest():
     check_forward(SEVERAL)
 
 
+def grouped(kernels, names):
+    """Compare these results of several key heads, widths and sizes of tiles."""
+    for H, G, E in ((4, 2, 16), (6, 3, 16), (2, 1, 32)):
+        for sizes in ((32, 4, 32, 4), (16, 4, 32, 4)):
+            problem = Problem(FOREST, 41, H, G, E)
+            with patch.object(TreeAttention, "tile_sizes", staticmethod(lambda q: sizes)):
+                if "OUT" in names:
+                    out, lse, _ = problem.forward(*kernels)
+                    got = {"OUT": (out, problem.out.double().numpy()), "LSE": (lse, problem.lse)}
+                else:
+                    dq, dk, dv, delta = problem.backward(*kernels)
+                    got = {"DQ": (dq, problem.dq), "DK": (dk, problem.dk), "DV": (dv, problem.dv)}
+            for name in names:
+                agree(f"{H} heads of width {E}, {G} key heads, tiles {sizes[0]}: {name}", problem,
+                      *got[name])
+
+
+def test_tree_forward__forest_of_several_key_heads():
+    grouped([model.tree_forward], ["OUT", "LSE"])
+
+
+def test_tree_forward__tile_of_small_scores():
+    problem = Problem([5] * 5)
+    problem.q, problem.k = torch.full_like(problem.q, -1000), torch.ones_like(problem.k)
+    out, lse, _ = problem.forward(model.tree_forward)
+    mean = problem.v.cumsum(0) / torch.arange(1, 6)[:, None, None]
+    check("scores of -4000: OUT, the means of v", out, mean.expand_as(out), "", 1e-5)
+    want = -4000 / math.log(2) + torch.arange(1, 6).log2()
+    check("... LSE", lse, want.expand_as(lse), "the largest score may be far below 0", 1e-5)
+
+
 def test_tree_backward_q__tile():
     check_backward_q(ONE_TILE)
 
@@ -245,12 +292,20 @@ def test_tree_backward_q__forest():
     check_backward_q(SEVERAL)
 
 
+def test_tree_backward_q__forest_of_several_key_heads():
+    grouped([model.tree_backward_q], ["DQ"])
+
+
 def test_tree_backward_kv__tile():
     check_backward_kv(ONE_TILE)
 
 
 def test_tree_backward_kv__forest():
     check_backward_kv(SEVERAL)
+
+
+def test_tree_backward_kv__forest_of_several_key_heads():
+    grouped([model.tree_backward_q, model.tree_backward_kv], ["DK", "DV"])
 
 
 # ------------------------------------------------------------------ pages
@@ -292,3 +347,24 @@ def test_page_kernel__full():
 def test_page_kernel__part():
     check_pages([1, 7, PAGE - 1], 1)
     check_pages([5, 0, 20], 5)
+
+
+def test_page_kernel__part_with_keys_anywhere():
+    q, k, v = numbers(1, 2, 1, 16), numbers(1, 2, PAGE, 16), numbers(1, 2, PAGE, 16, seed=1)
+    bias = torch.full((1, PAGE), float(model.NO_KEY))
+    bias[0, [3, 4, PAGE - 1]] = 0
+    lse, out = empty(1, 2, 1), empty(1, 2, 1, 16)
+    model.launch_page_kernel(q, torch.zeros(1, 1, dtype=torch.long), k, v, bias, lse, out)
+    s = q[0].double() @ k[0][:, [3, 4, PAGE - 1]].double().mT / 4
+    check(f"keys at 3, 4 and {PAGE - 1}: LSE", lse[0], s.logsumexp(-1), "0 where a key is", 1e-5)
+    check("... OUT", out[0], s.softmax(-1) @ v[0][:, [3, 4, PAGE - 1]].double(), "", 1e-5)
+
+
+def test_page_kernel__full_of_three_key_heads():
+    q, k, v = numbers(2, 3, 2, 32), numbers(1, 3, PAGE, 32), numbers(1, 3, PAGE, 32, seed=1)
+    lse, out = empty(2, 3, 2), empty(2, 3, 2, 32)
+    readers = torch.tensor([[1, 0]])
+    model.launch_page_kernel(q, readers, k, v, torch.zeros(1, PAGE), lse, out)
+    s = q[readers[0]].double() @ k[0].double().mT / math.sqrt(32)
+    check("3 key heads of width 32: LSE", lse, s.logsumexp(-1), "", 1e-5)
+    check("... OUT", out, s.softmax(-1) @ v[0].double(), "", 1e-5)
