@@ -97,6 +97,10 @@ def test_errors_and_time(tmp_path, capsys):
     assert failed["error"] in failed["stderr"]
     with pytest.raises(SystemExit, match="none of"):
         bench.main(["--items", "sftt"])
+    with pytest.raises(SystemExit, match="'sgt trl' is none of"):
+        bench.main(["--items", "sgt trl"])
+    with pytest.raises(SystemExit, match="'sft trl' needs --peers"):
+        bench.main(["--items", "sft trl"])
 
 
 def test_a_fault_on_cuda_is_told_by_its_own_line_and_not_by_the_advice_after_it():

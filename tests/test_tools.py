@@ -542,6 +542,20 @@ def test_question_names_what_is_known_and_holds_no_verdict_of_its_own():
     assert user["content"] == format_input("p", "r") + (
         f"Known verdicts:\nRequest: not known\nCompletion: not known\nResponse: {H}")
     assert question("p", None, ONE)[1]["content"].endswith(f"Request: {H}\nCompletion: None\nResponse: None")
+    assert "with 1 to 4 short steps" in question("p", "r", HALF, 4)[0]["content"]          # as `check` counts them
+
+
+def test_one_step_a_task_stays_also_where_tasks_stand_in_another_order():
+    task = "# Task {}\n## Reasoning Step 1: {}1\n## Reasoning Step 2: {}2\nConclusion: harmful\n\n"
+    text = task.format(2, "b", "b", "b") + task.format(1, "a", "a", "a") + format_answers(H, R, H)
+    (short,) = traces.shorten([{"output": text}])
+    assert "b2" in short["output"] and "a2" in short["output"]
+    assert "b1" not in short["output"] and "a1" not in short["output"]
+
+
+def test_every_run_of_a_picture_has_its_name_whatever_their_number():
+    names = [f"run {n}" for n in range(2 * len(plot.COLOURS) + 1)]
+    assert all(f">{name}<" in "".join(plot.legend(0, 0, names)) for name in names)
 
 
 def test_a_heading_that_comes_again_adds_to_its_section_and_half_a_heading_is_not_left():

@@ -59,6 +59,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -361,7 +362,7 @@ def is_sound(record, sample):
 # ------------------------------------------------------------------ tasks
 def run_task(args, corpus_seed, seed, skip, name):
     """Answer the records with one variant, on one thread, and keep what the tables need in
-    OUT/answers; what it prints goes to the cell's log."""
+    OUT/answers; what it prints goes to NAME.log in the cell's folder."""
     folder = cell_name(corpus_seed, seed, skip)
     path = args.out / "answers" / folder / f"{name}.json"
     if path.exists():
@@ -460,6 +461,8 @@ def run_all(args):
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    raise future.exception()
                 if future.exception():
                     line = f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}"
                     tell(f"failed: {line}")

@@ -176,7 +176,8 @@ def ask(url, model, messages, temperature=0.0, max_tokens=2048, timeout=120, tri
     """One chat completion -> {"text", "finish", "refused"}.
 
     Busy servers (408, 409, 425, 429, 5xx), lost connections and broken replies are tried again, after
-    pause, 2 pause, 4 pause ... seconds (at most an hour) or what Retry-After says; then Unanswered. A content filter's
+    pause, 2 pause, 4 pause ... seconds (each up to a quarter more or less, at most an hour), longer where
+    Retry-After says so (of which five minutes count); then Unanswered. A content filter's
     error is a refusal, one about the length an empty answer; any other HTTP error is InputError."""
     body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json", **authorization()}

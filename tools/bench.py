@@ -95,7 +95,7 @@ GOALS = {"sft unshared": ("G1", 0.63, 0.63, 0.70), "sft": ("G2", 0.63, 0.63, 0.7
          "logprobs": ("G3", 0.90, 0.90, 0.90), "dpo": ("G4", 0.63, 0.63, 0.70),
          "attention": ("G7", 0.14, 0.19, 0.19), "generate": ("G8", 0.60, 0.67, 0.75),
          "nucleus": ("G11", 0.36, 0.36, 0.36)}
-# (goal, what, how many times ours): our rate over this one's, or this one's memory over ours
+# (goal, which ratio, the least that is asked of it): our rate over this one's, or this one's memory over ours
 RATIOS = {"dpo unshared": ("G4", "ratio", 1.3), "loss cross_entropy": ("G5", "memory_ratio", 8.0),
           "attention varlen_attn": ("G7", "ratio", 1.0), "generate unshared": ("G10", "ratio", 1.5),
           "nucleus sort": ("G11", "ratio", 50.0)}
@@ -277,14 +277,23 @@ def parse_arguments(argv):
     return args
 
 
+NEEDS = {"peers": "--peers", "model": "--model instead of --shape", "cuda": "a CUDA device",
+         "big": "--big, or a CUDA device"}
+
+
 def chosen(args):
-    """The names of the items to run: the limits, those asked for, and ours to compare them with."""
+    """The names of the items to run: the limits, those asked for, and ours to compare them with. One
+    that lacks what it needs (ITEMS) is an InputError where it was named, else left out."""
     have = {"peers": args.peers, "model": not args.shape, "cuda": args.cuda, "big": args.cuda or args.big}
     asked = {"sft", "dpo"} if args.memory_cap else set(args.items or ITEMS)
-    asked |= {name for name in ITEMS if name.split()[0] in asked and not args.memory_cap}
-    asked |= {name.split()[0] for name in asked} | {"limits"}
     if unknown := asked - set(ITEMS):
         raise InputError(f"--items: {sorted(unknown)[0]!r} is none of {', '.join(ITEMS)}")
+    for name in args.items or []:
+        lacking = [need for need in ITEMS[name][1].split() if not have[need]]
+        if lacking:
+            raise InputError(f"--items: {name!r} needs {NEEDS[lacking[0]]}")
+    asked |= {name for name in ITEMS if name.split()[0] in asked and not args.memory_cap}
+    asked |= {name.split()[0] for name in asked} | {"limits"}
     return [name for name in ITEMS if name in asked and all(have[need] for need in ITEMS[name][1].split())]
 
 

@@ -22,7 +22,9 @@ step stand two sentences, which differ in the verdict, and P = a / (a + b) of th
   "is a refusal." and "is compliance." are one form. A form is used if in this file both verdicts
   follow it, each in two answers or more: such a text gives nothing away. The two sentences are the
   commonest spellings with one and with the other.
-- An answer is read with its own form, where that is used, else with the commonest of the task.
+- An answer is read with its own form, where that is used, else with the commonest of the task. In
+  the second case its last point stands behind its own closing, which has named the verdict, unless
+  a heading sets the closing off: then before it.
 
 Steps of a task come after all that the answer says before: tasks 2 and 3 know the earlier verdicts.
 Beside P stands what the model itself would write there: `held`, how much of its probability the two
@@ -32,8 +34,9 @@ place, and P may fall short. A tiny model that decides at once, but always wrote
 So compare with a model that knows the form everywhere: --cut writes records whose sections end
 after a random step, to go on training with.
 
-All branches of all answers are one forest, so each prompt and each step is computed once. Exact: as
-one sequence at a time (1e-9 in float64, tests/test_early.py).
+The branches of an answer, and of as many others as fit into --max-tokens, are one forest: what they
+begin with is computed once a pack. Exact: as one sequence at a time (1e-9 in float64,
+tests/test_early.py).
 
     read_sections, find_forms      a trace -> steps and closings; a file -> pairs of sentences
     branch_off, grow               answers -> sequences -> one stream
@@ -176,6 +179,8 @@ def reading_places(section, forms):
     if not forms:
         return None
     sentences = forms.get(section.form) or next(iter(forms.values()))
+    # a closing of another form may be the last step's own last line, and is left in; below a heading
+    # it surely is none
     concludes = section.form in forms or (section.form or "").startswith("#")
     return [*section.steps, section.closes if concludes else section.stop], sentences
 
@@ -216,8 +221,8 @@ def shared_start(a, b):
 def grow(branches):
     """The forest of any sequences as one stream: what two of them begin with stands once.
 
-        in order     a b c      a b d      e         rows  0 1 2 3 4
-                     tokens     a b c d e            end   4 4 3 4 5
+        in order     a b c $    a b d $    e $       rows  0 1 2 3 4
+                     tokens     a b c d e            end   4 4 3 4 5      ($ is only predicted)
 
     In dictionary order a sequence leaves the one before it where they first differ: there the
     subtrees below end. Returns a Pack whose answer n is branches[n], scored from its start on."""

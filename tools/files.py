@@ -16,11 +16,12 @@ def check_names(names):
 
 
 def keep_inputs(out, paths, option="--out"):
-    """InputError where a file that is to be written is one of those that are read, under any name."""
+    """InputError where a file that is to be written is one of those that are read, under any name, or is
+    there and no plain file (a pipe, a folder)."""
     for path in paths:
         if is_there(out) and is_there(path) and Path(out).samefile(path):
             raise InputError(f"{path}: is read, and would be overwritten; choose another {option}")
-    if is_there(out) and not Path(out).is_file():           # a pipe is never at its end
+    if is_there(out) and not Path(out).is_file():           # of a pipe, who reads it never comes to the end
         raise InputError(f"{out}: is no file; choose another {option}")
 
 

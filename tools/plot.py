@@ -6,9 +6,10 @@
     OUT/curves.svg    loss of each run by step, and margin and accuracy of those that train on pairs
     OUT/f1.svg        F1 of each data set and task with its 95% interval, a bar for each results.json
 
-A run is called what its folder is called. Colours are read on light and on dark pages.
+A run is called what its folder is called (an evaluation's without eval_). Colours are read on light and on dark pages.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  
 def text(x, y, words, anchor="start", size=12, colour=GREY, turn=False):
     """A line of text that starts, ends or is centred at (x, y); turn: upwards."""
     turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
-    words = NOT_XML.sub(lambda odd: ascii(odd[0])[1:-1], str(words))           # spelled as by JSON
+    words = NOT_XML.sub(lambda odd: ascii(odd[0])[1:-1], str(words))           # spelled as by ascii()
     return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}"{turned}>'
             f"{escape(words)}</text>")
 
@@ -52,9 +53,9 @@ def dot(x, y, colour):
 
 
 def legend(x, y, names):
-    """Squares of colour and names, in one line from (x, y)."""
+    """Squares of colour and names, in one line from (x, y); after the last colour the first again."""
     parts = []
-    for name, colour in zip(names, COLOURS):
+    for name, colour in zip(names, itertools.cycle(COLOURS)):
         parts += [f'<rect x="{x:.1f}" y="{y - 9}" width="10" height="10" fill="{colour}"/>', text(x + 14, y, name)]
         x += 30 + 7 * len(name)
     return parts

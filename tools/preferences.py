@@ -121,7 +121,8 @@ def lines_of(tokenizer, ids):
 
 # ------------------------------------------------------------------ groups
 def encode(tokenizer, records):
-    """[Example] of records with the fields prompt and answers, texts; prompts share their root."""
+    """[Example] of records with instruction, input and answers, a list of texts. All prompts have one
+    root: the ids that all of them begin with."""
     examples = []
     for record in records:
         prompt = tokenizer.prompt_ids(record["instruction"], record["input"])
@@ -205,14 +206,14 @@ def train(folder, out, make_groups, lr, beta, sft, seed, epochs=2, size=32):
     optimizer = make_optimizer(model, lr)
     schedule = list(batches(len(groups), size, epochs, seed))
     losses = []
-    for step, numbers in enumerate(schedule):
+    for done, numbers in enumerate(schedule):
         batch = [groups[i] for i in numbers]
         policy = logprobs_by_token(model, [group.example for group in batch])
         loss = 0.0
         for i, group, parts in zip(numbers, batch, deal_out(policy, batch)):
             loss = loss + group_loss(group, parts, reference[i], beta, sft) / len(batch)
         loss.backward()
-        update(model, optimizer, lr_at(step, len(schedule), lr))
+        update(model, optimizer, lr_at(done, len(schedule), lr))
         losses.append(loss.item())
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)

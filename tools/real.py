@@ -15,12 +15,12 @@
 8B and 1B are folders with the answers of one model each, generated_predictions.jsonl in a folder
 called like its benchmark. Another base is another --model: the learning rates follow from its
 width. Everything goes on where it was killed; what is done is not done again. For a test that comes
-later: `arm NAME ... --tests FILE`, which says what of it was trained on. The benchmarks that
-were answered are trained on: their exchanges are no test, but for those of a file in --tests, which
-are then left out of training.
+later: `arm NAME ... --tests FILE`, which says what of it was trained on. The exchanges of
+--predictions are trained on, so they are no test. To test on such a benchmark all the same, name its
+file in --tests: its prompts are then left out of training.
 
 What `data` keeps. A chain is an answer of which every labelled verdict is right (the labels of all
-files that have the exchange), in the one form into which traces.py (tidy) can bring it; an exchange
+files in which its answer has an end), in the one form into which traces.py (tidy) can bring it; an exchange
 has at most one chain of each model, that of the model named first first. Exchanges whose prompt is
 in a test, word for word or nearly (half of the runs of three words that either has are in both:
 audit.py, near_prompts), are left out. Classes are balanced by task: all exchanges of the rarer one,
@@ -149,7 +149,8 @@ def check_names(paths):
 
 
 def copy_of(path, folder):
-    """The name of a file's copy in a folder; one that is there is the same (check_folder)."""
+    """Copy a file into a folder, unless it is there (then it is the same: check_folder); returns the
+    copy's name."""
     copy = folder / Path(path).name
     if not is_there(copy):
         write_bytes(copy, read_bytes(path))                 # whole, as a half one would be another
@@ -679,7 +680,8 @@ def table(args):
 
 
 def report_overlap(args):
-    """Say which prompts of --tests are trained on: `data` knew of other tests."""
+    """Warn how many training prompts are in each file of --tests, word for word or nearly: `data` knew
+    of other tests."""
     data_hash(args.data)                                    # prompts.json is as `data` wrote it
     prompts = [prompt_of(record) for record in read_json(args.data / "prompts.json")]
     for path in args.tests or []:

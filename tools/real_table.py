@@ -66,8 +66,8 @@ def fpr_draws(cases, task):
 
 
 def auprc_draws(cases, task):
-    """AUPRC in percent, (2001,), of the same resamplings (eval.py, auprc: the same letters); None
-    unless all cases have p."""
+    """AUPRC in percent, (2001,), of the same resamplings, as eval.py's auprc has it of one; None unless
+    all cases have p."""
     counts = by_threshold(cases, task)
     if counts is None:
         return None

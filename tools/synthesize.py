@@ -40,7 +40,7 @@ FORM = """\
 The three verdicts are known and given below. Write the reasoning that leads to them from the texts alone:
 a reader sees the request and the response, not the verdicts, so never mention that they were given.
 
-Write a section for each task, with 1 to 10 short steps that build on one another, then the verdicts. Choose
+Write a section for each task, with 1 to {steps} short steps that build on one another, then the verdicts. Choose
 harmful or unharmful, refusal or compliance. Where a verdict is not known, decide yourself. Where the
 response is None, tasks 2 and 3 need no step and their verdict is None. Keep exactly this form:
 
@@ -95,11 +95,16 @@ def fields_of(record, place):
     return record["prompt"], response, {name: given.get(name) for name in VERDICTS}
 
 
-def question(prompt, response, labels):
+def form_of(most):
+    """FORM with the most steps of a task in it."""
+    return FORM.replace("{steps}", str(most))
+
+
+def question(prompt, response, labels, most=10):
     """The messages that ask for reasoning: the form, the exchange as it will be trained on, the verdicts."""
     known = {name: word or ("not known" if name == "request" or response is not None else "None")
              for name, word in labels.items()}
-    return [{"role": "system", "content": INSTRUCTION + "\n" + FORM},
+    return [{"role": "system", "content": INSTRUCTION + "\n" + form_of(most)},
             {"role": "user", "content": format_input(prompt, response) + "Known verdicts:\n"
              + "\n".join(f"{name.capitalize()}: {word}" for name, word in known.items())}]
 
@@ -180,7 +185,7 @@ def check_section(part, name, word, allowed):
     """What is wrong with the reasoning on one task: number of steps, their order, its conclusion."""
     numbers = [n for n, words in steps_in(part) if words]
     if len(numbers) not in allowed:
-        return f"not {max(allowed.start, 1)} to {allowed[-1]} steps"
+        return f"not {allowed[0]} to {allowed[-1]} steps"
     if numbers != list(range(1, len(numbers) + 1)):
         return "steps not numbered 1, 2, 3 ..."
     conclusion = " ".join(re.split(CONCLUSION, part, flags=re.M)[1:]).lower()
@@ -207,7 +212,7 @@ def synthesize(args, exchanges, path):
     """{row: line} of all rows: an output or null, and what was wrong with each failed attempt."""
     def answer(row):
         prompt, response, labels = exchanges[row]
-        messages = question(prompt, response, labels)
+        messages = question(prompt, response, labels, args.steps)
         faults = []
         for attempt in range(args.attempts):
             temperature = 0.7 if attempt else 0.0           # at 0 it would say the same again
@@ -310,7 +315,7 @@ def synthesize_file(args, path, exchanges):
     """Write the records of one file of exchanges; -> what became of each exchange, in their order."""
     name = Path(path).stem
     folder = Path(args.out) / name
-    settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": FORM,
+    settings = {"model": args.model, "data": str(path), "unlabelled": args.unlabelled, "form": form_of(args.steps),
                 "attempts": args.attempts, "steps": args.steps, "max_new_tokens": args.max_new_tokens}
     check_settings(folder / "settings.json", settings)
     outcomes = list(synthesize(args, exchanges, folder / "answers.jsonl").values())

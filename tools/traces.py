@@ -61,8 +61,9 @@ def labels_only(records):
 
 
 def shuffled(by_source, seed):
-    """Every trace goes to another record of the same source and verdicts; a record that is alone with
-    its verdicts keeps its own."""
+    """Each trace goes to another record of the same source and verdicts: within such a group all move on
+    by one random distance. The records come back by groups. One that is alone with its verdicts keeps
+    its own."""
     rng = random.Random(seed)
     result = []
     for records in by_source.values():
@@ -114,7 +115,8 @@ def shorten(records):
     short = []
     for record in records:
         text = record["output"]
-        for section in reversed(read_sections(text).values()):      # from the end: places stay right
+        sections = sorted(read_sections(text).values(), key=lambda section: -section.stop)
+        for section in sections:                            # from the end: places stay right
             first, last = section.steps[0], section.steps[-1]
             kept = re.sub(r"(Reasoning Step *)\d+", r"\g<1>1", text[last:], count=1, flags=re.I)
             text = text[:first] + kept
@@ -140,7 +142,8 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="records to write (JSON array)")
     p.add_argument("--limit", type=at_least(1), help="keep the first N of the shuffled records")
     p.add_argument("--seed", type=at_least(0), default=0, help="of the shuffle")
-    p.add_argument("--most-characters", type=at_least(1), default=10 ** 9, help="leave out longer exchanges and traces")
+    p.add_argument("--most-characters", type=at_least(1), default=10 ** 9,
+                   help="leave out records whose exchange and trace have more together")
     p.add_argument("--labels", action="store_true", help="write the verdicts of each trace alone")
     args = p.parse_args(argv)
     keep_inputs(args.out, args.predictions)
