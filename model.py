@@ -136,10 +136,10 @@ def rms_norm(x, weight, eps):
 
 
 def rope_frequencies(config, device="cpu"):
-    """Angles per position, (E/2,) in float64: f_i = theta^(-2i/E), i = 0 .. E/2 - 1, with E and
-    theta of config.head_dim and config.rope_theta. Where config.rope_scaling is not None, they are
-    stretched as Llama 3.1 and 3.2 do, by its fields factor, low_freq_factor, high_freq_factor and
-    original_max_position_embeddings.
+    """Angles per position, (E/2,) in float64 on `device`: f_i = theta^(-2i/E), i = 0 .. E/2 - 1,
+    with E and theta of config.head_dim and config.rope_theta. Where config.rope_scaling is not
+    None, they are stretched as Llama 3.1 and 3.2 do, by its fields factor, low_freq_factor,
+    high_freq_factor and original_max_position_embeddings.
 
     A wave of frequency f turns original * f / 2 pi times in the original context. Waves that turn
     less often than `low` are slowed down to f / factor, those that turn more often than `high` are

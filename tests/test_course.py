@@ -491,7 +491,7 @@ def test_each_function_costs_its_own_points_and_no_others(blanked, tmp_path):
     answer("lr_at", "def half(x):\n    return x / 2\n\n\ndef lr_at(step, steps, peak):\n"
                     "    return half(peak) * (1 + math.cos(math.pi * step / steps))")
     answer("rope_frequencies", "def rope_frequencies(config, device='cpu'):\n"
-           "    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64)\n"
+           "    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)\n"
            "    return config.rope_theta ** (-i / config.head_dim)")
     answer("common_prefix", "def common_prefix(sequences):\n    while True:\n        pass")
     answer("sample_weights", "def sample_weights(differences, gamma):\n    raise SystemExit(0)")
