@@ -461,10 +461,11 @@ def run_all(args):
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    raise future.exception()
-                if future.exception():
-                    line = f"{cell_name(*task[:3])}, {task[3]}: {future.exception()!r}"
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error:
+                    line = f"{cell_name(*task[:3])}, {task[3]}: {error!r}"
                     tell(f"failed: {line}")
                     failed.append(line)
                 else:

@@ -288,13 +288,14 @@ def chosen(args):
     asked = {"sft", "dpo"} if args.memory_cap else set(args.items or ITEMS)
     if unknown := asked - set(ITEMS):
         raise InputError(f"--items: {sorted(unknown)[0]!r} is none of {', '.join(ITEMS)}")
+    lacking = {name: [need for need in needs.split() if not have[need]]
+               for name, (_, needs) in ITEMS.items()}
     for name in args.items or []:
-        lacking = [need for need in ITEMS[name][1].split() if not have[need]]
-        if lacking:
-            raise InputError(f"--items: {name!r} needs {NEEDS[lacking[0]]}")
+        for need in lacking[name]:
+            raise InputError(f"--items: {name!r} needs {NEEDS[need]}")
     asked |= {name for name in ITEMS if name.split()[0] in asked and not args.memory_cap}
     asked |= {name.split()[0] for name in asked} | {"limits"}
-    return [name for name in ITEMS if name in asked and all(have[need] for need in ITEMS[name][1].split())]
+    return [name for name in ITEMS if name in asked and not lacking[name]]
 
 
 def main(argv=None):

@@ -234,7 +234,7 @@ def bar(y, thick, across, result, colour):
     """One F1 from the left end of the axis, its interval above it, both as figures to the right."""
     left = across.start
     f1 = across(result["f1"])
-    (low, high) = map(across, result["ci95"])
+    low, high = map(across, result["ci95"])
     middle = y + thick / 2
     figures = f"{result['f1']:.2f}  ({result['ci95'][0]:.1f} - {result['ci95'][1]:.1f})"
     return [f'<rect x="{left}" y="{y}" width="{f1 - left:.1f}" height="{thick - 3}" '

@@ -20,9 +20,9 @@ later: `arm NAME ... --tests FILE`, which says what of it was trained on. The ex
 file in --tests: its prompts are then left out of training.
 
 What `data` keeps. A chain is an answer of which every labelled verdict is right (the labels of all
-files in which its answer has an end), in the one form into which traces.py (tidy) can bring it; an exchange
-has at most one chain of each model, that of the model named first first. Exchanges whose prompt is
-in a test, word for word or nearly (half of the runs of three words that either has are in both:
+files in which its answer has an end), in the one form into which traces.py (tidy) can bring it; an
+exchange has at most one chain of each model, that of the model named first first. Exchanges whose
+prompt is in a test, word for word or nearly (half of the runs of three words that either has are in both:
 audit.py, near_prompts), are left out. Classes are balanced by task: all exchanges of the rarer one,
 as many of the other. An exchange counts for one task, the last that is labelled of request,
 completion and response; verdicts that no label names are the teacher's, in all arms. Of each task a
